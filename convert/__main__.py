@@ -1,0 +1,133 @@
+"""Port weights between torchvision and Flax.
+
+python -m convert to-flax  WEIGHTS --arch ARCH --out DIR    WEIGHTS: IMAGENET1K_V1 ... | FILE.pth | FILE.safetensors
+python -m convert to-torch DIR --out FILE.pth|FILE.safetensors
+python -m convert verify   DIR --against WEIGHTS
+python -m convert list
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from convert import checkpoints, names
+from jaxsft import cli, weights
+from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
+
+LOGIT_TOLERANCE = 1e-5  # of the largest logit: a few hundred float32 roundings of 6e-8, what summation order costs
+
+
+def to_flax(source: str, arch: str, out: Path) -> None:
+    """Read WEIGHTS and write the ported directory `out`."""
+    tensors, card = checkpoints.read(source, arch)
+    shapes = variable_shapes(ARCHITECTURES[arch](num_classes=card.num_classes))
+    weights.save(out, names.to_flax(tensors, shapes, arch), card)
+    print(f"{out}: {arch}, {card.num_classes} classes, {len(tensors)} tensors of {card.source}")
+
+
+def to_torch(directory: Path, out: Path) -> None:
+    """Write a ported directory as a torchvision state_dict."""
+    variables, card = weights.load(directory)
+    checkpoints.write(out, names.to_torch(variables))
+    print(f"{out}: torchvision.models.{card.arch}(num_classes={card.num_classes}).load_state_dict takes it strictly")
+
+
+def verify(directory: Path, against: str, image_size: int) -> int:
+    """Hold a ported directory against its source: every tensor bit for bit, logits in evaluation and in training.
+
+    Returns 0 when all agree and 1 when not, after printing one line a quantity.
+    """
+    variables, card = weights.load(directory)
+    tensors, _ = checkpoints.read(against, card.arch)
+    ported = names.to_torch(variables)
+    differing = [
+        name
+        for name in sorted(tensors.keys() | ported.keys())
+        if name not in tensors or name not in ported or not np.array_equal(tensors[name], ported[name])
+    ]
+    print(f"tensors      {len(ported)}, differing: {', '.join(differing) or 'none'}")
+    passed = not differing
+
+    model = ARCHITECTURES[card.arch](num_classes=card.num_classes)
+    # Four images: in training the last stage then still normalises over a hundred values a channel, not over a few,
+    # whose tiny variance would magnify rounding.
+    images = np.random.default_rng(0).standard_normal((4, image_size, image_size, 3), np.float32)
+    for train in (False, True):
+        with jax.default_matmul_precision("highest"):
+            logits, _ = model.apply(variables, images, train=train, mutable=["batch_stats"])
+        expected = torchvision_logits(card, tensors, images, train)
+        relative = float(np.abs(np.asarray(logits) - expected).max() / np.abs(expected).max())
+        ok = relative <= LOGIT_TOLERANCE
+        passed &= ok
+        mode, verdict = ("train" if train else "eval"), ("ok" if ok else "FAIL")
+        print(f"logits {mode:5} {relative:.1e} of the largest, tolerance {LOGIT_TOLERANCE:.0e}: {verdict}")
+    return 0 if passed else 1
+
+
+def torchvision_logits(
+    card: weights.ModelCard, tensors: dict[str, np.ndarray], images: np.ndarray, train: bool
+) -> np.ndarray:
+    """Logits [N, classes] of torchvision's model for NHWC images."""
+    torch = checkpoints.import_torch()
+    import torchvision
+
+    if card.arch not in torchvision.models.list_models():
+        raise cli.UserError(f"torchvision has no {card.arch}", "verify one of its own architectures")
+    model = getattr(torchvision.models, card.arch)(num_classes=card.num_classes)
+    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in tensors.items()})
+    model.train(train)
+    with torch.no_grad():
+        return model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+
+
+def list_registry() -> None:
+    """Print torchvision's ResNet weights: arch, name, top-1 on ImageNet, parameters, size."""
+    checkpoints.import_torch()
+    import torchvision
+
+    print(f"{'arch':18} {'weights':14} {'top-1 %':>8} {'params':>11} {'MB':>6}  resize, crop")
+    for arch in ARCHITECTURES:
+        if arch not in torchvision.models.list_models():
+            continue
+        for name, entry in checkpoints.registry(arch).items():
+            meta, preset = entry.meta, entry.transforms()
+            top1 = meta["_metrics"]["ImageNet-1K"]["acc@1"]
+            sizes = f"{preset.resize_size[0]}, {preset.crop_size[0]}"
+            print(f"{arch:18} {name:14} {top1:8.3f} {meta['num_params']:11,d} {meta['_file_size']:6.0f}  {sizes}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("to-flax", help="port torchvision weights to a directory")
+    command.add_argument("weights", help="registry name, .pth or .safetensors")
+    command.add_argument("--arch", required=True, help=", ".join(ARCHITECTURES))
+    command.add_argument("--out", required=True, type=Path)
+    command = commands.add_parser("to-torch", help="write a ported directory as a torchvision state_dict")
+    command.add_argument("directory", type=Path)
+    command.add_argument("--out", required=True, type=Path)
+    command = commands.add_parser("verify", help="hold a ported directory against torchvision")
+    command.add_argument("directory", type=Path)
+    command.add_argument("--against", required=True, help="registry name, .pth or .safetensors")
+    command.add_argument("--image-size", type=int, default=224)
+    commands.add_parser("list", help="torchvision's weights")
+    args = parser.parse_args()
+    if args.command == "verify":
+        return verify(args.directory, args.against, args.image_size)
+    if args.command == "to-flax":
+        to_flax(args.weights, args.arch, args.out)
+    elif args.command == "to-torch":
+        to_torch(args.directory, args.out)
+    else:
+        list_registry()
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,3 @@
+"""Fine-tune a torchvision ResNet in JAX and prove that it computes what PyTorch computes."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,86 @@
+"""What the commands share: the user's errors and the exit status they end in."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+USER_ERROR = 2
+
+
+class UserError(Exception):
+    """The user's input is wrong: `what` is, and `what_to_do` mends it. Never raised for our own bugs."""
+
+    def __init__(self, what: str, what_to_do: str):
+        super().__init__(f"{what}; {what_to_do}")
+
+
+def complain(error: Exception | str) -> int:
+    """Print `error: ...` as one line on stderr and return the exit status of a user's error."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+    return USER_ERROR
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command: exit 0 when done, 2 with one line for a UserError; any other exception keeps its traceback."""
+    try:
+        status = main() or 0
+    except UserError as error:
+        status = complain(error)
+    sys.exit(status)
+
+
+def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
+    """A hint for a misspelt name: "did you mean 'resnet18'?", or all the known ones where none is near."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def run_module(*command: str, platform: str = "cpu") -> None:
+    """Run `python -m COMMAND...` in a process of its own, its progress on our stderr.
+
+    For what must stay out of this process (torch, TensorFlow). JAX there sees only `platform`, so that an accelerator
+    which admits a single process is left alone.
+
+    Raises:
+      UserError: the one that ended the command.
+      RuntimeError: it failed otherwise; the message holds its output.
+    """
+    environment = {**os.environ, "JAX_PLATFORMS": platform}
+    arguments = [sys.executable, "-m", *command]
+    with subprocess.Popen(
+        arguments, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stderr is not None
+        said = b""
+        while chunk := process.stderr.read1(65536):  # type: ignore[attr-defined]
+            said += chunk
+            if b"error: " not in said:  # ours to print, once
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.flush()
+    if process.returncode == USER_ERROR:
+        message = said.decode(errors="replace").rpartition("error: ")[2]
+        what, _, what_to_do = " ".join(message.split()).rpartition("; ")
+        raise UserError(what, what_to_do)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} ended with {process.returncode}:\n{said.decode(errors='replace')}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as a JSON file that appears whole or not at all.
+
+    Raises:
+      UserError: it can't be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}", "name another file") from None

@@ -1,0 +1,282 @@
+"""Every setting of a run: its default, its meaning, and what is allowed.
+
+A file in configs/ defines `get_config(variant)`, which starts from `default()` and changes what its task needs; the
+command line overrides single keys (`--config.optim.lr=0.02`). `check` finds what is wrong before any work is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import placeholder
+
+from jaxsft.cli import UserError, nearest
+from jaxsft.models.resnet import ARCHITECTURES
+
+SCHEDULES = ("constant", "cosine", "linear", "step")
+OPTIMIZERS = ("sgd", "adamw")
+
+
+def default() -> ConfigDict:
+    """The defaults: torch's where torch has one, else what a careful fine-tuning run would use."""
+    config = ConfigDict()
+    config.seed = 0
+
+    config.model = model = ConfigDict()
+    model.arch = "resnet18"
+    # '' = from scratch | 'sample' | a torchvision name (IMAGENET1K_V1) | .pth | .safetensors | a ported directory
+    model.weights = "IMAGENET1K_V1"
+    model.num_classes = placeholder(int)  # None: as many as the data has
+    model.head_init = "torch"  # 'torch': U(+-1/sqrt(fan_in)) | 'zeros'
+    model.freeze = ()  # regular expressions searched in parameter paths such as 'layer1_0/conv1/kernel'
+    model.batch_norm = "train"  # 'train' | 'frozen': running statistics everywhere; frozen layers always use them
+
+    config.data = data = ConfigDict()
+    data.source = "tfds:cifar10"  # 'tfds:NAME' | 'sample'
+    data.data_dir = ""  # '' = TFDS's own default
+    data.train_split = "train"
+    data.eval_split = "test"
+    data.image_size = 224  # px, the side of the square the model sees
+    data.resize_size = placeholder(int)  # px, the short side before the middle is cut out; None: image_size
+    data.batch_size = 128  # global: over all devices of all processes
+    data.augment = ("pad_crop", "flip")  # names of jaxsft.data.augment.AUGMENTATIONS, in their order
+    data.mean = (0.485, 0.456, 0.406)  # of RGB in 0..1
+    data.std = (0.229, 0.224, 0.225)
+
+    config.optim = optim = ConfigDict()
+    optim.name = "sgd"  # 'sgd' | 'adamw'
+    optim.lr = 0.01
+    optim.momentum = 0.9
+    optim.nesterov = False
+    optim.weight_decay = 0.0  # coupled for sgd (torch: added to the gradient), decoupled for adamw
+    optim.decay_norm_and_bias = True  # torch decays every parameter
+    optim.schedule = "cosine"  # 'constant' | 'cosine' | 'linear' (both to 0) | 'step'
+    optim.warmup_epochs = 0.0
+    optim.step_epochs = 30.0  # of the schedule 'step': multiply by step_factor every so many epochs
+    optim.step_factor = 0.1
+    optim.layer_decay = 1.0  # every stage nearer the image has its rate multiplied by this once more
+    optim.lr_multipliers = ()  # pairs (regular expression, factor): the first that is found in a path counts
+    optim.clip_norm = 0.0  # 0 = off; torch.nn.utils.clip_grad_norm_ before weight decay
+    optim.accumulate = 1  # micro-batches an update: as many examples, less memory
+
+    config.train = train = ConfigDict()
+    train.epochs = 10.0
+    train.steps = placeholder(int)  # not None: instead of epochs
+    train.label_smoothing = 0.0
+    train.ema = 0.0  # decay of the moving average of parameters and batch statistics that is evaluated; 0 = off
+    train.precision = "float32"  # 'float32' | 'bfloat16': of activations; parameters and sums stay float32
+    train.log_every_steps = 50
+
+    config.eval = ConfigDict({"every_epochs": 1.0})
+    config.checkpoint = ConfigDict({"every_steps": 500, "keep": 2})
+    # backend: 'pmap' | 'shard_map'; batch_norm: 'local' (each device its own statistics) | 'sync' (over all devices)
+    config.parallel = ConfigDict({"backend": "pmap", "batch_norm": "local"})
+    return config
+
+
+def is_pattern(value: Any) -> bool:
+    """Whether `value` is a regular expression that compiles."""
+    try:
+        return isinstance(value, str) and bool(value) and re.compile(value) is not None
+    except re.error:
+        return False
+
+
+def is_rgb(value: Any) -> bool:
+    """Whether `value` is three finite numbers."""
+    return len(value) == 3 and all(isinstance(x, int | float) and abs(x) < float("inf") for x in value)
+
+
+def are_multipliers(value: Any) -> bool:
+    """Whether `value` is pairs of a regular expression and a factor of 0 or more."""
+    return all(len(pair) == 2 and is_pattern(pair[0]) and 0 <= pair[1] < float("inf") for pair in value)
+
+
+# (key, what it must be, test). One row a promise; `check` reads them in order.
+CHECKS: tuple[tuple[str, str, Any], ...] = (
+    ("seed", "0 or more", lambda v: v >= 0),
+    ("model.num_classes", "None or 1 and more", lambda v: v is None or v >= 1),
+    ("model.head_init", "'torch' or 'zeros'", lambda v: v in ("torch", "zeros")),
+    ("model.freeze", "a tuple of regular expressions", lambda v: all(is_pattern(p) for p in v)),
+    ("model.batch_norm", "'train' or 'frozen'", lambda v: v in ("train", "frozen")),
+    ("data.source", "'tfds:NAME' or 'sample'", bool),
+    ("data.train_split", "a split such as train[:90%]", bool),
+    ("data.eval_split", "a split such as test", bool),
+    ("data.image_size", "32 to 4096", lambda v: 32 <= v <= 4096),
+    ("data.resize_size", "None or image_size to 4096", lambda v: v is None or v <= 4096),
+    ("data.batch_size", "1 or more", lambda v: v >= 1),
+    ("data.mean", "three numbers", is_rgb),
+    ("data.std", "three numbers above 0", lambda v: is_rgb(v) and min(v) > 0),
+    ("optim.name", " or ".join(map(repr, OPTIMIZERS)), lambda v: v in OPTIMIZERS),
+    ("optim.lr", "above 0", lambda v: 0 < v < float("inf")),
+    ("optim.momentum", "0 to below 1", lambda v: 0 <= v < 1),
+    ("optim.weight_decay", "0 or more", lambda v: 0 <= v < float("inf")),
+    ("optim.schedule", " or ".join(map(repr, SCHEDULES)), lambda v: v in SCHEDULES),
+    ("optim.warmup_epochs", "0 or more", lambda v: 0 <= v < float("inf")),
+    ("optim.step_epochs", "above 0", lambda v: 0 < v < float("inf")),
+    ("optim.step_factor", "above 0", lambda v: 0 < v < float("inf")),
+    ("optim.layer_decay", "above 0, at most 1", lambda v: 0 < v <= 1),
+    ("optim.lr_multipliers", "a tuple of pairs (regular expression, factor of 0 or more)", are_multipliers),
+    ("optim.clip_norm", "0 or more", lambda v: 0 <= v < float("inf")),
+    ("optim.accumulate", "1 or more", lambda v: v >= 1),
+    ("train.epochs", "above 0", lambda v: 0 < v < float("inf")),
+    ("train.steps", "None or 1 and more", lambda v: v is None or v >= 1),
+    ("train.label_smoothing", "0 to below 1", lambda v: 0 <= v < 1),
+    ("train.ema", "0 to below 1", lambda v: 0 <= v < 1),
+    ("train.precision", "'float32' or 'bfloat16'", lambda v: v in ("float32", "bfloat16")),
+    ("train.log_every_steps", "1 or more", lambda v: v >= 1),
+    ("eval.every_epochs", "above 0", lambda v: 0 < v < float("inf")),
+    ("checkpoint.every_steps", "1 or more", lambda v: v >= 1),
+    ("checkpoint.keep", "1 or more", lambda v: v >= 1),
+    ("parallel.backend", "'pmap' or 'shard_map'", lambda v: v in ("pmap", "shard_map")),
+    ("parallel.batch_norm", "'local' or 'sync'", lambda v: v in ("local", "sync")),
+)
+
+
+def check(config: ConfigDict) -> None:
+    """Raise a UserError for the first setting that can't be meant.
+
+    Raises:
+      UserError: a key, its value, what it must be.
+    """
+    from jaxsft.data.augment import AUGMENTATIONS
+
+    for key, must, test in CHECKS:
+        value = get(config, key)
+        try:
+            good = test(value)
+        except (TypeError, ValueError):
+            good = False
+        if not good:
+            raise UserError(f"config.{key} is {value!r}", f"it must be {must}")
+    if config.model.arch not in ARCHITECTURES:
+        raise UserError(f"config.model.arch is {config.model.arch!r}", nearest(config.model.arch, list(ARCHITECTURES)))
+    for name in config.data.augment:
+        if name not in AUGMENTATIONS:
+            raise UserError(f"config.data.augment has {name!r}", nearest(str(name), list(AUGMENTATIONS)))
+    resize = config.data.resize_size
+    if resize is not None and resize < config.data.image_size:
+        raise UserError(
+            f"config.data.resize_size is {resize}", f"it must be image_size {config.data.image_size} or more"
+        )
+    if config.data.batch_size % config.optim.accumulate:
+        raise UserError(
+            f"config.data.batch_size {config.data.batch_size} is not divisible by optim.accumulate"
+            f" {config.optim.accumulate}",
+            "change one of them",
+        )
+
+
+def get(config: ConfigDict, key: str) -> Any:
+    """The value under a dotted key."""
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} as {"optim.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON text; tuples become lists."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """`to_json` backwards, over today's defaults.
+
+    Raises:
+      ValueError: not JSON.
+      KeyError, TypeError: a key that does not exist today, a value of another type.
+    """
+    config = default()
+    for key, value in flatten(json.loads(text)).items():
+        *parents, leaf = key.split(".")
+        get(config, ".".join(parents))[leaf] = as_tuple(value) if isinstance(value, list) else value
+    return config
+
+
+def as_tuple(value: Any) -> Any:
+    """Lists, also nested, as tuples."""
+    return tuple(map(as_tuple, value)) if isinstance(value, list | tuple) else value
+
+
+def parse_flags(argv: Sequence[str], usage: str, strings: dict[str, str]) -> tuple[ConfigDict, dict[str, str], str]:
+    """Read a command line of `--config FILE[:VARIANT] [--config.KEY=VALUE ...]` and the options named in `strings`.
+
+    Args:
+      argv: the arguments after the program's name.
+      usage: what --help prints first.
+      strings: further options of one text value each, and their help.
+
+    Returns:
+      The locked config, the values of the further options ('' where not given), and FILE[:VARIANT] as typed.
+
+    Raises:
+      UserError: an unknown option or key, a value of the wrong type, a config file that can't be read.
+      SystemExit: --help.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(usage)
+        for name, text in strings.items():
+            print(f"  --{name}: {text}")
+        raise SystemExit(0)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    for name, text in strings.items():
+        flags.DEFINE_string(name, "", text, flag_values=values)
+    with replaced_argv(["jaxsft", *argv]):  # config_flags reads sys.argv itself to find the overrides
+        try:
+            rest = values(sys.argv)
+            config = values.config
+            if config is not None and not isinstance(config, ConfigDict):
+                config.seed  # noqa: B018  (config_flags keeps a failure to load until the first use)
+        except (flags.Error, KeyError, AttributeError) as error:
+            what, hint = explain(str(error.args[0] if error.args else error))
+            raise UserError(what, hint) from None
+        except OSError as error:
+            raise UserError(
+                f"the config file can't be read: {str(error).splitlines()[-1].strip()}", "check its path"
+            ) from None
+    if config is None:
+        raise UserError("no config", "give --config configs/cifar10.py or another file")
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is no option", "give options as --name=value")
+    return config, {name: values[name].value for name in strings}, values["config"].config_filename
+
+
+def explain(message: str) -> tuple[str, str]:
+    """What config_flags and absl say of a wrong flag, as (what, what to do)."""
+    lines = message.replace("'\\'", "'").replace("\\''", "'").strip("'\"").splitlines()
+    match = re.search(r"[Dd]id you mean:? \"?([\w.]+)", message)
+    hint = f"did you mean {match.group(1)!r}?" if match else "see --help"
+    return lines[0].strip("'\"\\ ").split(". Did you mean")[0] if match else lines[0], hint
+
+
+@contextlib.contextmanager
+def replaced_argv(argv: list[str]) -> Iterator[None]:
+    """`sys.argv` as `argv` for a while."""
+    before, sys.argv = sys.argv, argv
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def run_name(config_flag: str) -> str:
+    """The default name of a run: configs/cifar10.py:sample -> cifar10-sample."""
+    file, _, variant = config_flag.partition(":")
+    return Path(file).stem + (f"-{variant}" if variant else "")

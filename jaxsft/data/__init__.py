@@ -1,0 +1,1 @@
+"""Labelled images: source -> order -> loader -> (device) augment."""

@@ -1,0 +1,70 @@
+"""The only file that knows pmap, shard_map, meshes and processes.
+
+The state is one un-stacked, fully replicated pytree; batches are split along their first axis. Both back ends run the
+same body: `jax.pmap` with `in_axes` / `out_axes` None for what is replicated, or `jax.jit(jax.shard_map(...))`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxsft.cli import UserError
+
+AXIS = "batch"
+
+
+class DataParallel:
+    """All devices, and how a step body runs on them."""
+
+    def __init__(self, backend: str = "pmap", devices: Any = None):
+        self.backend = backend
+        self.devices = list(jax.devices() if devices is None else devices)
+        self.mesh = Mesh(np.array(self.devices), (AXIS,))
+        # One device needs no collectives: the same body without them is the same step, compiled simpler.
+        self.axis_name = AXIS if len(self.devices) > 1 else None
+
+    def __str__(self) -> str:
+        kind = self.devices[0].device_kind
+        return f"{len(self.devices)} x {kind}, {self.backend}"
+
+    def check_batch(self, batch_size: int, accumulate: int = 1) -> None:
+        """Raise a UserError when the global batch does not split evenly."""
+        count = len(self.devices) * accumulate
+        if batch_size % count:
+            parts = f"{len(self.devices)} devices" + (f" x {accumulate} micro-batches" if accumulate > 1 else "")
+            raise UserError(
+                f"config.data.batch_size {batch_size} is not divisible by {parts}",
+                f"take {max(batch_size // count, 1) * count}",
+            )
+
+    def replicate(self, tree: Any) -> Any:
+        """A copy of every leaf on every device."""
+        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+    def split(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Host arrays [B, ...] on the devices, B / devices each, in the shape the back end wants."""
+        if self.backend == "pmap":
+            batch = {k: v.reshape(len(self.devices), -1, *v.shape[1:]) for k, v in batch.items()}
+        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(AXIS)))
+
+    def compile(self, body: Callable[..., Any], *, donate_first: bool = False) -> Callable[..., Any]:
+        """`body(replicated, replicated dataset, split batch)` on all devices; what it returns must be replicated.
+
+        With `donate_first` the memory of the first argument is given to the result.
+        """
+        donate = (0,) if donate_first else ()
+        if self.backend == "pmap":
+            return jax.pmap(
+                body, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=donate, devices=self.devices
+            )
+        everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
+        # check_vma off: the body averages gradients itself, exactly as under pmap.
+        mapped = jax.shard_map(
+            body, mesh=self.mesh, in_specs=(everywhere, everywhere, split), out_specs=everywhere, check_vma=False
+        )
+        return jax.jit(mapped, donate_argnums=donate)

@@ -1,0 +1,38 @@
+"""TrainState: all that a step changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Parameters, batch statistics, optimizer state and the number of updates made, one copy on every device.
+
+    Random numbers need no place here: each step derives its key from the seed and `step`.
+    """
+
+    step: jax.Array  # int32 scalar
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    average: Any = None  # {"params", "batch_stats"}: their moving average, where train.ema is on
+
+    @classmethod
+    def create(cls, variables: Any, optimizer: optax.GradientTransformation, with_average: bool) -> TrainState:
+        """The state before the first update of {"params", "batch_stats"}."""
+        average = jax.tree.map(jnp.copy, variables) if with_average else None
+        params = variables["params"]
+        return cls(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params), average)
+
+    def variables(self) -> dict[str, Any]:
+        """What the current parameters compute with, for training."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+    def evaluated(self) -> dict[str, Any]:
+        """What is evaluated and exported: the moving average where there is one."""
+        return self.variables() if self.average is None else self.average
