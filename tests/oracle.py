@@ -1,0 +1,48 @@
+"""torchvision's models, also those that torchvision has no name for."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torchvision
+
+from convert import names
+from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
+
+TEN = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+)
+
+
+def torch_model(arch: str, num_classes: int = 10, seed: int = 0) -> torch.nn.Module:
+    """torchvision's own initialisation, with batch norm's state and parameters moved off their trivial values."""
+    torch.manual_seed(seed)
+    model = getattr(torchvision.models, arch)(num_classes=num_classes)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.0)
+            torch.nn.init.normal_(module.bias, 0, 0.1)
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            module.num_batches_tracked.fill_(7)
+    return model
+
+
+def tensors(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """The state_dict as arrays."""
+    return {name: value.numpy().copy() for name, value in model.state_dict().items()}
+
+
+def ported(model: torch.nn.Module, arch: str, num_classes: int = 10):
+    """Our model with the same weights: (model, variables)."""
+    ours = ARCHITECTURES[arch](num_classes=num_classes)
+    return ours, names.to_flax(tensors(model), variable_shapes(ours), arch)
