@@ -1,57 +1,279 @@
-"""Orbax checkpoints of a run: the newest few, written in the background, restored onto whatever devices there are."""
+"""Orbax checkpoints of a run: the newest few and the best, checked when read, restored onto whatever devices there are.
+
+WORKDIR/checkpoints/STEP/ holds `state`, the TrainState as plain arrays, and `host`, a JSON record of the host's share:
+the sums of the metrics, the config, the versions of the libraries, and a checksum of every array and of itself.
+Orbax writes in the background under another name and renames at the end, so that a STEP that is there is whole; what a
+disk does to it later, the checksums show. Random numbers and the order of the data are functions of seed and step.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import platform
+import re
+import sys
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
 
+from jaxsft.cli import Stop, UserError
+from jaxsft.log import NotFinite
 from jaxsft.state import TrainState
+
+FOLDER, SET_ASIDE = "checkpoints", "damaged"
+LIBRARIES = ("jaxsft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class Damaged(Exception):
+    """A checkpoint can't be read, or is not what was written; the message says how."""
+
+
+class Restored(NamedTuple):
+    """A checkpoint read back: its step, arrays on the host, and the host's record."""
+
+    step: int
+    state: Any
+    record: dict[str, Any]
+
+
+class LastAndBest(checkpoint_managers.LatestN):
+    """Orbax's preservation policy: the last `n` steps, and `best` where it is set."""
+
+    best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Which of `checkpoints`, oldest first, stay."""
+        latest = super().should_preserve(checkpoints, context=context)
+        return [keep or info.step == self.best for keep, info in zip(latest, checkpoints, strict=True)]
 
 
 class Checkpoints:
-    """WORKDIR/checkpoints/STEP/: the TrainState, and a JSON record of the host's share of the run."""
+    """The checkpoints of a run that trains: to be entered, so that the last one is whole on the way out."""
 
-    def __init__(self, workdir: Path, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
+    def __init__(self, workdir: Path, keep: int, on_nan: str = "stop"):
+        """Keep the last `keep` and the best; with `on_nan` "stop" a state that is not finite is never saved."""
+        self.workdir, self.on_nan = workdir, on_nan
+        self._policy = LastAndBest(n=keep)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._policy,
+            cleanup_tmp_directories=True,  # of a run that was killed while it wrote; the workdir is ours alone
+            # Directories at once: where they can't be made, the threads that wait for them would wait ten minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
+        self._manager = ocp.CheckpointManager((workdir / FOLDER).resolve(), options=options)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+            self._manager.close()
+        except Stop:
+            if kind is None:  # else what ended the run has been told already
+                raise
 
     def latest_step(self) -> int | None:
-        """The newest step on disk, None where there is none."""
+        """The newest step on disk or on its way there, None where there is none."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, step: int, host: dict[str, Any]) -> None:
-        """Start writing `state` under `step`; it appears whole or not at all. A step that is there stays as it is."""
-        if step != self.latest_step():
-            arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host))
-            self._manager.save(step, args=arguments)
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of `step` lies."""
+        return self.workdir / FOLDER / str(step)
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state of `step` with the shapes, dtypes and shardings of `like`, and the host's record."""
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target), host=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=arguments)
-        return restored["state"], restored["host"]
+    def save(self, state: TrainState, step: int, host: dict[str, Any], best: int | None = None) -> None:
+        """Start writing `state` under `step`; it appears whole or not at all. A step that is there stays as it is.
 
-    def restore_variables(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
-        """What `TrainState.evaluated` was at `step`, on one device: variables shaped as `like`."""
-        saved = self._manager.item_metadata(step)["state"]
-        average = saved["average"] is not None
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
-        arguments = ocp.args.Composite(
-            state=ocp.args.PyTreeRestore({"average": target} if average else target, partial_restore=True)
-        )
-        restored = self._manager.restore(step, args=arguments)["state"]
-        return restored["average"] if average else restored
+        Then the oldest go, but not the step `best`.
+
+        Raises:
+          NotFinite: a parameter is NaN or infinite, and on_nan is "stop".
+          Stop: this or an earlier checkpoint can't be written, such as for want of space.
+        """
+        self._policy.best = best
+        if step in self._manager.all_steps():
+            return
+        arrays = on_host(state)
+        if self.on_nan == "stop":
+            check_finite(arrays, step)
+        record = seal({**host, "versions": versions(), "arrays": describe(arrays)})
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave(record))
+        try:
+            self._manager.save(step, args=arguments, force=True)
+        except Exception as error:
+            raise self._unwritten(error) from None
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Wait until what was saved is on disk. Raises Stop where it can't be."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._unwritten(error) from None
 
-    def close(self) -> None:
-        """Wait until all is written."""
-        self.wait()
-        self._manager.close()
+    def _unwritten(self, error: Exception) -> Stop:
+        sys.unraisablehook = but_closed_loops(sys.unraisablehook)
+        whole = steps(self.workdir)
+        left = f"those of steps {', '.join(map(str, whole))} are intact" if whole else "there is no earlier one"
+        return Stop(
+            f"a checkpoint can't be written to {self.workdir / FOLDER}: {first_line(error)}; {left}",
+            "make room or mend the disk; the same command then resumes",
+        )
+
+
+def steps(workdir: Path) -> list[int]:
+    """The steps that have a checkpoint, oldest first."""
+    try:
+        return sorted(int(p.name) for p in (workdir / FOLDER).iterdir() if p.name.isdecimal() and p.is_dir())
+    except OSError:
+        return []
+
+
+def newest(workdir: Path, like: Callable[[dict[str, Any]], Any], *, set_aside: bool) -> Restored | None:
+    """The newest intact checkpoint, None where there is none.
+
+    A damaged one is named on stderr and the one before it is taken; with `set_aside` it is moved to WORKDIR/damaged/.
+
+    Args:
+      workdir: of the run.
+      like: from a checkpoint's record to the (part of the) state to read, its leaves with shape and dtype.
+      set_aside: whether this process may move things.
+
+    Raises:
+      UserError: it was written by versions of this program or its libraries that keep something else.
+    """
+    for step in reversed(steps(workdir)):
+        path = workdir / FOLDER / str(step)
+        try:
+            record = read_record(path)
+            return Restored(step, read_arrays(path, record, like(record)), record)
+        except Damaged as damage:
+            said = f"the checkpoint {path} is damaged ({damage})"
+        if set_aside:
+            said += f" and now lies in {move_aside(workdir, path)}"
+        print(f"{said}; the one before it is used", file=sys.stderr, flush=True)
+    return None
+
+
+def read_arrays(path: Path, record: dict[str, Any], like: Any) -> Any:
+    """The arrays of one checkpoint in the structure of `like`, checked against its record.
+
+    Raises:
+      Damaged: a file is missing, cut off, or altered.
+      UserError: it has no such arrays.
+    """
+    expected = {name: kind_of(leaf) for name, leaf in named(like).items()}
+    differing = [name for name, kind in expected.items() if record["arrays"].get(name, [])[:2] != kind]
+    if differing:
+        wrote = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        raise UserError(
+            f"{path} keeps other arrays than this program ({', '.join(differing[:3])}); it was written by {wrote}",
+            "use those versions, or start in another --workdir",
+        )
+    target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
+    arguments = ocp.args.PyTreeRestore(
+        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+    )
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            arrays = checkpointer.restore((path / "state").resolve(), args=arguments)
+        altered = [name for name, entry in describe(arrays).items() if entry != record["arrays"][name]]
+    except Exception as error:  # on damaged files the libraries below raise nearly anything
+        raise Damaged(first_line(error)) from None
+    if altered:
+        raise Damaged(f"{len(altered)} arrays are not what was written, such as {altered[0]}")
+    return arrays
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The host's record of a checkpoint. Raises Damaged where it is not what was written."""
+    try:
+        record = json.loads((path / "host" / "metadata").read_text())
+        checksum = record.pop("crc32")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"its record can't be read: {first_line(error)}") from None
+    if seal(record)["crc32"] != checksum:
+        raise Damaged("its record is not what was written")
+    return record
+
+
+def move_aside(workdir: Path, path: Path) -> Path:
+    """Move a damaged checkpoint out of the way, to a name that is free."""
+    folder = workdir / SET_ASIDE
+    try:
+        folder.mkdir(exist_ok=True)
+        target, count = folder / path.name, 1
+        while target.exists():
+            target, count = folder / f"{path.name}.{count}", count + 1
+        return path.rename(target)
+    except OSError as error:
+        raise UserError(f"{path} is damaged and can't be moved away: {error.strerror}", "remove it by hand") from None
+
+
+def on_host(state: TrainState) -> TrainState:
+    """A copy of the state in the host's memory, one array a leaf.
+
+    A true copy: what `device_get` returns on a CPU can be the device's own memory, which the next step overwrites.
+    """
+    return jax.tree.map(lambda x: np.array(x, order="C"), jax.device_get(state))
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """The leaves of a state by path, such as "params/fc/bias"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def kind_of(leaf: Any) -> list[Any]:
+    """[shape, dtype] of an array, as JSON has them."""
+    return [list(leaf.shape), str(leaf.dtype)]
+
+
+def describe(arrays: Any) -> dict[str, list[Any]]:
+    """[shape, dtype, crc32] of every leaf by path."""
+    return {name: [*kind_of(leaf), zlib.crc32(leaf)] for name, leaf in named(arrays).items()}
+
+
+def check_finite(arrays: Any, step: int) -> None:
+    """Raise NotFinite for the first leaf with a NaN or an infinity."""
+    for name, leaf in named(arrays).items():
+        if np.issubdtype(leaf.dtype, np.floating) and not np.isfinite(leaf).all():
+            raise NotFinite(step, f"{name} is not finite")
+
+
+def seal(record: dict[str, Any]) -> dict[str, Any]:
+    """`record` with the checksum of its own JSON text."""
+    return {**record, "crc32": zlib.crc32(json.dumps(record, sort_keys=True).encode())}
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries whose arithmetic or formats a checkpoint depends on."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # such as jaxsft itself, run from its folder
+            continue
+    return found
+
+
+def but_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`hook` without what TensorStore's other writes of a failed checkpoint say of Orbax's event loop being gone."""
+    return lambda raised: None if "Event loop is closed" in str(raised.exc_value) else hook(raised)
+
+
+def first_line(error: Any) -> str:
+    """What to tell of another library's exception: the system's reason where it names one, else its first 200 letters."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    reason = re.search(r": ([^:]+) \[(?:os_error|OS error)", str(error))  # TensorStore's way
+    if reason or getattr(error, "strerror", None):
+        return reason[1] if reason else error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]

@@ -5,34 +5,60 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-USER_ERROR = 2
+FAILED, USER_ERROR = 1, 2  # exit status
+OFFLINE = (
+    "give local files, --config.model.weights=FILE and --config.data.data_dir=DIR (prepared by TFDS),"
+    " or run configs/cifar10.py:sample, which needs no network"
+)
 
 
-class UserError(Exception):
+class Stop(Exception):
+    """A command ends here, through no bug of ours: one line says `what` stopped it and `what_to_do`; no traceback."""
+
+    label = "error"
+
+    def __init__(self, what: str, what_to_do: str, status: int = FAILED):
+        super().__init__(f"{what}; {what_to_do}")
+        self.status = status
+
+
+class UserError(Stop):
     """The user's input is wrong: `what` is, and `what_to_do` mends it. Never raised for our own bugs."""
 
     def __init__(self, what: str, what_to_do: str):
-        super().__init__(f"{what}; {what_to_do}")
+        super().__init__(what, what_to_do, USER_ERROR)
 
 
-def complain(error: Exception | str) -> int:
-    """Print `error: ...` as one line on stderr and return the exit status of a user's error."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-    return USER_ERROR
+class Preempted(Stop):
+    """The command was told to stop by a signal; the status is the shell's for it, 128 + its number."""
+
+    label = "stopped"
+
+    def __init__(self, signal_number: int, where: str, what_to_do: str):
+        super().__init__(f"{signal.Signals(signal_number).name} {where}", what_to_do, 128 + signal_number)
+
+
+def complain(stop: Stop) -> int:
+    """Print `error: what; what to do` as one line on stderr and return the exit status."""
+    print(f"{stop.label}: {' '.join(str(stop).split())}", file=sys.stderr, flush=True)
+    return stop.status
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command: exit 0 when done, 2 with one line for a UserError; any other exception keeps its traceback."""
+    """Run a command: 0 when done, a Stop's status with its one line; any other exception keeps its traceback."""
     try:
         status = main() or 0
-    except UserError as error:
-        status = complain(error)
+    except Stop as stop:
+        status = complain(stop)
+    except KeyboardInterrupt:
+        status = complain(Preempted(signal.SIGINT, "before anything was there to save", "nothing is lost"))
     sys.exit(status)
 
 
@@ -65,7 +91,7 @@ def run_module(*command: str, platform: str = "cpu") -> None:
                 sys.stderr.buffer.write(chunk)
                 sys.stderr.flush()
     if process.returncode == USER_ERROR:
-        message = said.decode(errors="replace").rpartition("error: ")[2]
+        message = said.decode(errors="replace").strip().splitlines()[-1].partition("error: ")[2]
         what, _, what_to_do = " ".join(message.split()).rpartition("; ")
         raise UserError(what, what_to_do)
     if process.returncode:

@@ -23,6 +23,9 @@ from jaxsft.models.resnet import ARCHITECTURES
 
 SCHEDULES = ("constant", "cosine", "linear", "step")
 OPTIMIZERS = ("sgd", "adamw")
+BEST_METRICS = ("", "accuracy", "top5", "loss")
+# Keys by which a resumed run may differ from what it was: they change how it is computed, not what.
+FREE = ("checkpoint.", "parallel.backend", "parallel.timeout_seconds", "data.data_dir", "data.workers", "train.on_nan")
 
 
 def default() -> ConfigDict:
@@ -40,14 +43,29 @@ def default() -> ConfigDict:
     model.batch_norm = "train"  # 'train' | 'frozen': running statistics everywhere; frozen layers always use them
 
     config.data = data = ConfigDict()
-    data.source = "tfds:cifar10"  # 'tfds:NAME' | 'sample'
+    data.source = "tfds:cifar10"  # 'tfds:NAME' | 'folder:PATH' | 'csv:FILE' | 'hf:NAME' | 'sample' | a registered one
     data.data_dir = ""  # '' = TFDS's own default
     data.train_split = "train"
-    data.eval_split = "test"
+    data.eval_split = ""  # '' = the first of validation, val, valid and test that the data has
+    data.eval_fraction = 0.1  # of each class, to evaluate on where the files have no split of their own
+    data.fraction = 1.0  # of each class to train on, for low-data work
+    data.per_class = placeholder(int)  # not None: instead of fraction, so many training images of each class
+    data.on_error = "raise"  # at a broken image: 'raise' | 'skip' (listed in bad_files.txt)
+    data.exif_orientation = True  # turn pictures upright as their EXIF tag says; torchvision's ImageFolder does not
+    data.check_overlap = False  # warn of images that are both trained and evaluated on; decodes all of them
+    data.resident_mb = 1024  # sets of one image size lie on the device as one array up to this; others are streamed
+    data.workers = placeholder(int)  # processes that decode streamed images; None: one a core, at most 16; 0: none
     data.image_size = 224  # px, the side of the square the model sees
     data.resize_size = placeholder(int)  # px, the short side before the middle is cut out; None: image_size
     data.batch_size = 128  # global: over all devices of all processes
+    data.last_batch = "drop"  # the last, partial batch of an epoch: 'drop' | 'keep' (trained on as it is)
+    data.sampling = "shuffle"  # 'shuffle' | 'balanced': every class equally often
     data.augment = ("pad_crop", "flip")  # names of jaxsft.data.augment.AUGMENTATIONS, in their order
+    data.crop_scale = (0.08, 1.0)  # of random_resized_crop: share of the area
+    data.crop_ratio = (3 / 4, 4 / 3)  # and width / height
+    data.jitter = (0.4, 0.4, 0.4, 0.1)  # of color_jitter: brightness, contrast, saturation, hue
+    data.rand_augment = (2, 9)  # of rand_augment: operations, magnitude of 0..30
+    data.erasing = 0.5  # of random_erasing: probability
     data.mean = (0.485, 0.456, 0.406)  # of RGB in 0..1
     data.std = (0.229, 0.224, 0.225)
 
@@ -71,14 +89,19 @@ def default() -> ConfigDict:
     train.epochs = 10.0
     train.steps = placeholder(int)  # not None: instead of epochs
     train.label_smoothing = 0.0
+    train.mixup = 0.0  # alpha of mixup, 0 = off; with cutmix too a coin decides at each step
+    train.cutmix = 0.0  # alpha of cutmix, 0 = off
     train.ema = 0.0  # decay of the moving average of parameters and batch statistics that is evaluated; 0 = off
     train.precision = "float32"  # 'float32' | 'bfloat16': of activations; parameters and sums stay float32
     train.log_every_steps = 50
+    train.on_nan = "stop"  # at a loss or parameter that is NaN or infinite: 'stop' | 'ignore'
 
     config.eval = ConfigDict({"every_epochs": 1.0})
-    config.checkpoint = ConfigDict({"every_steps": 500, "keep": 2})
-    # backend: 'pmap' | 'shard_map'; batch_norm: 'local' (each device its own statistics) | 'sync' (over all devices)
-    config.parallel = ConfigDict({"backend": "pmap", "batch_norm": "local"})
+    # best_metric: keep the best by it too: '' = off | 'accuracy' | 'top5' | 'loss' of an evaluation
+    config.checkpoint = ConfigDict({"every_steps": 500, "keep": 2, "best_metric": ""})
+    # backend: 'pmap' | 'shard_map'; batch_norm: 'local' (each device its own statistics) | 'sync' (over all devices);
+    # timeout_seconds: how long the processes of a run wait for each other
+    config.parallel = ConfigDict({"backend": "pmap", "batch_norm": "local", "timeout_seconds": 300})
     return config
 
 
@@ -95,6 +118,23 @@ def is_rgb(value: Any) -> bool:
     return len(value) == 3 and all(isinstance(x, int | float) and abs(x) < float("inf") for x in value)
 
 
+def is_range(value: Any) -> bool:
+    """Whether `value` is two finite numbers above 0 in their order."""
+    low, high = value
+    return 0 < low <= high < float("inf")
+
+
+def is_jitter(value: Any) -> bool:
+    """Whether `value` is changes of brightness, contrast, saturation and hue."""
+    return len(value) == 4 and all(0 <= x < float("inf") for x in value) and value[3] <= 0.5
+
+
+def is_rand_augment(value: Any) -> bool:
+    """Whether `value` is a number of operations and a magnitude."""
+    operations, magnitude = value
+    return 1 <= operations <= 10 and 0 <= magnitude <= 30
+
+
 def are_multipliers(value: Any) -> bool:
     """Whether `value` is pairs of a regular expression and a factor of 0 or more."""
     return all(len(pair) == 2 and is_pattern(pair[0]) and 0 <= pair[1] < float("inf") for pair in value)
@@ -107,9 +147,21 @@ CHECKS: tuple[tuple[str, str, Any], ...] = (
     ("model.head_init", "'torch' or 'zeros'", lambda v: v in ("torch", "zeros")),
     ("model.freeze", "a tuple of regular expressions", lambda v: all(is_pattern(p) for p in v)),
     ("model.batch_norm", "'train' or 'frozen'", lambda v: v in ("train", "frozen")),
-    ("data.source", "'tfds:NAME' or 'sample'", bool),
+    ("data.source", "'tfds:NAME', 'folder:PATH', 'csv:FILE', 'hf:NAME' or 'sample'", bool),
     ("data.train_split", "a split such as train[:90%]", bool),
-    ("data.eval_split", "a split such as test", bool),
+    ("data.eval_fraction", "above 0, below 1", lambda v: 0 < v < 1),
+    ("data.fraction", "above 0, at most 1", lambda v: 0 < v <= 1),
+    ("data.per_class", "None or 1 and more", lambda v: v is None or v >= 1),
+    ("data.on_error", "'raise' or 'skip'", lambda v: v in ("raise", "skip")),
+    ("data.resident_mb", "0 or more", lambda v: v >= 0),
+    ("data.workers", "None or 0 to 256", lambda v: v is None or 0 <= v <= 256),
+    ("data.last_batch", "'drop' or 'keep'", lambda v: v in ("drop", "keep")),
+    ("data.sampling", "'shuffle' or 'balanced'", lambda v: v in ("shuffle", "balanced")),
+    ("data.crop_scale", "two shares of the area, 0 < low <= high <= 1", lambda v: is_range(v) and v[1] <= 1),
+    ("data.crop_ratio", "two ratios, 0 < low <= high", is_range),
+    ("data.jitter", "four numbers of 0 or more, the last at most 0.5", is_jitter),
+    ("data.rand_augment", "(operations 1 to 10, magnitude 0 to 30)", is_rand_augment),
+    ("data.erasing", "0 to 1", lambda v: 0 <= v <= 1),
     ("data.image_size", "32 to 4096", lambda v: 32 <= v <= 4096),
     ("data.resize_size", "None or image_size to 4096", lambda v: v is None or v <= 4096),
     ("data.batch_size", "1 or more", lambda v: v >= 1),
@@ -130,14 +182,19 @@ CHECKS: tuple[tuple[str, str, Any], ...] = (
     ("train.epochs", "above 0", lambda v: 0 < v < float("inf")),
     ("train.steps", "None or 1 and more", lambda v: v is None or v >= 1),
     ("train.label_smoothing", "0 to below 1", lambda v: 0 <= v < 1),
+    ("train.mixup", "0 or more", lambda v: 0 <= v < float("inf")),
+    ("train.cutmix", "0 or more", lambda v: 0 <= v < float("inf")),
     ("train.ema", "0 to below 1", lambda v: 0 <= v < 1),
     ("train.precision", "'float32' or 'bfloat16'", lambda v: v in ("float32", "bfloat16")),
     ("train.log_every_steps", "1 or more", lambda v: v >= 1),
+    ("train.on_nan", "'stop' or 'ignore'", lambda v: v in ("stop", "ignore")),
     ("eval.every_epochs", "above 0", lambda v: 0 < v < float("inf")),
     ("checkpoint.every_steps", "1 or more", lambda v: v >= 1),
     ("checkpoint.keep", "1 or more", lambda v: v >= 1),
+    ("checkpoint.best_metric", " or ".join(map(repr, BEST_METRICS)), lambda v: v in BEST_METRICS),
     ("parallel.backend", "'pmap' or 'shard_map'", lambda v: v in ("pmap", "shard_map")),
     ("parallel.batch_norm", "'local' or 'sync'", lambda v: v in ("local", "sync")),
+    ("parallel.timeout_seconds", "1 or more", lambda v: v >= 1),
 )
 
 
@@ -147,7 +204,7 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: a key, its value, what it must be.
     """
-    from jaxsft.data.augment import AUGMENTATIONS
+    from jaxsft.data.augment import AUGMENTATIONS, ERASING, RANDOM_CROP
 
     for key, must, test in CHECKS:
         value = get(config, key)
@@ -162,6 +219,11 @@ def check(config: ConfigDict) -> None:
     for name in config.data.augment:
         if name not in AUGMENTATIONS:
             raise UserError(f"config.data.augment has {name!r}", nearest(str(name), list(AUGMENTATIONS)))
+    for name, place, index in ((RANDOM_CROP, "first", 0), (ERASING, "last", -1)):
+        if name in config.data.augment and (
+            config.data.augment[index] != name or config.data.augment.count(name) > 1
+        ):
+            raise UserError(f"config.data.augment is {config.data.augment}", f"{name} comes {place}, and once")
     resize = config.data.resize_size
     if resize is not None and resize < config.data.image_size:
         raise UserError(
@@ -205,7 +267,8 @@ def from_json(text: str) -> ConfigDict:
     config = default()
     for key, value in flatten(json.loads(text)).items():
         *parents, leaf = key.split(".")
-        get(config, ".".join(parents))[leaf] = as_tuple(value) if isinstance(value, list) else value
+        parent = get(config, ".".join(parents)) if parents else config
+        parent[leaf] = as_tuple(value) if isinstance(value, list) else value
     return config
 
 

@@ -6,6 +6,7 @@ python -m jaxsft.evaluate --workdir DIR [--data SOURCE --split SPLIT] [--data-di
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,30 +14,34 @@ from typing import Any
 import jax
 
 from jaxsft import cli
-from jaxsft.data.order import evaluation_batches
-from jaxsft.data.sources import Source, open_source
+from jaxsft.data.base import Options
+from jaxsft.data.loader import BadFiles, Loader, make_loader
+from jaxsft.data.reading import EvalPlan, in_memory
+from jaxsft.data.sources import open_source, with_classes
+from jaxsft.log import IN_FLIGHT
 from jaxsft.metrics import Evaluation
 from jaxsft.parallel import DataParallel
-from jaxsft.steps import Dataset, make_eval_step
+from jaxsft.steps import make_eval_step
 from jaxsft.workdir import load_run
 
 
-def resident(source: Source, parallel: DataParallel) -> Dataset:
-    """The images and labels of a source on every device."""
-    return parallel.replicate({"images": source.images, "labels": source.labels})
-
-
 def evaluate(
-    eval_step: Callable[..., Any], variables: Any, dataset: Dataset, batch_size: int, parallel: DataParallel
+    eval_step: Callable[..., Any],
+    variables: Any,
+    loader: Loader,
+    between: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Run the compiled `eval_step` over the whole data set and sum its counts.
+    """Run the compiled `eval_step` over all that `loader` brings and sum its counts.
 
-    The next batches are dispatched while the counts of the last ones are on their way to the host.
+    The next batches are dispatched while the counts of the last ones are on their way to the host. After each one
+    `between` is called; it may raise to end the evaluation.
     """
-    counts = [
-        eval_step(variables, dataset, parallel.split({"example": index, "mask": mask}))
-        for index, mask in evaluation_batches(len(dataset["labels"]), batch_size)
-    ]
+    counts: list[Any] = []
+    for batch in loader.batches():
+        counts.append(eval_step(variables, loader.dataset, batch))
+        if len(counts) > IN_FLIGHT:
+            jax.block_until_ready(counts[-1 - IN_FLIGHT])  # not further ahead: `between` is to be heard in time
+        between()
     return Evaluation.of(jax.device_get(counts))
 
 
@@ -52,20 +57,27 @@ def main() -> None:
     args = parser.parse_args()
 
     run = load_run(args.workdir)
-    data = run.config.data
-    source = open_source(args.data or data.source, args.split or data.eval_split, args.data_dir or data.data_dir)
-    names = run.card.class_names
-    if names is not None and source.class_names != names:
-        raise cli.UserError(
-            f"the classes of the data ({', '.join(source.class_names[:3])} ...) are not the model's"
-            f" ({', '.join(names[:3])} ...)",
-            "evaluate on data with the same classes",
-        )
+    data, options = run.config.data, Options.of(run.config)
+    if args.data_dir:
+        options = dataclasses.replace(options, data_dir=args.data_dir)
+    name = args.data or data.source
+    source = open_source(name, args.split or ("" if args.data else data.eval_split), options)
+    if run.card.class_names is not None:
+        source = with_classes(source, run.card.class_names, name, "the model")
+    source = in_memory(source, options)
     parallel = DataParallel(run.config.parallel.backend)
     parallel.check_batch(data.batch_size)
-    eval_step = parallel.compile(make_eval_step(run.model, run.card.preprocessing, axis_name=parallel.axis_name))
-    dataset = resident(source, parallel)
-    result = evaluate(eval_step, parallel.replicate(run.variables), dataset, data.batch_size, parallel)
+    loader = make_loader(
+        source,
+        EvalPlan(len(source), data.batch_size),
+        parallel,
+        run.card.preprocessing,
+        workers=data.workers,
+        share=parallel.share,
+        bad=BadFiles(data.on_error),
+    )
+    eval_step = parallel.compile(make_eval_step(run.model, loader.preprocessing, axis_name=parallel.axis_name))
+    result = evaluate(eval_step, parallel.replicate(run.variables), loader)
     if args.json:
         cli.write_json(args.json, {"step": run.step, **result.record(source.class_names)})
     print(f"{args.workdir} at step {run.step}: {result.summary()}")

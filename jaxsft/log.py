@@ -2,37 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
+METRICS = "metrics.jsonl"
 IN_FLIGHT = 2  # steps dispatched beyond the one whose numbers the host reads
 ZERO = {"loss": 0.0, "top1": 0, "count": 0}
+
+
+class NotFinite(Exception):
+    """What must be a number is NaN or infinite at `step`: `what`, such as "the loss is nan"."""
+
+    def __init__(self, step: int, what: str):
+        super().__init__(f"{what} at step {step}")
+        self.step, self.what = step, what
 
 
 class Meter:
     """Sums of the training metrics since the last line of the log, read without making the device wait.
 
     Each step is added once, in order, as it leaves the queue: the sums are the same with and without a resume that
-    carries `sums` over.
+    carries `sums` over. With `finite` a loss that is NaN or infinite raises NotFinite, at most IN_FLIGHT steps late.
     """
 
-    def __init__(self, sums: dict[str, Any] | None = None):
+    def __init__(self, sums: dict[str, Any] | None = None, finite: bool = False):
         self.sums = dict(sums or ZERO)
-        self._queue: list[dict[str, jax.Array]] = []
+        self._finite = finite
+        self._queue: list[tuple[int, dict[str, jax.Array]]] = []
 
-    def add(self, counts: dict[str, jax.Array]) -> None:
-        """Queue the counts of a step that may still be computing."""
-        self._queue.append(counts)
+    def add(self, step: int, counts: dict[str, jax.Array]) -> None:
+        """Queue the counts of a step that may still be computing.
+
+        Raises:
+          NotFinite: the loss of a step that has left the queue, where that is watched.
+        """
+        self._queue.append((step, counts))
         self._drain(IN_FLIGHT)
 
     def settle(self) -> dict[str, Any]:
-        """Wait for the queued steps and return the sums."""
+        """Wait for the queued steps and return the sums. Raises NotFinite as `add` does."""
         self._drain(0)
         return self.sums
 
@@ -43,7 +62,10 @@ class Meter:
 
     def _drain(self, keep: int) -> None:
         while len(self._queue) > keep:
-            counts = jax.device_get(self._queue.pop(0))
+            step, counts = self._queue.pop(0)
+            counts = jax.device_get(counts)
+            if self._finite and not math.isfinite(counts["loss"]):
+                raise NotFinite(step, f"the loss is {counts['loss']}")
             self.sums = {key: self.sums[key] + counts[key].item() for key in self.sums}
 
 
@@ -70,30 +92,81 @@ class Speed:
 
 
 class Log:
-    """metrics.jsonl, one object a line, and the same numbers in TensorBoard's event files."""
+    """metrics.jsonl, one object a line, and the same numbers in TensorBoard's event files.
 
-    def __init__(self, workdir: Path, step: int):
+    Of the processes of a run one writes; for the others (`enabled` False) nothing here does anything.
+    """
+
+    def __init__(self, workdir: Path, step: int, enabled: bool = True):
         """Continue after `step`: lines of later steps are removed, for they will be computed again."""
-        self.path = workdir / "metrics.jsonl"
+        self.path = workdir / METRICS
+        self._events: EventsWriter | None = None
+        if not enabled:
+            return
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines(keepends=True) if is_up_to(line, step)]
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(kept))
             partial.replace(self.path)
-        self._events = SummaryWriter(str(workdir), purge_step=step + 1)
+        # The writer itself, not SummaryWriter: that one hands events to a thread, and waits for ever once it has died
+        # of a full disk.
+        self._events = EventsWriter(str(workdir / "events"))
+        self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, split: str, step: int, **values: Any) -> None:
-        """Append a line; None values are left out, and the time is added."""
+        """Append a line; None values are left out, NaN and infinity are null, and the time is added."""
+        if self._events is None:
+            return
+        now = time.time()
         values = {name: value for name, value in values.items() if value is not None}
+        line = {"step": step, "split": split, **{k: None if is_nan(v) else v for k, v in values.items()}, "time": now}
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "split": split, **values, "time": time.time()}) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
         for name, value in values.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
-                self._events.add_scalar(f"{split}/{name}", value, step)
+                summary = scalar(f"{split}/{name}", value)
+                self._events.write_event(Event(step=step, wall_time=now, summary=summary))
+        self._events.flush()
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the file has the line of this evaluation; asked before the first write, in any process."""
+        return any(record["step"] == step and record.get("split") == "eval" for record in records(self.path.parent))
+
+    def sync(self) -> None:
+        """Put metrics.jsonl on the disk itself: a checkpoint that outlives a power cut must not be ahead of it."""
+        if self._events is not None and self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Flush the event files."""
-        self._events.close()
+        """Close the event file."""
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # of a full disk the line that failed has told
+            self.close()
+
+
+def is_nan(value: Any) -> bool:
+    """Whether `value` is a number that JSON can't hold."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def records(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without one that was cut off; none where there is no such file."""
+    lines = []
+    try:
+        for line in (workdir / METRICS).read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                lines += [record] if isinstance(record, dict) and "step" in record else []
+    except OSError:
+        pass
+    return lines
 
 
 def is_up_to(line: str, step: int) -> bool:
@@ -104,6 +177,7 @@ def is_up_to(line: str, step: int) -> bool:
         return False
 
 
-def progress(total_images: int, done: int) -> Any:
+def progress(total_images: int, done: int, enabled: bool = True) -> Any:
     """A bar with the time left and images per second, on a terminal only."""
-    return tqdm(total=total_images, initial=done, unit="img", unit_scale=True, disable=None, leave=False)
+    hidden = None if enabled else True  # None: tqdm asks whether stderr is a terminal
+    return tqdm(total=total_images, initial=done, unit="img", unit_scale=True, disable=hidden, leave=False)

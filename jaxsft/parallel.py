@@ -6,10 +6,12 @@ same body: `jax.pmap` with `in_axes` / `out_axes` None for what is replicated, o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -28,29 +30,66 @@ class DataParallel:
         # One device needs no collectives: the same body without them is the same step, compiled simpler.
         self.axis_name = AXIS if len(self.devices) > 1 else None
 
+        self.process_count = len({device.process_index for device in self.devices})
+
     def __str__(self) -> str:
         kind = self.devices[0].device_kind
-        return f"{len(self.devices)} x {kind}, {self.backend}"
+        processes = f" in {self.process_count} processes" if self.process_count > 1 else ""
+        return f"{len(self.devices)} x {kind}{processes}, {self.backend}"
 
-    def check_batch(self, batch_size: int, accumulate: int = 1) -> None:
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes."""
+        return jax.process_index() == 0
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(this process, number of processes): it owns one of as many equal runs of the rows of a batch."""
+        return jax.process_index(), self.process_count
+
+    def check_batch(self, batch_size: int, accumulate: int = 1, what: str = "config.data.batch_size") -> None:
         """Raise a UserError when the global batch does not split evenly."""
         count = len(self.devices) * accumulate
         if batch_size % count:
             parts = f"{len(self.devices)} devices" + (f" x {accumulate} micro-batches" if accumulate > 1 else "")
             raise UserError(
-                f"config.data.batch_size {batch_size} is not divisible by {parts}",
+                f"{what} {batch_size} is not divisible by {parts}",
                 f"take {max(batch_size // count, 1) * count}",
             )
 
     def replicate(self, tree: Any) -> Any:
-        """A copy of every leaf on every device."""
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        """A copy of every leaf on every device; all processes hold the same values."""
+        return self._put(tree, PartitionSpec())
 
     def split(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Host arrays [B, ...] on the devices, B / devices each, in the shape the back end wants."""
+        """Host arrays [B, ...] on the devices, B / devices each, in the shape the back end wants.
+
+        Every process names the whole batch and moves only the rows of its own devices.
+        """
         if self.backend == "pmap":
             batch = {k: v.reshape(len(self.devices), -1, *v.shape[1:]) for k, v in batch.items()}
-        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(AXIS)))
+        return self._put(batch, PartitionSpec(AXIS))
+
+    def any(self, flag: bool) -> jax.Array:
+        """Whether `flag` holds in any process: a bool scalar on the devices, still on its way."""
+        mine = np.full(len(self.mesh.local_devices), flag)
+        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        return self._any(jax.make_array_from_process_local_data(sharding, mine, (len(self.devices),)))
+
+    @functools.cached_property
+    def _any(self) -> Callable[[jax.Array], jax.Array]:
+        return jax.jit(jnp.any, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+
+    def _put(self, tree: Any, spec: PartitionSpec) -> Any:
+        sharding = NamedSharding(self.mesh, spec)
+        if self.process_count == 1:
+            return jax.device_put(tree, sharding)
+
+        def place(leaf: Any) -> jax.Array:
+            array = np.asarray(leaf)
+            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+        return jax.tree.map(place, tree)
 
     def compile(self, body: Callable[..., Any], *, donate_first: bool = False) -> Callable[..., Any]:
         """`body(replicated, replicated dataset, split batch)` on all devices; what it returns must be replicated.

@@ -1,53 +1,119 @@
-"""A run's directory: config.json, model.json, metrics.jsonl, checkpoints/ and events.*"""
+"""A run's directory: config.json, model.json, metrics.jsonl, checkpoints/, events.* and its lock."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import fcntl
 import json
+import math
 import os
+import socket
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
+from jaxsft import checkpoint
 from jaxsft import config as config_module
-from jaxsft.checkpoint import Checkpoints
 from jaxsft.cli import UserError
-from jaxsft.initial import init_variables, make_model
-from jaxsft.models.resnet import ResNet
+from jaxsft.initial import make_model
+from jaxsft.log import records
+from jaxsft.models.resnet import ResNet, variable_shapes
 from jaxsft.weights import ModelCard
 
-CONFIG = "config.json"
-METRICS = "metrics.jsonl"
+CONFIG, LOCK = "config.json", "lock"
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
-    """Find out before any work whether `config` can run in `workdir`; writes nothing.
+    """Find out before any work whether `config` can run in `workdir`; leaves nothing behind.
 
     Raises:
-      UserError: the directory holds a run of another config, something else, or can't be written.
+      UserError: the directory holds a run of another config, a run that is going on, something else, or can't be
+        written.
     """
-    existing = workdir
+    existing = workdir.absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{workdir} can't be written", "give another --workdir")
-    path = workdir / CONFIG
-    if not path.exists():
-        if workdir.exists() and any(workdir.iterdir()):
+    try:
+        # Tried, not asked: os.access says yes to root, and knows nothing of quotas.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"{workdir} can't be written: {error.strerror}", "give another --workdir") from None
+    check_config(workdir, config)
+    if (workdir / LOCK).exists():
+        with lock(workdir):
+            pass
+
+
+def check_config(workdir: Path, config: ConfigDict) -> None:
+    """Raise a UserError where `workdir` holds a run of another config, or something that is no run."""
+    if not (workdir / CONFIG).exists():
+        if workdir.exists() and any(path.name != LOCK for path in workdir.iterdir()):
             raise UserError(f"{workdir} is not empty and holds no run", "give another --workdir")
         return
-    there = config_module.flatten(read_json(path))
-    here = config_module.flatten(json.loads(config_module.to_json(config)))
+    there = settings(read_json(workdir / CONFIG))
+    here = settings(json.loads(config_module.to_json(config)))
     differing = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
     if differing:
         listed = ", ".join(f"{key} ({there.get(key)!r} there, {here.get(key)!r} here)" for key in differing)
         raise UserError(f"{workdir} holds a run of another config: {listed}", "give another --workdir")
 
 
-def create(workdir: Path, config: ConfigDict, card: ModelCard) -> None:
-    """Make the directory with its config and card, where they are not there yet."""
+def settings(config: dict[str, Any]) -> dict[str, Any]:
+    """A config's keys that decide what a run computes, today's defaults for those that it lacks."""
+    flat = config_module.flatten(json.loads(config_module.to_json(config_module.default())))
+    flat |= config_module.flatten(config)
+    return {key: value for key, value in flat.items() if not key.startswith(config_module.FREE)}
+
+
+@contextlib.contextmanager
+def lock(workdir: Path, enabled: bool = True) -> Iterator[None]:
+    """Make `workdir` ours alone for a while. The kernel drops the lock with the process, however that ends.
+
+    Raises:
+      UserError: another process holds it, or the directory can't be written.
+    """
+    if not enabled:
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / LOCK).open("a+")
+    except OSError as error:
+        raise UserError(f"{workdir} can't be written: {error.strerror}", "give another --workdir") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{workdir} is in use by {file.read(100).strip() or 'another run'}",
+                "wait for it, or give another --workdir",
+            ) from None
+        except OSError:
+            pass  # a file system without locks: better none than no run
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        yield
+
+
+def create(workdir: Path, config: ConfigDict, card: ModelCard, enabled: bool = True) -> None:
+    """Write config and card into the directory, which is locked; each appears whole or not at all.
+
+    Raises:
+      UserError: meanwhile another run has begun here, or it can't be written.
+    """
+    if not enabled:
+        return
+    check_config(workdir, config)
+    try:
         card.save(workdir)
         partial = workdir / (CONFIG + ".partial")
         partial.write_text(config_module.to_json(config))
@@ -58,12 +124,34 @@ def create(workdir: Path, config: ConfigDict, card: ModelCard) -> None:
 
 def final_record(workdir: Path) -> dict[str, Any] | None:
     """The last line of metrics.jsonl where the run is finished, else None."""
-    try:
-        lines = (workdir / METRICS).read_text().splitlines()
-        record = json.loads(lines[-1])
-    except (OSError, ValueError, IndexError):
-        return None
-    return record if record.get("final") else None
+    lines = records(workdir)
+    return lines[-1] if lines and lines[-1].get("final") else None
+
+
+@dataclasses.dataclass
+class Best:
+    """The best evaluation so far by one metric, the first of equals; a `metric` of '' has none."""
+
+    metric: str
+    step: int | None = None
+    value: float = math.nan
+
+    @classmethod
+    def of(cls, workdir: Path, metric: str, up_to: float = math.inf) -> Best:
+        """The best that metrics.jsonl knows up to a step."""
+        best = cls(metric)
+        for record in records(workdir):
+            if record.get("split") == "eval" and record["step"] <= up_to:
+                best.offer(record["step"], record)
+        return best
+
+    def offer(self, step: int, values: dict[str, Any]) -> None:
+        """Take the evaluation of `step` where it is better."""
+        value = values.get(self.metric)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return
+        if self.step is None or (value < self.value if self.metric == "loss" else value > self.value):
+            self.step, self.value = step, value
 
 
 class Run(NamedTuple):
@@ -87,13 +175,19 @@ def load_run(workdir: Path) -> Run:
     read_json(workdir / CONFIG)
     config = config_module.from_json((workdir / CONFIG).read_text())
     card = ModelCard.load(workdir)
-    checkpoints = Checkpoints(workdir)
-    step = checkpoints.latest_step()
-    if step is None:
-        raise UserError(f"{workdir} has no checkpoint yet", "train longer")
     model = make_model(config, card.num_classes)
-    variables = checkpoints.restore_variables(step, init_variables(model, 0))
-    return Run(config, card, model, variables, step)
+    shapes = variable_shapes(model)
+    restored = checkpoint.newest(workdir, lambda record: evaluated(record, shapes), set_aside=False)
+    if restored is None:
+        raise UserError(f"{workdir} has no checkpoint yet", "train longer")
+    variables = restored.state.get("average", restored.state)
+    return Run(config, card, model, jax.device_put(variables, jax.local_devices()[0]), restored.step)
+
+
+def evaluated(record: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
+    """What `TrainState.evaluated` is in the checkpoint of `record`: the moving average where it holds one."""
+    averaged = any(name.startswith("average/") for name in record["arrays"])
+    return {"average": shapes} if averaged else shapes
 
 
 def read_json(path: Path) -> dict[str, Any]:

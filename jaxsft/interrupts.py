@@ -1,0 +1,111 @@
+"""SIGTERM and SIGINT as a question that the loop asks between steps: must we stop, and do all processes know?
+
+Python runs a signal's handler in the main thread between two bytecodes, and a compilation is a single one that takes
+a minute. So the signal wakes a thread of our own, through the descriptor that the C part of the handler writes to.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from jaxsft.cli import Preempted, complain
+from jaxsft.parallel import DataParallel
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(Exception):
+    """A signal asks the run to stop, in all its processes at the same step."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Interrupts:
+    """To be entered around a loop that calls `poll` at every step, and `begin` once there is something to save.
+
+    Before `begin` a signal ends a run of one process at once, also in the middle of a compilation. After it, the next
+    `poll` raises Interrupted; a second SIGINT leaves at once, wherever we are. In a run of several processes, `poll`
+    raises in all of them at the same call, one call late: the answer to one call's question is read at the next, so
+    that no device waits. JAX's own notice of preemption (`reached_preemption_sync_point`) counts as a SIGTERM.
+    """
+
+    def __init__(self, parallel: DataParallel):
+        self._parallel = parallel
+        self._begun = False
+        self._received: list[int] = []
+        self._asked: jax.Array | None = None
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # only the main thread may handle signals: the program around us answers them
+        self._read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._before = {number: signal.signal(number, ignore) for number in SIGNALS}
+        self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not hasattr(self, "_thread"):
+            return
+        signal.set_wakeup_fd(self._wakeup_before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        os.close(self._write_end)  # ends the thread
+        self._thread.join()
+        os.close(self._read_end)
+
+    def begin(self) -> None:
+        """From now on there is something that a signal must not lose."""
+        self._begun = True
+
+    def poll(self, step: int) -> None:
+        """Raise Interrupted where this process (of several: any) has been told to stop.
+
+        Every process must call it equally often.
+        """
+        if self._parallel.process_count == 1:
+            stop = bool(self._received)
+        else:
+            mine = bool(self._received) or multihost_utils.reached_preemption_sync_point(step)
+            before, self._asked = self._asked, self._parallel.any(mine)
+            stop = before is not None and bool(jax.device_get(before))
+        if stop:
+            raise Interrupted(self._received[0] if self._received else signal.SIGTERM)
+
+    def _listen(self) -> None:
+        """The thread: take note of signals as they come."""
+        while numbers := os.read(self._read_end, 64):
+            for number in numbers:
+                self._note(number)
+
+    def _note(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if not self._begun and self._parallel.process_count == 1:
+            leave(Preempted(number, "before the first step", "there was nothing to save, the same command resumes"))
+        elif number == signal.SIGINT and signal.SIGINT in self._received:
+            leave(Preempted(number, "again: left at once", "the same command resumes at the last checkpoint"))
+        elif number in SIGNALS and not self._received:
+            hint = ", Ctrl-C again leaves at once" if number == signal.SIGINT else ""
+            print(f"{name}: saving a checkpoint after this step{hint}", file=sys.stderr, flush=True)
+        self._received.append(number)
+
+
+def leave(why: Preempted) -> None:
+    """End the process from any thread, without the clean-up that the main thread may be in no state to do."""
+    os._exit(complain(why))
+
+
+def ignore(number: int, frame: FrameType | None) -> Any:
+    """The handler in the main thread: the listening thread has the signal already."""

@@ -1,0 +1,163 @@
+"""A run made ready: its data, its state and its compiled steps, all that the loop of `train` needs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxsft import cli, optim
+from jaxsft.data.augment import Amounts
+from jaxsft.data.base import Source
+from jaxsft.data.loader import BadFiles, Loader, make_loader
+from jaxsft.data.order import Order
+from jaxsft.data.reading import EvalPlan, TrainPlan
+from jaxsft.data.sources import open_splits
+from jaxsft.evaluate import evaluate
+from jaxsft.initial import initial
+from jaxsft.metrics import Evaluation
+from jaxsft.parallel import DataParallel
+from jaxsft.state import TrainState
+from jaxsft.steps import make_eval_step, make_train_step
+from jaxsft.weights import ModelCard
+
+
+@dataclasses.dataclass
+class Job:
+    """A run made ready: all that the loop needs, on the devices, before the first step."""
+
+    config: ConfigDict
+    card: ModelCard
+    parallel: DataParallel
+    order: Order
+    total_steps: int
+    rates: np.ndarray  # float32 [total_steps], the learning rate of each update
+    state: TrainState
+    train_step: Callable[..., Any]
+    eval_step: Callable[..., Any]
+    train_loader: Loader
+    eval_loader: Loader
+    bad_files: BadFiles
+
+    def epoch(self, step: int) -> float:
+        """How many epochs `step` updates are."""
+        return step / self.order.steps_per_epoch
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether an evaluation falls on `step`: the first step at or after each multiple of eval.every_epochs."""
+        every = self.config.eval.every_epochs * self.order.steps_per_epoch
+        return step == self.total_steps or step // every > (step - 1) // every
+
+    def update(self, step: int) -> dict[str, jax.Array]:
+        """Make update number `step` (from 1) and return the sums of its batch, still on their way."""
+        batch = self.train_loader.batch(step - 1)
+        self.state, counts = self.train_step(self.state, self.train_loader.dataset, batch)
+        return counts
+
+    def evaluate(self, between: Callable[[], None] = lambda: None) -> Evaluation:
+        """The current state on the whole eval split; `between` is called after each batch and may raise."""
+        return evaluate(self.eval_step, self.state.evaluated(), self.eval_loader, between)
+
+    def compile_evaluation(self) -> None:
+        """Compile the evaluation by its first batch, at a time when a signal may end the process in the middle of it.
+
+        Later there are updates to lose, and a compilation does not listen.
+        """
+        with contextlib.suppress(EnoughError):
+            self.evaluate(enough)
+
+
+class EnoughError(Exception):
+    """The first batch of an evaluation is done."""
+
+
+def enough() -> None:
+    """End an evaluation after its first batch."""
+    raise EnoughError
+
+
+def open_data(config: ConfigDict) -> tuple[Source, Source]:
+    """The train and eval splits.
+
+    Raises:
+      UserError: they can't be had, or there are fewer training images than one batch takes.
+    """
+    train_source, eval_source = open_splits(config)
+    if len(train_source) < config.data.batch_size:
+        raise cli.UserError(
+            f"config.data.batch_size {config.data.batch_size} is more than the {len(train_source)} training images",
+            f"take {len(train_source)} or less",
+        )
+    return train_source, eval_source
+
+
+def order_of(config: ConfigDict, source: Source, parallel: DataParallel) -> Order:
+    """Which training images make up each step.
+
+    Raises:
+      UserError: the last batch is kept and does not split evenly over the devices.
+    """
+    data = config.data
+    keep_last = data.last_batch == "keep"
+    if keep_last and len(source) % data.batch_size:
+        parallel.check_batch(len(source) % data.batch_size, config.optim.accumulate, "the last batch of an epoch,")
+    labels = source.labels if data.sampling == "balanced" else None
+    return Order(len(source), data.batch_size, config.seed, keep_last, labels)
+
+
+def prepare(config: ConfigDict) -> tuple[Job, str]:
+    """Open the data, port the weights, build the steps; and a line that says what will be trained.
+
+    Raises:
+      UserError: the data, the weights or the config do not allow it.
+    """
+    parallel = DataParallel(config.parallel.backend)
+    parallel.check_batch(config.data.batch_size, config.optim.accumulate)
+    train_source, eval_source = open_data(config)
+    order = order_of(config, train_source, parallel)
+    total_steps = config.train.steps or max(round(config.train.epochs * order.steps_per_epoch), 1)
+    model, variables, card, said = initial(config, train_source.class_names, parallel.axis_name)
+    rate = optim.schedule(config, order.steps_per_epoch, total_steps)
+    optimizer = optim.make(config, variables["params"], rate)
+    bad_files = BadFiles(config.data.on_error)
+    options = {"workers": config.data.workers, "share": parallel.share, "bad": bad_files}
+    mixing = bool(config.train.mixup or config.train.cutmix)
+    names = tuple(config.data.augment)
+    plans = TrainPlan(order, partners=mixing), EvalPlan(len(eval_source), config.data.batch_size)
+    train_loader = make_loader(train_source, plans[0], parallel, card.preprocessing, augmentations=names, **options)
+    eval_loader = make_loader(eval_source, plans[1], parallel, card.preprocessing, **options)
+    train_step = make_train_step(
+        model,
+        optimizer,
+        train_loader.preprocessing,
+        augmentations=names,
+        amounts=Amounts.of(config),
+        mixup=config.train.mixup,
+        cutmix=config.train.cutmix,
+        seed=config.seed,
+        smoothing=config.train.label_smoothing,
+        accumulate=config.optim.accumulate,
+        ema=config.train.ema,
+        axis_name=parallel.axis_name,
+    )
+    eval_step = make_eval_step(model, eval_loader.preprocessing, axis_name=parallel.axis_name)
+    job = Job(
+        config=config,
+        card=card,
+        parallel=parallel,
+        order=order,
+        total_steps=total_steps,
+        rates=np.asarray(rate(np.arange(total_steps, dtype=np.int32))),
+        state=parallel.replicate(TrainState.create(variables, optimizer, with_average=config.train.ema > 0)),
+        train_step=parallel.compile(train_step, donate_first=True),
+        eval_step=parallel.compile(eval_step),
+        train_loader=train_loader,
+        eval_loader=eval_loader,
+        bad_files=bad_files,
+    )
+    return job, f"{said}; {len(train_source)} training and {len(eval_source)} test images; {parallel}"

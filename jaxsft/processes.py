@@ -1,0 +1,266 @@
+"""Bring the processes of a run together, and end them together.
+
+JAX connects processes by itself (`jax.distributed`), but ends in a C++ abort after minutes when one of them is missing
+or dies. So they first meet here, over one TCP connection from each to process 0: whoever does not come is named. The
+connections stay open, and a process that ends without saying that it is done is noticed by all others at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxsft.cli import Preempted, Stop, UserError, leave
+
+OPTIONS = {
+    "coordinator": "HOST:PORT on which process 0 listens, for a run of several processes",
+    "num-processes": "how many processes the run has",
+    "process-id": "which of them this is, from 0",
+}
+SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where this process stands among those of the run."""
+
+    host: str
+    port: int
+    count: int
+    index: int
+
+
+@contextlib.contextmanager
+def join(values: Mapping[str, str], timeout: int) -> Iterator[None]:
+    """Be one of the processes that `values` (of OPTIONS) or the machine's scheduler name; else run alone.
+
+    Raises:
+      UserError: the options are incomplete or impossible.
+      Stop: a process did not come within `timeout` seconds. Inside: ends this process where another one has ended.
+    """
+    place = from_options(values) or from_slurm(os.environ)
+    if place is None:
+        if on_tpu():
+            jax.distributed.initialize(initialization_timeout=timeout)
+        yield
+        return
+    if place.count == 1:
+        yield
+        return
+    meeting = Meeting(place, timeout)
+    jax.distributed.initialize(meeting.address, place.count, place.index, initialization_timeout=timeout)
+    meeting.watch()
+    try:
+        yield
+        jax.distributed.shutdown()
+        meeting.say("done")
+    except Preempted:  # all processes at the same step
+        jax.distributed.shutdown()
+        meeting.say("done")
+        raise
+    except Stop as stop:
+        meeting.say(f"ended: {stop}")
+        leave(stop)  # without JAX's own ending, which would wait for the others
+    except BaseException as error:
+        traceback.print_exc()
+        meeting.say(f"ended: {type(error).__name__}")
+        os._exit(1)
+
+
+def from_options(values: Mapping[str, str]) -> Place | None:
+    """The place that the options give; None where there are none."""
+    given = {name: values.get(name, "") for name in OPTIONS}
+    if not any(given.values()):
+        return None
+    missing = [f"--{name}" for name, value in given.items() if not value]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} not given", "give all of --" + ", --".join(OPTIONS))
+    match = re.fullmatch(r"\[?([^\[\]\s]+)\]?:(\d{1,5})", given["coordinator"])
+    if not match or not 0 < int(match[2]) < 65536:
+        raise UserError(f"--coordinator is {given['coordinator']!r}", "it must be HOST:PORT of process 0")
+    numbers = {}
+    for name in ("num-processes", "process-id"):
+        if not given[name].isdecimal():
+            raise UserError(f"--{name} is {given[name]!r}", "it must be a whole number")
+        numbers[name] = int(given[name])
+    if numbers["process-id"] >= numbers["num-processes"]:
+        raise UserError(
+            f"--process-id is {numbers['process-id']} of {numbers['num-processes']} processes", "they count from 0"
+        )
+    return Place(match[1], int(match[2]), numbers["num-processes"], numbers["process-id"])
+
+
+def from_slurm(environment: Mapping[str, str]) -> Place | None:
+    """The place that `srun` gives; None outside of it. Process 0 is on the first host of the step."""
+    if not all(name in environment for name in SLURM):
+        return None
+    hosts = environment["SLURM_STEP_NODELIST"]  # 'node1', 'node1,node2', 'node[01-04,7],other'
+    match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", hosts)
+    if match is None:
+        return None
+    port = 61440 + int(environment["SLURM_JOB_ID"]) % 4096  # the same for all, another for each job
+    host = match[1] + (match[2] or "")
+    return Place(host, port, int(environment["SLURM_NTASKS"]), int(environment["SLURM_PROCID"]))
+
+
+def on_tpu() -> bool:
+    """Whether this is a TPU VM and JAX may use it: there JAX finds the other hosts of the slice by itself."""
+    wanted = os.environ.get("JAX_PLATFORMS", "") or "tpu"
+    return "tpu" in wanted and any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
+
+
+class Meeting:
+    """The connections between process 0 and the others, one line of JSON a message."""
+
+    def __init__(self, place: Place, timeout: float):
+        """Meet within `timeout` seconds. Raises Stop, in every process that came, with the names of those missing."""
+        self.place = place
+        self._deadline = time.monotonic() + timeout
+        self._timeout = timeout
+        self._connections: dict[int, socket.socket] = {}
+        port = self._gather() if place.index == 0 else self._come()
+        self.address = f"{place.host}:{port}"
+        for connection in self._connections.values():
+            connection.settimeout(None)
+            keep_alive(connection)
+
+    def _gather(self) -> int:
+        """Process 0: wait for all others, then tell them the port of JAX's own service."""
+        place, reached = self.place, f"{self.place.host}:{self.place.port}"
+        try:
+            server = socket.create_server(("", place.port), backlog=place.count)
+        except OSError as error:
+            raise UserError(f"port {place.port} can't be listened on: {error.strerror}", "name another port") from None
+        missing = set(range(1, place.count))
+        with server:
+            while missing:
+                server.settimeout(max(self._deadline - time.monotonic(), 0.01))
+                try:
+                    connection, _ = server.accept()
+                    connection.settimeout(5)
+                    hello = receive(connection)
+                    index, count = hello["index"], hello["count"]
+                except TimeoutError:
+                    if time.monotonic() < self._deadline:
+                        continue
+                    names = ", ".join(map(str, sorted(missing)))
+                    self._fail(
+                        f"of {place.count} processes {names} did not come within {self._timeout:.0f} s",
+                        f"start them with --process-id {names} and see that they can reach {reached}",
+                    )
+                except (OSError, ValueError, KeyError, TypeError):
+                    continue  # not one of ours
+                self._connections[index if index in missing else -1] = connection
+                if count != place.count or index not in missing:
+                    self._fail(
+                        f"process {index} of {count} has come to process 0 of {place.count}"
+                        + (" a second time" if count == place.count else ""),
+                        "give every process the same --num-processes and its own --process-id",
+                    )
+                missing.remove(index)
+        port = free_port()
+        for connection in self._connections.values():
+            send(connection, {"port": port})
+        return port
+
+    def _fail(self, what: str, what_to_do: str) -> None:
+        for connection in self._connections.values():
+            with contextlib.suppress(OSError):
+                send(connection, {"failed": [what, what_to_do]})
+        raise Stop(what, what_to_do)
+
+    def _come(self) -> int:
+        """The others: go to process 0 and wait until all are there."""
+        place = self.place
+        while True:
+            left = self._deadline - time.monotonic()
+            try:
+                connection = socket.create_connection((place.host, place.port), timeout=max(left, 0.01))
+                break
+            except OSError as error:
+                if left <= 0:
+                    raise Stop(
+                        f"process 0 did not answer at {place.host}:{place.port} within {self._timeout:.0f} s ({error})",
+                        "start it, and see that this machine can reach it",
+                    ) from None
+                time.sleep(min(0.2, left))
+        try:
+            send(connection, {"index": place.index, "count": place.count})
+            connection.settimeout(self._timeout + 10)  # process 0 gives up first, and says for whom it waited
+            answer = receive(connection)
+        except (OSError, ValueError) as error:
+            raise Stop(f"process 0 at {place.host}:{place.port} is gone ({error})", "see its messages") from None
+        if "failed" in answer:
+            raise Stop(*answer["failed"])
+        self._connections[0] = connection
+        return answer["port"]
+
+    def say(self, word: str) -> None:
+        """Tell the others how this process ends."""
+        for connection in self._connections.values():
+            with contextlib.suppress(OSError):
+                send(connection, {"from": self.place.index, "word": word})
+
+    def watch(self) -> None:
+        """From now on end this process when another one ends otherwise than done."""
+        for index, connection in self._connections.items():
+            threading.Thread(target=self._listen, args=(index, connection), daemon=True).start()
+
+    def _listen(self, index: int, connection: socket.socket) -> None:
+        try:
+            message = receive(connection)
+            index, word = message["from"], message["word"]
+        except (OSError, ValueError):
+            word = "is gone"
+        if word == "done":
+            return
+        for other in self._connections.values():  # process 0 passes it on
+            if other is not connection:
+                with contextlib.suppress(OSError):
+                    send(other, {"from": index, "word": word})
+        leave(Stop(f"process {index} of {self.place.count} {word}", "start all again: the same command resumes"))
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """Notice within half a minute that the other machine is gone without a word."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, option):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def free_port() -> int:
+    """A port that nobody listens on just now."""
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def send(connection: socket.socket, message: dict[str, Any]) -> None:
+    """Write one message."""
+    connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def receive(connection: socket.socket) -> dict[str, Any]:
+    """Read one message. Raises ValueError where the connection ends before it does, or it is none."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = connection.recv(1)
+        if not byte or len(line) > 10_000:
+            raise ValueError("the connection ended")
+        line += byte
+    message = json.loads(line)
+    if not isinstance(message, dict):
+        raise ValueError("not a message")
+    return message
