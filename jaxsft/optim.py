@@ -49,6 +49,7 @@ def schedule(config: ConfigDict, steps_per_epoch: int, total_steps: int) -> Sche
         return jnp.ones_like(done)
 
     def rate(t: Any) -> Any:
+        t = jnp.asarray(t, float)  # whole numbers alone would be divided in float32 even where float64 is enabled
         if not warmup:
             return c.lr * factor(t)
         return c.lr * jnp.where(t < warmup, (t + 1) / warmup, factor(t))

@@ -1,0 +1,103 @@
+"""Hand a run's weights on: to PyTorch, or as a compiled function for any JAX runtime.
+
+python -m jaxsft.export --workdir DIR --format torch|safetensors|stablehlo --out FILE
+
+torch (.pth) and safetensors hold torchvision's names: torchvision.models.ARCH(num_classes=K).load_state_dict takes them
+strictly. stablehlo is `jax.export`'s form, weights included: uint8 images [N, S, S, 3] of any N, S the run's image
+size, to float32 logits [N, K] on CPU, CUDA and TPU; `jax.export.deserialize(FILE's bytes).call(images)` runs it, within
+the six months over which JAX keeps the form readable. A run with a moving average gives its average.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+
+from convert import checkpoints, names
+from jaxsft import cli
+from jaxsft.data.augment import preprocess
+from jaxsft.workdir import Run, load_run
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def write_weights(run: Run, out: Path) -> str:
+    """Write a torchvision state_dict, and say how it is read.
+
+    Raises:
+      UserError: the file exists or can't be written.
+    """
+    checkpoints.write(out, names.to_torch(run.variables))
+    return f"torchvision.models.{run.card.arch}(num_classes={run.card.num_classes}).load_state_dict takes it strictly"
+
+
+def write_stablehlo(run: Run, out: Path) -> str:
+    """Write images -> logits as a serialized `jax.export.Exported`, and say how it is read.
+
+    Raises:
+      UserError: the file exists or can't be written.
+    """
+    size = run.card.preprocessing.crop_size
+
+    def logits(images: jax.Array) -> jax.Array:
+        return run.model.apply(run.variables, preprocess(images, run.card.preprocessing), train=False)
+
+    (count,) = jax.export.symbolic_shape("n")
+    images = jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8)
+    exported = jax.export.export(jax.jit(logits), platforms=PLATFORMS)(images)
+    write_bytes(out, exported.serialize())
+    return f"jax.export.deserialize takes its bytes; uint8 [n, {size}, {size}, 3] to [n, {run.card.num_classes}]"
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a new file, which appears whole or not at all.
+
+    Raises:
+      UserError: it exists or can't be written.
+    """
+    if path.exists():
+        raise cli.UserError(f"{path} exists", "name another file or remove it")
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise cli.UserError(f"{path} can't be written: {error.strerror}", "name another file") from None
+
+
+# format -> (the file's ending, how it is written)
+FORMATS: Mapping[str, tuple[str, Callable[[Run, Path], str]]] = MappingProxyType(
+    {
+        "torch": (".pth", write_weights),
+        "safetensors": (".safetensors", write_weights),
+        "stablehlo": (".stablehlo", write_stablehlo),
+    }
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxsft.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", required=True, type=Path)
+    parser.add_argument("--format", required=True, help=", ".join(FORMATS))
+    parser.add_argument("--out", required=True, type=Path)
+    args = parser.parse_args()
+    if args.format not in FORMATS:
+        raise cli.UserError(f"--format {args.format} is not supported", f"known: {', '.join(FORMATS)}")
+    suffix, write = FORMATS[args.format]
+    if args.out.suffix != suffix:
+        raise cli.UserError(f"--out {args.out} is no name for --format {args.format}", f"let it end in {suffix}")
+    run = load_run(args.workdir)
+    print(f"{args.out}: {run.card.arch} at step {run.step}; {write(run, args.out)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,121 @@
+"""Compare everything that is computed here with what PyTorch computes, and print a table, one row a quantity.
+
+python -m jaxsft.parity --arch ARCH [--weights FILE] [--steps N] [--dtype float32|float64] [--json FILE]
+
+Without --weights both sides start from torchvision's own initialisation with randomised batch-norm statistics. Exit
+status 1 when a row fails; the last line then names the first one, in the order of computation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from convert import checkpoints, names
+from jaxsft import cli
+from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
+from jaxsft.parity import table
+
+checkpoints.import_torch()  # one line instead of a traceback where it is missing
+
+from jaxsft.parity import oracle  # noqa: E402
+from jaxsft.parity.compare import Options, compare, model_for  # noqa: E402
+
+NUM_CLASSES = 10
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """'64' or '97x131' (height x width) as numbers."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither N nor HxW")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def natural(text: str) -> int:
+    """A whole number of 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 0 or more")
+    return int(text)
+
+
+@contextlib.contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """Arithmetic that deserves a comparison: float32 products in full, and float64 where asked for."""
+    with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
+        yield
+
+
+def run(options: Options, weights: str = "", every: bool = False) -> list[table.Row]:
+    """All rows of a comparison, printed as they come: one line a quantity, or `every` tensor's own.
+
+    Raises:
+      UserError: torchvision has no such model, or the weights can't be had or do not fit.
+    """
+    source = checkpoints.read(weights, options.arch) if weights else None
+    num_classes = source.card.num_classes if source else NUM_CLASSES
+    torch_model = oracle.build(options.arch, num_classes, options.seed)
+    rows: list[table.Row] = []
+
+    def remembered() -> Iterator[table.Row]:
+        for row in compare(options, model, torch_model):
+            rows.append(row)
+            yield row
+
+    with precision(options.dtype):
+        model = model_for(options, num_classes)
+        if source:
+            # Through our table of names, whose message names every tensor that does not fit.
+            fitting = names.to_torch(names.to_flax(source.tensors, variable_shapes(model), options.arch))
+            oracle.load(torch_model, fitting)
+        print(table.HEADER)
+        for line in table.lines(remembered(), every):
+            print(line, flush=True)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxsft.parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", required=True, help=", ".join(ARCHITECTURES))
+    parser.add_argument("--weights", default="", help="IMAGENET1K_V1 and so on, a .pth or a .safetensors file")
+    parser.add_argument(
+        "--steps", type=natural, default=10, help="updates of each recipe, default %(default)s; 0: none"
+    )
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    parser.add_argument("--batch-size", type=natural, default=8, help="default %(default)s")
+    parser.add_argument("--image-size", type=image_size, default=(64, 64), help="N or HxW, default 64")
+    parser.add_argument("--seed", type=natural, default=0, help="of weights and inputs, default %(default)s")
+    parser.add_argument("--all", action="store_true", help="print a line for every tensor, not for every quantity")
+    parser.add_argument("--json", type=Path, help="write every row: name, max_abs, relative, tolerance, passed")
+    args = parser.parse_args()
+    if args.arch not in ARCHITECTURES:
+        raise cli.UserError(f"unknown arch {args.arch!r}", cli.nearest(args.arch, list(ARCHITECTURES)))
+    if args.batch_size < 2:
+        raise cli.UserError(f"--batch-size is {args.batch_size}", "batch norm trains on 2 images and more")
+    if min(args.image_size) < 32:
+        raise cli.UserError(f"--image-size is {min(args.image_size)}", "the smallest is 32")
+    options = Options(args.arch, args.dtype, args.steps, args.batch_size, args.image_size, args.seed)
+    rows = run(options, args.weights, args.all)
+    worst = table.first_failure(rows)
+    if args.json:
+        records = [row.record() for row in rows]
+        cli.write_json(args.json, {**dataclasses.asdict(options), "passed": worst is None, "rows": records})
+    failed = sum(not row.passed for row in rows)
+    what = f"{args.arch}, {args.dtype}, {args.steps} steps: {len(rows)} tensors and numbers compared"
+    if worst is None:
+        print(f"passed: {what}")
+        return 0
+    print(f"FAILED: {what}, {failed} differ; the first is {worst.name}")
+    return 1
+
+
+if __name__ == "__main__":
+    cli.run(main)

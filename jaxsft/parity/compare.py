@@ -1,0 +1,157 @@
+"""The walk through every quantity: weights, activations, losses, gradients, steps of training, evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+from torch import nn
+
+from convert import names
+from jaxsft.models.resnet import ARCHITECTURES, ResNet
+from jaxsft.parity import oracle, ours
+from jaxsft.parity.oracle import Arrays, Recipe
+from jaxsft.parity.table import Row, compared, identical, tolerance
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is compared, on what."""
+
+    arch: str
+    dtype: str = "float32"  # 'float32' | 'float64'
+    steps: int = 10
+    batch_size: int = 8
+    image_size: tuple[int, int] = (64, 64)
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The arrays that both sides are fed: images [N, H, W, 3] as the model sees them, labels int32 [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def inputs(options: Options, num_classes: int, number: int) -> Inputs:
+    """Batch `number` of a comparison: normal noise, another for every number."""
+    rng = np.random.default_rng([options.seed, number])
+    shape = (options.batch_size, *options.image_size, 3)
+    images = rng.standard_normal(shape).astype(options.dtype)
+    return Inputs(images, rng.integers(num_classes, size=options.batch_size, dtype=np.int32))
+
+
+def class_weights(num_classes: int) -> tuple[float, ...]:
+    """From 0.5 for the first class to 2 for the last."""
+    return tuple(np.geomspace(0.5, 2.0, num_classes).tolist())
+
+
+def recipes(num_classes: int) -> tuple[Recipe, ...]:
+    """Momentum with and without Nesterov, with and without clipping, smoothing and class weights."""
+    return (
+        Recipe("sgd", lr=1e-4, nesterov=False, clip_norm=0.0, smoothing=0.0),
+        Recipe("nesterov", 1e-3, nesterov=True, clip_norm=1.0, smoothing=0.1, class_weights=class_weights(num_classes)),
+    )
+
+
+def model_for(options: Options, num_classes: int) -> ResNet:
+    """Our model, parameters and arithmetic in the dtype of the comparison."""
+    dtype = jnp.dtype(options.dtype)
+    return ARCHITECTURES[options.arch](num_classes=num_classes, dtype=dtype, param_dtype=dtype)
+
+
+def compare(options: Options, model: ResNet, torch_model: nn.Module) -> Iterator[Row]:
+    """Every row, in the order of computation, from the weights that `torch_model` holds; it is changed by training.
+
+    In float64 both sides compute in it, and whatever consumes the rows must do so under `jax.enable_x64(True)`; in
+    both dtypes under `jax.default_matmul_precision("highest")`.
+    """
+    dtype = np.dtype(options.dtype)
+    assert jnp.zeros((), dtype).dtype == dtype, "float64 needs jax.enable_x64(True)"
+    torch_model.double() if dtype == np.float64 else torch_model.float()
+    start = oracle.state(torch_model)
+    values = ours.variables(model, start, options.arch)
+    yield identical("weights/torch to Flax to torch", names.to_torch(values), start)
+
+    yield from forward_rows(options, model, values, torch_model)
+    oracle.load(torch_model, start)
+    for recipe in recipes(model.num_classes) if options.steps else ():
+        yield from step_rows(options, model, values, torch_model, recipe)
+        oracle.load(torch_model, start)
+
+
+def forward_rows(options: Options, model: ResNet, values: dict, torch_model: nn.Module) -> Iterator[Row]:
+    """Activations in evaluation and in training, losses, gradients, and the buffers that one batch moved."""
+    batch = inputs(options, model.num_classes, 0)
+
+    _, expected = oracle.activations(torch_model, batch.images, train=False)
+    yield from activation_rows("eval", ours.evaluated(model, values, batch.images), expected, options.dtype)
+
+    weights = class_weights(model.num_classes)
+    losses = {"plain": (0.0, ()), "smoothed": (0.1, ()), "weighted": (0.0, weights), "both": (0.1, weights)}
+    logits, expected = oracle.activations(torch_model, batch.images, train=True)
+    found, found_losses, found_gradients, found_buffers = ours.trained(
+        model, values, batch.images, batch.labels, losses
+    )
+    yield from activation_rows("train", found, expected, options.dtype)
+    for name, (smoothing, class_weight) in losses.items():
+        value = oracle.loss(logits, batch.labels, smoothing, class_weight)
+        allowed = tolerance("loss", options.dtype)
+        yield compared(f"train/loss/{name}", found_losses[name], value.item(), allowed)
+    buffers = oracle.state(torch_model)
+    yield from state_rows("train", found_buffers, {k: buffers[k] for k in found_buffers}, "", options.dtype)
+    plain = oracle.loss(logits, batch.labels, 0.0, ())
+    expected = oracle.gradients(torch_model, plain)
+    yield from rows("train/gradient", found_gradients, expected, tolerance("gradient", options.dtype))
+
+
+def activation_rows(phase: str, found: Arrays, expected: Arrays, dtype: str) -> Iterator[Row]:
+    """Every module's output, in torch's order; the head's are the logits."""
+    kind = "activation" if phase == "eval" else f"{phase} activation"
+    for name, value in expected.items():
+        if name == "fc":
+            allowed = tolerance("logits" if phase == "eval" else kind, dtype)
+            yield compared(f"{phase}/logits", found[name], value, allowed)
+        else:
+            yield compared(f"{phase}/activation/{name}", found[name], value, tolerance(kind, dtype))
+
+
+def rows(prefix: str, found: Arrays, expected: Arrays, allowed: float) -> Iterator[Row]:
+    """One row a tensor, in torch's order."""
+    for name, value in expected.items():
+        yield compared(f"{prefix}/{name}", found[name], value, allowed)
+
+
+def state_rows(phase: str, found: Arrays, expected: Arrays, when: str, dtype: str) -> Iterator[Row]:
+    """Parameters and buffers of a state_dict; `when` is "step " inside a run and makes the tolerances a run's."""
+    kinds = {"running_mean": "statistics", "running_var": "statistics", "num_batches_tracked": ""}
+    for leaf, kind in kinds.items():
+        allowed = tolerance(when + kind if kind else "exact", dtype)
+        names_ = [name for name in expected if name.endswith(leaf)]
+        yield from rows(f"{phase}/{leaf}", found, {name: expected[name] for name in names_}, allowed)
+
+
+def step_rows(options: Options, model: ResNet, values: dict, torch_model: nn.Module, recipe: Recipe) -> Iterator[Row]:
+    """After every update: its rate, the loss, parameters, momentum, running statistics, counters; then evaluation."""
+    dtype = options.dtype
+    batches = [inputs(options, model.num_classes, 1 + number) for number in range(options.steps)]
+    arrays = [(batch.images, batch.labels) for batch in batches]
+    both = zip(ours.train(model, values, recipe, arrays), oracle.train(torch_model, recipe, arrays), strict=True)
+    for number, (found, expected) in enumerate(both, 1):
+        phase = f"{recipe.name}/step {number:02d}"
+        yield compared(f"{phase}/rate", found.rate, expected.rate, tolerance("rate", dtype))
+        yield compared(f"{phase}/loss", found.loss, expected.loss, tolerance("step loss", dtype))
+        parameters = {name: expected.state[name] for name in expected.momentum}
+        yield from rows(f"{phase}/parameter", found.state, parameters, tolerance("step parameter", dtype))
+        yield from rows(f"{phase}/momentum", found.momentum, expected.momentum, tolerance("step momentum", dtype))
+        yield from state_rows(phase, found.state, expected.state, "step ", dtype)
+
+    # Evaluation by running statistics that have seen a few batches only: on the first batch that was trained on.
+    images, labels = arrays[0]
+    loss, right = ours.evaluate(model, found.state, options.arch, images, labels)
+    expected_loss, expected_right = oracle.evaluate(torch_model, images, labels)
+    yield compared(f"{recipe.name}/evaluation/loss", loss, expected_loss, tolerance("step loss", dtype))
+    yield compared(f"{recipe.name}/evaluation/accuracy", right, expected_right, tolerance("exact", dtype))

@@ -1,0 +1,125 @@
+"""The JAX side: this project's own model, loss, optimizer and steps, fed with arrays, its results by torch's names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from convert import names
+from jaxsft import config as config_module
+from jaxsft import optim
+from jaxsft.metrics import Evaluation
+from jaxsft.models.resnet import ResNet, variable_shapes
+from jaxsft.parity.oracle import Arrays, Recipe, Step
+from jaxsft.state import TrainState
+from jaxsft.steps import cross_entropy, make_eval_step, make_train_step, mean_weight
+
+CALL = "__call__"
+Losses = dict[str, tuple[float, tuple[float, ...]]]  # name -> (smoothing, class weights)
+
+
+def variables(model: ResNet, tensors: Arrays, arch: str) -> dict[str, Any]:
+    """torch's tensors as the model's variables, on the device, in the model's dtype."""
+    return jax.device_put(names.to_flax(tensors, variable_shapes(model), arch))
+
+
+def module_name(path: str) -> str:
+    """torch's name of a module: layer1_0/downsample_conv is layer1.0.downsample.0."""
+    path = path.replace("downsample_conv", "downsample.0").replace("downsample_bn", "downsample.1")
+    return re.sub(r"^layer(\d)_(\d+)", r"layer\1.\2", path).replace("/", ".")
+
+
+def outputs(intermediates: Any) -> Arrays:
+    """What every module gave, NHWC as torch's NCHW, by torch's name of the module."""
+    result = {}
+    for path, (value,) in names.flatten(intermediates).items():
+        module, _, method = path.rpartition("/")
+        if method == CALL and module:  # without a module it is the whole network: the logits, which fc gave
+            array = np.asarray(value)
+            result[module_name(module)] = array.transpose(0, 3, 1, 2) if array.ndim == 4 else array
+    return result
+
+
+def evaluated(model: ResNet, values: Any, images: np.ndarray) -> Arrays:
+    """The output of every module in evaluation."""
+
+    @jax.jit
+    def forward(values: Any, images: jax.Array) -> Any:
+        return model.apply(values, images, train=False, capture_intermediates=True)[1]["intermediates"]
+
+    return outputs(forward(values, images))
+
+
+def trained(
+    model: ResNet, values: Any, images: np.ndarray, labels: np.ndarray, losses: Losses
+) -> tuple[Arrays, dict[str, float], Arrays, Arrays]:
+    """One pass in training mode: outputs, every loss, the gradient of the first loss, the buffers afterwards."""
+
+    def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+        logits, updated = model.apply(
+            {"params": params, "batch_stats": values["batch_stats"]},
+            images,
+            train=True,
+            capture_intermediates=True,
+            mutable=["batch_stats", "intermediates"],
+        )
+        found = {}
+        for name, (smoothing, weights) in losses.items():
+            found[name] = cross_entropy(logits, labels, smoothing, weights).mean()
+            if weights:
+                found[name] /= mean_weight(jnp.asarray(labels), weights, None)
+        return next(iter(found.values())), (updated, found)
+
+    grads, (updated, found) = jax.jit(jax.grad(loss_fn, has_aux=True))(values["params"])
+    return (
+        outputs(updated["intermediates"]),
+        {name: float(value) for name, value in found.items()},
+        names.to_torch({"params": grads}),
+        names.to_torch({"batch_stats": updated["batch_stats"]}),
+    )
+
+
+def train(model: ResNet, values: Any, recipe: Recipe, batches: list[tuple[np.ndarray, np.ndarray]]) -> Iterator[Step]:
+    """`jaxsft.train`'s own optimizer, schedule and step on (images, labels) in turn."""
+    config = config_module.default()
+    config.optim.update(
+        {
+            "lr": recipe.lr,
+            "momentum": recipe.momentum,
+            "nesterov": recipe.nesterov,
+            "weight_decay": recipe.weight_decay,
+            "clip_norm": recipe.clip_norm,
+            "schedule": "cosine",
+            "warmup_epochs": float(recipe.warmup(len(batches))),
+        }
+    )
+    rate = optim.schedule(config, steps_per_epoch=1, total_steps=len(batches))
+    optimizer = optim.make(config, values["params"], rate)
+    step = jax.jit(
+        make_train_step(model, optimizer, None, smoothing=recipe.smoothing, class_weights=recipe.class_weights)
+    )
+    state = TrainState.create(values, optimizer, with_average=False)
+    for number, (images, labels) in enumerate(batches):
+        dataset = {"images": images, "labels": labels}
+        state, counts = step(state, dataset, {"example": np.arange(len(labels), dtype=np.int32)})
+        yield Step(
+            float(rate(number)),
+            float(counts["loss"] / counts["count"]),
+            names.to_torch(state.variables()),
+            names.to_torch({"params": optax.tree.get(state.opt_state, "trace")}),
+        )
+
+
+def evaluate(model: ResNet, tensors: Arrays, arch: str, images: np.ndarray, labels: np.ndarray) -> tuple[float, int]:
+    """Mean loss and how many are right, by `jaxsft.evaluate`'s own step."""
+    step = jax.jit(make_eval_step(model, None))
+    batch = {"example": np.arange(len(labels), dtype=np.int32), "mask": np.ones(len(labels), bool)}
+    counts = step(variables(model, tensors, arch), {"images": images, "labels": labels}, batch)
+    result = Evaluation.of([jax.device_get(counts)])
+    return result.loss, round(result.accuracy * result.count)
