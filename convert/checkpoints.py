@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsft.cli import UserError, nearest
+from jaxsft.cli import OFFLINE, UserError, nearest
 from jaxsft.models.resnet import ARCHITECTURES
 from jaxsft.weights import ModelCard, Preprocessing, file_sha256
 
@@ -178,7 +178,7 @@ def download(url: str, folder: Path) -> Path:
             torch.hub.download_url_to_file(url, str(path), prefix, progress=os.isatty(2))
         except (urllib.error.URLError, OSError, TimeoutError) as error:
             reason = getattr(error, "reason", None) or error
-            raise UserError(f"{url} could not be fetched ({reason})", "give a local file of the weights") from None
+            raise UserError(f"{url} could not be fetched ({reason})", OFFLINE) from None
         except RuntimeError:  # torch's word for a hash that differs; it has removed the file
             raise UserError(f"{url} has another sha256 than its name says", "try again, or give a local file") from None
     elif not file_sha256(path).startswith(prefix):

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from jaxsft import weights
 from jaxsft.cli import UserError
+from jaxsft.models.layers import Linear
 from jaxsft.models.resnet import ARCHITECTURES, ResNet
 from jaxsft.weights import ModelCard, Preprocessing
 
@@ -54,20 +55,25 @@ def initial(
     if num_classes < len(class_names):
         raise UserError(f"config.model.num_classes is {num_classes}", f"the data has {len(class_names)} classes")
     model = make_model(config, num_classes, axis_name)
-    fresh = init_variables(model, config.seed)
     names = class_names if num_classes == len(class_names) else None
     card = ModelCard(c.arch, num_classes, names, preprocessing=preprocessing(config))
     if not c.weights:
-        return model, fresh, card, f"{c.arch} from scratch, {num_classes} classes"
+        return model, init_variables(model, config.seed), card, f"{c.arch} from scratch, {num_classes} classes"
 
     variables, origin = weights.load(weights.port(c.weights, c.arch))
     card = dataclasses.replace(card, source=origin.source, sha256=origin.sha256, weights_version=origin.weights_version)
     same = origin.num_classes == num_classes and origin.class_names in (None, names)
     if same:
         return model, variables, card, f"{c.arch} of {origin.source}, its head of {num_classes} classes kept"
-    variables["params"][HEAD] = fresh["params"][HEAD]
+    variables["params"][HEAD] = init_head(model, variables["params"][HEAD], config.seed)
     said = f"{c.arch} of {origin.source}, its head of {origin.num_classes} classes replaced by one of {num_classes}"
     return model, variables, card, said
+
+
+def init_head(model: ResNet, old: dict[str, jax.Array], seed: int) -> dict[str, jax.Array]:
+    """A fresh output layer for `model`, over as many features as the `old` one had."""
+    layer = Linear(model.num_classes, model.head_init, model.param_dtype)
+    return layer.init(jax.random.key(seed), jnp.zeros((1, old["kernel"].shape[0])))["params"]
 
 
 def init_variables(model: ResNet, seed: int) -> dict[str, Any]:

@@ -12,37 +12,63 @@ import optax
 from jax import lax
 
 from jaxsft import metrics
-from jaxsft.data.augment import augment, preprocess
+from jaxsft.data.augment import Amounts, preprocess, train_images
+from jaxsft.data.mix import mix
 from jaxsft.state import TrainState
 from jaxsft.weights import Preprocessing
 
 Batch = dict[str, jax.Array]
-Dataset = dict[str, jax.Array]  # {"images": uint8 [N, H, W, 3], "labels": int32 [N]}, on the device
+Dataset = dict[str, jax.Array]  # {"images": uint8 [N, H, W, 3], "labels": int32 [N]}, on the device; or {}
+MIXING = 2**32 - 1  # in the place of an example's index: the key of what is drawn once a step
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
-    """The loss of each example, [N], as torch.nn.CrossEntropyLoss(label_smoothing=...) before its mean.
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, smoothing: float = 0.0, class_weights: Sequence[float] = ()
+) -> jax.Array:
+    """The loss of each example, [N]: torch.nn.CrossEntropyLoss(weight, label_smoothing=..., reduction="none").
 
-    The target is (1 - smoothing) * onehot + smoothing / K (arXiv:1512.00567).
+    The target is (1 - smoothing) * onehot + smoothing / K (arXiv:1512.00567); a class's weight multiplies its term of
+    -log p, also in the smoothed part. torch's reduction="mean" is the sum of these over the sum of weight[label].
     """
     log_p = jax.nn.log_softmax(logits)
+    if class_weights:
+        log_p = log_p * jnp.asarray(class_weights, log_p.dtype)
     own = -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
     return own if not smoothing else (1 - smoothing) * own - smoothing * log_p.mean(1)
 
 
+def mean_weight(labels: jax.Array, class_weights: Sequence[float], axis_name: str | None) -> jax.Array:
+    """The mean of class_weights[label] over the global batch: losses divided by it average to torch's weighted mean."""
+    mean = jnp.asarray(class_weights)[labels].mean()
+    return mean if axis_name is None else lax.pmean(mean, axis_name)
+
+
 def gather(dataset: Dataset, batch: Batch) -> Batch:
-    """The images and labels of batch["example"] (int32 [b]), taken on the device, beside what the batch holds."""
-    return {"image": dataset["images"][batch["example"]], "label": dataset["labels"][batch["example"]], **batch}
+    """The images and labels of batch["example"] (int32 [b]), taken on the device, beside what the batch holds.
+
+    Of batch["partner"], where it is there, too. A batch without a data set on the device brings its own.
+    """
+    if not dataset:
+        return batch
+    taken = {"image": dataset["images"][batch["example"]], "label": dataset["labels"][batch["example"]]}
+    if "partner" in batch:
+        taken["partner_image"] = dataset["images"][batch["partner"]]
+        taken["partner_label"] = dataset["labels"][batch["partner"]]
+    return {**taken, **batch}
 
 
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
-    preprocessing: Preprocessing,
+    preprocessing: Preprocessing | None,
     *,
     augmentations: Sequence[str] = (),
+    amounts: Amounts = Amounts(),  # noqa: B008  (it is frozen)
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
     seed: int = 0,
     smoothing: float = 0.0,
+    class_weights: Sequence[float] = (),
     accumulate: int = 1,
     ema: float = 0.0,
     axis_name: str | None = None,
@@ -51,18 +77,32 @@ def make_train_step(
 
     Gradients are the mean over the global batch: each device's mean over its equal share, averaged over `axis_name`.
     Running statistics are averaged too. With `accumulate` micro-batches the gradients are averaged before the update;
-    batch norm then sees each micro-batch by itself, and so does torch.
+    batch norm then sees each micro-batch by itself, and so does torch. Without `preprocessing` the images of the
+    dataset are the model's input as they are, neither augmented nor normalised. With `mixup` or `cutmix` the batch
+    names each example's "partner".
     """
 
+    def input_of(batch: Batch, key: jax.Array, role: str = "example", prefix: str = "") -> jax.Array:
+        images, sizes = batch[prefix + "image"], batch.get(prefix + "size")
+        if preprocessing is None:
+            return images
+        return train_images(images, augmentations, preprocessing, key, batch[role], sizes=sizes, amounts=amounts)
+
+    def losses_of(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        losses = cross_entropy(logits, labels, smoothing, class_weights)
+        return losses / mean_weight(labels, class_weights, axis_name) if class_weights else losses
+
     def loss_fn(params: Any, batch_stats: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
-        images = augment(batch["image"].astype(jnp.float32), augmentations, key, batch["example"])
+        images = input_of(batch, key)
+        if mixup or cutmix:
+            partners = input_of(batch, key, "partner", "partner_")
+            images, share = mix(jax.random.fold_in(key, MIXING), images, partners, mixup, cutmix)
         logits, updated = model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            preprocess(images, preprocessing),
-            train=True,
-            mutable=["batch_stats"],
+            {"params": params, "batch_stats": batch_stats}, images, train=True, mutable=["batch_stats"]
         )
-        losses = cross_entropy(logits, batch["label"], smoothing)
+        losses = losses_of(logits, batch["label"])
+        if mixup or cutmix:
+            losses = share * losses + (1 - share) * losses_of(logits, batch["partner_label"])
         counts = metrics.count(logits, batch["label"], losses, jnp.ones_like(losses, bool))
         return losses.mean(), (updated["batch_stats"], {k: counts[k] for k in ("loss", "top1", "count")})
 
@@ -112,13 +152,17 @@ def move_average(average: Any, values: Any, decay: float) -> Any:
 
 
 def make_eval_step(
-    model: nn.Module, preprocessing: Preprocessing, *, axis_name: str | None = None
+    model: nn.Module, preprocessing: Preprocessing | None, *, axis_name: str | None = None
 ) -> Callable[[Any, Dataset, Batch], dict[str, jax.Array]]:
-    """(variables, dataset, this device's batch with "mask") -> `metrics.count` summed over all devices."""
+    """(variables, dataset, this device's batch with "mask") -> `metrics.count` summed over all devices.
+
+    Without `preprocessing` the images are the model's input as they are.
+    """
 
     def eval_step(variables: Any, dataset: Dataset, batch: Batch) -> dict[str, jax.Array]:
         batch = gather(dataset, batch)
-        logits = model.apply(variables, preprocess(batch["image"], preprocessing), train=False)
+        images = batch["image"] if preprocessing is None else preprocess(batch["image"], preprocessing)
+        logits = model.apply(variables, images, train=False)
         counts = metrics.count(logits, batch["label"], cross_entropy(logits, batch["label"]), batch["mask"])
         return counts if axis_name is None else lax.psum(counts, axis_name)
 

@@ -11,7 +11,7 @@ import argparse
 import importlib.util
 
 from jaxsft import cli
-from jaxsft.data.sources import OFFLINE, find_builder
+from jaxsft.data.tfds import find_builder
 
 
 def prepare(name: str, data_dir: str) -> None:
@@ -28,11 +28,20 @@ def prepare(name: str, data_dir: str) -> None:
     find_builder(name, data_dir)
     builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
     try:
+        for url in list(builder.url_infos)[:1]:  # TFDS itself would retry an absent network for minutes
+            requests.head(url, timeout=20, allow_redirects=True)
         builder.download_and_prepare()
     except (requests.RequestException, tfds.download.DownloadError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise cli.UserError(f"tfds:{name} could not be fetched ({reason[:200]})", OFFLINE) from None
+        raise cli.UserError(f"tfds:{name} could not be fetched ({cause(error)})", cli.OFFLINE) from None
     print(builder.data_path)
+
+
+def cause(error: BaseException) -> str:
+    """The innermost reason of a failed request, without the layers that pass it on."""
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    inner = getattr(error, "reason", None)
+    return (str(inner or error).splitlines() or [type(error).__name__])[0].rpartition("): ")[2][:200]
 
 
 def main() -> None:

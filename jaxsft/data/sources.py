@@ -1,202 +1,125 @@
-"""Labelled images by name: `tfds:NAME` through TFDS without TensorFlow, and the embedded `sample`."""
+"""Labelled images by name, and the registry of where they can come from.
+
+    tfds:NAME[/CONFIG][:VERSION]   TFDS, without TensorFlow          folder:PATH   torchvision's ImageFolder layout
+    hf:NAME[:CONFIG]               Hugging Face's `datasets`         csv:FILE      lines path,label[,split]
+    sample                         the embedded images
+
+A config file adds its own with `register`.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import hashlib
-import importlib.util
-import io
-import json
-import os
-from collections.abc import Callable
-from pathlib import Path
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import PIL.Image
-from tqdm import tqdm
 
-from jaxsft.cli import UserError, nearest, run_module
-from jaxsft.weights import cache_dir
+from jaxsft.cli import UserError, nearest
+from jaxsft.data.base import Options, Source
+from jaxsft.data.embedded import open_sample
+from jaxsft.data.folder import open_csv, open_folder
+from jaxsft.data.hub import open_hub
+from jaxsft.data.reading import in_memory
+from jaxsft.data.splits import subset
+from jaxsft.data.tfds import open_tfds
 
-SAMPLE = Path(__file__).parent / "sample"
-OFFLINE = (
-    "name prepared data with --config.data.data_dir=DIR and weights with --config.model.weights=FILE,"
-    " or run configs/cifar10.py:sample, which needs neither"
-)
+Opener = Callable[[str, str, Options], Source]  # (what follows the colon, the split as written, options)
 
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A split of a data set of one image size: images uint8 [N, H, W, 3], labels int32 [N], names of the classes."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.labels)
+SOURCES: dict[str, Opener] = {
+    "tfds": open_tfds,
+    "folder": open_folder,
+    "csv": open_csv,
+    "hf": open_hub,
+    "sample": open_sample,
+}
 
 
-def open_source(spec: str, split: str, data_dir: str = "") -> Source:
+def register(kind: str, opener: Opener) -> None:
+    """Let `data.source="KIND:NAME"` be opened by `opener(NAME, split, options)`; to be called from a config file.
+
+    `opener` returns a `base.Source`, such as `base.Arrays` for images in memory. The split '' stands for the one to
+    evaluate on.
+    """
+    SOURCES[kind] = opener
+
+
+def open_source(spec: str, split: str, options: Options = Options()) -> Source:  # noqa: B008  (it is frozen)
     """Open a split of a data set.
 
     Args:
-      spec: 'tfds:NAME' (NAME[/CONFIG][:VERSION] as TFDS writes it) or 'sample'.
-      split: as TFDS writes it: 'train', 'train[:5000]', 'train[90%:]', 'train[:10]+test'.
-      data_dir: of TFDS; '' is its default.
+      spec: 'KIND:NAME' or 'KIND', of SOURCES.
+      split: as TFDS writes it: 'train', 'train[:5000]', 'train[90%:]', 'train[:10]+test'; '': the one to evaluate on,
+        the first of validation, val, valid and test that the data has.
+      options: of the config.
 
     Raises:
-      UserError: unknown source or split, a set that is not prepared and can't be, an empty split.
+      UserError: unknown source or split, a set that is not prepared and can't be, an empty split, broken images.
     """
     kind, _, name = spec.partition(":")
     if kind not in SOURCES:
         raise UserError(f"unknown data source {spec!r}", nearest(kind, [*SOURCES]))
-    source = SOURCES[kind](name, split, data_dir)
+    source = SOURCES[kind](name, split, options)
     if not len(source):
         raise UserError(f"split {split!r} of {spec} is empty", "name another slice")
     return source
 
 
-def slices(split: str, sizes: dict[str, int], what: str) -> list[tuple[str, int, int]]:
-    """`split` as parts (name, from, to) of splits of the given sizes.
+def open_splits(config: Any) -> tuple[Source, Source]:
+    """What a run trains on, cut down as `data.fraction` and `data.per_class` say, and what it is evaluated on.
 
     Raises:
-      UserError: it does not parse, or names a split that `sizes` lacks.
+      UserError: as `open_source`; a class to be evaluated that is not trained.
     """
-    import tensorflow_datasets as tfds
-
-    infos = {
-        name: tfds.core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0, filename_template=None)
-        for name, size in sizes.items()
-    }
-    try:
-        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
-    except (ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"{what} has no split {split!r}: {reason}", f"known: {', '.join(sizes)}, with slices") from None
-    return [
-        (p.splitname, p.from_ or 0, sizes[p.splitname] if p.to is None else min(p.to, sizes[p.splitname]))
-        for p in parts
-    ]
+    data, options = config.data, Options.of(config)
+    train = open_source(data.source, data.train_split, options)
+    evaluated = open_source(data.source, data.eval_split, options)
+    evaluated = with_classes(evaluated, train.class_names, f"the eval split of {data.source}", "the train split")
+    if data.check_overlap:
+        warn_of_overlap(train, evaluated)
+    if data.fraction < 1 or data.per_class is not None:
+        train = train.take(subset(train.labels, data.fraction, data.per_class, config.seed))
+    return in_memory(train, options), in_memory(evaluated, options)
 
 
-def read_sheet(path: Path) -> np.ndarray:
-    """The 32 px tiles of a PNG sheet, row by row: uint8 [N, 32, 32, 3]."""
-    with PIL.Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB"))
-    rows, columns = pixels.shape[0] // 32, pixels.shape[1] // 32
-    return pixels.reshape(rows, 32, columns, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)
-
-
-def open_sample(name: str, split: str, data_dir: str) -> Source:
-    """The embedded images: 2,000 of CIFAR-10's training images ('train') and 1,000 of its test images ('test')."""
-    description = json.loads((SAMPLE / "labels.json").read_text())
-    sizes = {part: len(description[part]) for part in ("train", "test")}
-    parts = [(part, slice(start, stop)) for part, start, stop in slices(split, sizes, "sample")]
-    return Source(
-        np.concatenate([read_sheet(SAMPLE / f"{part}.png")[: sizes[part]][cut] for part, cut in parts]),
-        np.concatenate([np.asarray(description[part], np.int32)[cut] for part, cut in parts]),
-        tuple(description["class_names"]),
-    )
-
-
-def open_tfds(name: str, split: str, data_dir: str) -> Source:
-    """A prepared TFDS set of one image size, decoded once and kept as an array in the user's cache."""
-    builder = tfds_builder(name, data_dir)
-    features = builder.info.features
-    if not {"image", "label"} <= set(features):
-        raise UserError(f"tfds:{name} has no 'image' and 'label'", "name an image classification set")
-    shape = features["image"].shape
-    if None in shape or shape[-1] not in (1, 3):
-        raise UserError(f"tfds:{name} has images of shape {shape}", "name a set whose images have one size")
-    sizes = {part: info.num_examples for part, info in builder.info.splits.items()}
-    parts = slices(split, sizes, f"tfds:{name}")
-    total = sum(stop - start for _, start, stop in parts)
-    identity = [str(builder.data_path), builder.info.full_name, os.stat(builder.data_path).st_mtime_ns, parts]
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    cached = cache_dir() / "arrays" / f"{builder.info.name}-{key}.npz"
-    if not cached.exists():
-        images = np.empty((total, *shape[:2], 3), np.uint8)
-        labels = np.empty(total, np.int32)
-        position = 0
-        with tqdm(total=total, desc=f"decoding {name}", unit="image", disable=None, leave=False) as bar:
-            for example in tfds_examples(builder, parts):
-                with PIL.Image.open(io.BytesIO(example["image"])) as image:
-                    images[position] = np.asarray(image.convert("RGB"))
-                labels[position] = example["label"]
-                position += 1
-                bar.update()
-        save_arrays(cached, images=images, labels=labels)
-    with np.load(cached) as arrays:
-        return Source(arrays["images"], arrays["labels"], tuple(features["label"].names))
-
-
-def tfds_examples(builder: Any, parts: list[tuple[str, int, int]], chunk: int = 1000) -> Any:
-    """The examples of `parts`, their images still encoded."""
-    import tensorflow_datasets as tfds
-
-    for part, start, stop in parts:
-        reader = builder.as_data_source(split=part, decoders={"image": tfds.decode.SkipDecoding()})
-        for begin in range(start, stop, chunk):
-            yield from reader.__getitems__(list(range(begin, min(begin + chunk, stop))))
-
-
-def save_arrays(path: Path, **arrays: Any) -> None:
-    """Write an .npz that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npz")
-    try:
-        np.savez(partial, **arrays)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def tfds_builder(name: str, data_dir: str) -> Any:
-    """TFDS's builder of a set prepared as array_record; where TensorFlow is installed, prepare it first.
-
-    Preparing needs TensorFlow and happens in a process of its own (`python -m jaxsft.data.prepare`).
+def with_classes(source: Source, class_names: Sequence[str], what: str, whose: str) -> Source:
+    """`source` with its classes numbered as in `class_names`.
 
     Raises:
-      UserError: no such set, or it is not prepared and can't be.
+      UserError: it has images of a class that is not among them.
     """
-    builder = find_builder(name, data_dir)
-    if not builder.info.splits:
-        prepare = ["jaxsft.data.prepare", name, *(["--data-dir", data_dir] if data_dir else [])]
-        if importlib.util.find_spec("tensorflow") is None:
-            raise UserError(
-                f"tfds:{name} is not prepared in {builder.data_path.parent.parent}",
-                f"prepare it with `pip install 'jaxsft[tfds]'` and `python -m {' '.join(prepare)}`; or {OFFLINE}",
-            )
-        run_module(*prepare)
-        builder = find_builder(name, data_dir)
-    if builder.info.file_format.value != "array_record":
-        raise UserError(
-            f"tfds:{name} is prepared as {builder.info.file_format.value}, which only TensorFlow reads",
-            f"prepare it as array_record elsewhere: `python -m jaxsft.data.prepare {name} --data-dir DIR`",
+    if source.class_names == tuple(class_names):
+        return source
+    numbers = {name: number for number, name in enumerate(class_names)}
+    foreign = [source.class_names[i] for i in np.unique(source.labels) if source.class_names[i] not in numbers]
+    if foreign:
+        raise UserError(f"{what} has the class {foreign[0]!r}, which {whose} lacks", "leave it out or train on it too")
+    table = np.array([numbers.get(name, -1) for name in source.class_names], np.int32)
+    return source.relabelled(table[source.labels], class_names)
+
+
+def hashes(source: Source) -> Iterator[str]:
+    """A hash of each image's decoded pixels."""
+    for index in range(len(source)):
+        pixels = np.asarray(source[index])
+        yield hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+
+
+def overlap(train: Source, evaluated: Source) -> list[tuple[int, int]]:
+    """Pairs (index to train on, index to evaluate on) of images that have the same pixels."""
+    seen = {value: index for index, value in enumerate(hashes(train))}
+    return [(seen[value], index) for index, value in enumerate(hashes(evaluated)) if value in seen]
+
+
+def warn_of_overlap(train: Source, evaluated: Source) -> None:
+    """Say on stderr how many images are both trained and evaluated on."""
+    pairs = overlap(train, evaluated)
+    if pairs:
+        first, second = train.name(pairs[0][0]), evaluated.name(pairs[0][1])
+        print(
+            f"warning: {len(pairs)} of {len(evaluated)} images to evaluate on are also trained on,"
+            f" such as {second} (= {first})",
+            file=sys.stderr,
+            flush=True,
         )
-    return builder
-
-
-def find_builder(name: str, data_dir: str) -> Any:
-    """TFDS's builder of `name`, prepared or not.
-
-    Raises:
-      UserError: there is no such set.
-    """
-    import tensorflow_datasets as tfds
-
-    try:
-        return tfds.builder(name, data_dir=data_dir or None)
-    except tfds.core.DatasetNotFoundError:
-        base = name.split("/")[0].split(":")[0]
-        known = tfds.list_builders(with_community_datasets=False)
-        hint = nearest(base, known) if difflib.get_close_matches(base, known) else "see TFDS's catalog"
-        raise UserError(f"TFDS has no data set {name!r}", hint) from None
-    except (ValueError, AssertionError, TypeError) as error:
-        raise UserError(f"tfds:{name}: {str(error).splitlines()[0]}", "see TFDS's catalog") from None
-
-
-SOURCES: dict[str, Callable[[str, str, str], Source]] = {"tfds": open_tfds, "sample": open_sample}

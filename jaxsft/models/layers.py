@@ -139,11 +139,11 @@ def global_average_pool(x: jax.Array) -> jax.Array:
 class Linear(nn.Module):
     """`torch.nn.Linear` from [N, C] to [N, features]; the kernel is stored [C, features], torch's transposed.
 
-    `init` is "torch" (uniform in +-1/sqrt(C), as a fresh torch layer) or "zeros" (the logits start at 0).
+    `weight_init` is "torch" (uniform in +-1/sqrt(C), as a fresh torch layer) or "zeros" (the logits start at 0).
     """
 
     features: int
-    init: str = "torch"
+    weight_init: str = "torch"
     param_dtype: Any = jnp.float32
 
     @nn.compact
@@ -151,7 +151,7 @@ class Linear(nn.Module):
         fan_in = x.shape[-1]
 
         def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-            if self.init == "zeros":
+            if self.weight_init == "zeros":
                 return jnp.zeros(shape, dtype)
             return torch_linear_uniform(key, shape, dtype, fan_in=fan_in)
 

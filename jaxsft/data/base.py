@@ -1,0 +1,101 @@
+"""What a source of labelled images is, and the settings that it is opened with."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+Image = PIL.Image.Image | np.ndarray  # RGB, or uint8 [H, W, 3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How sources are opened, as `config.data` says."""
+
+    data_dir: str = ""  # of TFDS
+    eval_fraction: float = 0.1  # of every class, where the data has no split of its own
+    seed: int = 0  # of that split
+    on_error: str = "raise"  # 'raise' | 'skip'
+    upright: bool = True  # turn pictures as their EXIF orientation says
+    resident_mb: int = 1024  # sets of one image size up to this are held as an array
+
+    @classmethod
+    def of(cls, config: Any) -> Options:
+        """From a run's config."""
+        data = config.data
+        return cls(
+            data.data_dir,
+            data.eval_fraction,
+            config.seed,
+            data.on_error,
+            data.exif_orientation,
+            data.resident_mb,
+        )
+
+    def fits(self, count: int, size: tuple[int, int]) -> bool:
+        """Whether `count` images of `size` (height, width) may be held as one array."""
+        return count * size[0] * size[1] * 3 <= self.resident_mb * 2**20
+
+
+class Source(abc.ABC):
+    """Labelled images by number: a length, items, names of the classes.
+
+    A subclass sets `class_names` and `labels` and defines `__getitem__`; it is pickled to the worker processes.
+    """
+
+    class_names: tuple[str, ...]
+    labels: np.ndarray  # int32 [N]
+    size: tuple[int, int] | None = None  # (height, width) in px where all images have one, else None
+    bad: tuple[tuple[str, str], ...] = ()  # (file, reason) of what was left out
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> Image:
+        """Image `index`.
+
+        Raises:
+          decode.Unreadable: it is broken.
+        """
+
+    @abc.abstractmethod
+    def take(self, indices: np.ndarray) -> Source:
+        """The source of these images, in this order."""
+
+    def relabelled(self, labels: np.ndarray, class_names: Sequence[str]) -> Source:
+        """The same images with other numbers of classes."""
+        other = copy.copy(self)
+        object.__setattr__(other, "labels", labels)
+        object.__setattr__(other, "class_names", tuple(class_names))
+        return other
+
+    def name(self, index: int) -> str:
+        """What to call an image in messages: its file, where it has one."""
+        return f"image {index}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays(Source):
+    """Images of one size in memory: images uint8 [N, H, W, 3], labels int32 [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    bad: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.images.shape[1], self.images.shape[2]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.images[index]
+
+    def take(self, indices: np.ndarray) -> Arrays:
+        return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices])

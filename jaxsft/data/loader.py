@@ -1,0 +1,244 @@
+"""Host side: a set, held on the devices or streamed to them, as the batches of training or of evaluation.
+
+`Resident` puts a whole set of small images on every device once; a batch is then the numbers of its examples. `Stream`
+decodes and resizes in Grain's worker processes and sends uint8 pixels. To the loop both are the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import sys
+import time
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from absl import flags
+
+from jaxsft.cli import UserError
+from jaxsft.data.augment import RANDOM_CROP
+from jaxsft.data.base import Arrays, Source
+from jaxsft.data.folder import broken
+from jaxsft.data.reading import EvalPlan, Layout, Plan, Reader, cores
+from jaxsft.weights import Preprocessing
+
+MOST_WORKERS = 16  # by default; more seldom decode faster than one device trains
+BAD_FILES = "bad_files.txt"
+
+
+class Devices(Protocol):
+    """What a loader needs of `parallel.DataParallel`."""
+
+    def replicate(self, tree: Any) -> Any: ...
+    def split(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]: ...
+
+
+class BadFiles:
+    """The images that a run left out; the first is an error where on_error is 'raise'."""
+
+    def __init__(self, on_error: str = "raise"):
+        self.on_error = on_error
+        self.found: dict[str, str] = {}  # file -> reason
+        self._path: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def add(self, bad: Sequence[tuple[str, str]]) -> None:
+        """Note pairs (file, reason).
+
+        Raises:
+          UserError: there is one, and on_error is 'raise'.
+        """
+        for file, reason in bad:
+            if self.on_error == "raise":
+                raise broken(file, reason)
+            if file not in self.found:
+                self.found[file] = reason
+                print(f"warning: left out {file}: {reason}", file=sys.stderr, flush=True)
+                self._append(file, reason)
+
+    def write_to(self, workdir: Path) -> None:
+        """List them in `workdir`/bad_files.txt, those found from now on too; without any there is no file."""
+        self._path = workdir / BAD_FILES
+        self._path.unlink(missing_ok=True)
+        for file, reason in self.found.items():
+            self._append(file, reason)
+
+    def _append(self, file: str, reason: str) -> None:
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8", errors="surrogateescape") as out:
+                out.write(f"{file}\t{reason}\n")
+
+
+class Loader(Protocol):
+    """A set as the loops see it."""
+
+    dataset: Any  # {"images", "labels"} on the devices, or {} where the batches bring their pixels
+    preprocessing: Preprocessing  # what is left to be done to the images on the device
+
+    def batch(self, step: int) -> dict[str, jax.Array]:
+        """The batch of a step (from 0) on the devices; steps are best asked for in their order."""
+
+    def batches(self) -> Iterator[dict[str, jax.Array]]:
+        """All batches of an evaluation."""
+
+    def close(self) -> None:
+        """End the worker processes, where there are any; the next batch starts new ones."""
+
+
+class Resident:
+    """A set on every device: {"images": uint8 [N, H, W, 3], "labels": int32 [N]}."""
+
+    def __init__(self, source: Arrays, plan: Plan, devices: Devices, preprocessing: Preprocessing):
+        self.plan, self.devices, self.preprocessing = plan, devices, preprocessing
+        self.dataset = devices.replicate({"images": source.images, "labels": source.labels})
+
+    def batch(self, step: int) -> dict[str, jax.Array]:
+        """See Loader."""
+        return self.devices.split(self.plan[step])
+
+    def batches(self) -> Iterator[dict[str, jax.Array]]:
+        """See Loader."""
+        return map(self.batch, range(len(self.plan)))
+
+    def close(self) -> None:
+        """See Loader."""
+
+
+class Stream:
+    """A set that is decoded as it is needed.
+
+    Memory is bounded: each worker process holds the batch that it works on and one that is ready. The loop asks for a
+    batch while the devices still compute the steps before (dispatch is asynchronous), so that it is on them in time.
+    After an evaluation the workers stay and make ready the first batches of the next.
+    """
+
+    def __init__(self, reader: Reader, devices: Devices, preprocessing: Preprocessing, workers: int, bad: BadFiles):
+        self.dataset: dict[str, Any] = {}
+        self.reader, self.devices, self.preprocessing = reader, devices, preprocessing
+        self.workers, self.bad = workers, bad
+        self._ready: Any = None  # Grain's iterator
+        self._next = 0  # the step that it comes to next
+
+    def batch(self, step: int) -> dict[str, jax.Array]:
+        """See Loader.
+
+        Raises:
+          UserError: an image is broken, and on_error is 'raise'.
+        """
+        if self._ready is None or step != self._next:
+            self.close()
+            self._ready = self._pipeline(step)
+        batch = next(self._ready)
+        self._next = (step + 1) % len(self.reader.plan)
+        try:
+            self.bad.add([(self.reader.source.name(number), reason) for number, reason in batch.pop("bad")])
+        except UserError:
+            self.close()
+            raise
+        return self.devices.split({name: self._whole(value) for name, value in batch.items()})
+
+    def batches(self) -> Iterator[dict[str, jax.Array]]:
+        """See Loader."""
+        return map(self.batch, range(len(self.reader.plan)))
+
+    def close(self) -> None:
+        """See Loader."""
+        if self._ready is not None:
+            self._ready.close()
+            self._ready = None
+
+    def _whole(self, rows: np.ndarray) -> np.ndarray:
+        """This process's rows at their place in the global batch, whose other rows are never looked at.
+
+        A copy in any case: the workers' shared memory is theirs again when the batch is dropped, and on the CPU
+        device_put would keep pointing into it.
+        """
+        process, processes = self.reader.share
+        whole = np.empty((len(rows) * processes, *rows.shape[1:]), rows.dtype)
+        whole[process * len(rows) : (process + 1) * len(rows)] = rows
+        return whole
+
+    def _pipeline(self, start: int) -> Any:
+        """A Grain iterator over the batches of the steps from `start`; an evaluation's begins again at its end."""
+        import grain
+
+        steps = grain.MapDataset.range(len(self.reader.plan))
+        if isinstance(self.reader.plan, EvalPlan):
+            steps = steps.repeat()
+        steps = steps[start:]
+        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        batches = steps.map(self.reader).to_iter_dataset(options)
+        if not self.workers:
+            return iter(batches)
+        if not flags.FLAGS.is_parsed():  # Grain reads absl's flags, which our command lines do not use
+            flags.FLAGS.mark_as_parsed()
+        iterator = iter(batches.mp_prefetch(grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=1)))
+        start_workers(iterator, self.workers)
+        return iterator
+
+
+def start_workers(iterator: Any, count: int, limit: float = 60) -> None:
+    """Start the worker processes of a Grain iterator without the program's main module.
+
+    A spawned process imports its parent's main module, which here would be the whole of training, JAX and all.
+    """
+    others = len(multiprocessing.active_children())
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    try:
+        iterator.start_prefetch()
+        deadline = time.monotonic() + limit
+        while len(multiprocessing.active_children()) < others + count and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        sys.modules["__main__"] = main
+
+
+def layout_of(source: Source, preprocessing: Preprocessing, names: Sequence[str]) -> tuple[Layout, Preprocessing]:
+    """How the images of a stream are laid out, and what is then left to be done on the device.
+
+    Images of one size up to the recipe's go to the device as they are: nothing smaller holds as much.
+    """
+    resize, crop = preprocessing.resize_size, preprocessing.crop_size
+    if source.size is not None and min(source.size) <= resize:
+        return Layout("whole", resize, crop), preprocessing
+    if RANDOM_CROP in names:
+        return Layout("canvas", resize, crop), preprocessing
+    return Layout("middle", resize, crop), dataclasses.replace(preprocessing, resize_size=crop)
+
+
+def make_loader(
+    source: Source,
+    plan: Plan,
+    devices: Devices,
+    preprocessing: Preprocessing,
+    *,
+    augmentations: Sequence[str] = (),
+    workers: int | None = None,
+    share: tuple[int, int] = (0, 1),
+    bad: BadFiles | None = None,
+) -> Loader:
+    """The loader of a source: `Resident` for arrays, else `Stream`.
+
+    Args:
+      source: what to load.
+      plan: which examples make up each step.
+      devices: where to.
+      preprocessing: of the model.
+      augmentations: of training; they decide how much of a picture the device needs.
+      workers: processes that decode; None: one a core, at most 16; 0: none, in this process.
+      share: (this process, number of processes) of a run on many machines: what part of each batch a stream reads.
+      bad: where broken images are noted.
+    """
+    bad = BadFiles() if bad is None else bad
+    bad.add(source.bad)
+    if isinstance(source, Arrays):
+        return Resident(source, plan, devices, preprocessing)
+    layout, left = layout_of(source, preprocessing, augmentations)
+    count = min(cores(), MOST_WORKERS) if workers is None else workers
+    return Stream(Reader(source, plan, layout, share), devices, left, count, bad)

@@ -1,0 +1,168 @@
+"""From the numbers of examples to arrays of one shape, in the loader's worker processes; and whole sets into memory."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+import sys
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from tqdm import tqdm
+
+from jaxsft.data import decode
+from jaxsft.data.base import Arrays, Image, Options, Source
+from jaxsft.data.order import Order
+
+Numbers = dict[str, np.ndarray]
+LONGEST = 1.5  # of a canvas: long side / short side, that of most photographs; longer pictures are squeezed
+SUBSTITUTES = 1000  # broken images in a row before something else must be wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainPlan:
+    """Which examples step t (from 0) trains on: "example" int32 [B] and, for mixing, "partner" int32 [B].
+
+    An example's partner is its neighbour in the global batch, as in torchvision's mixup and cutmix: a function of the
+    order alone.
+    """
+
+    order: Order
+    partners: bool = False
+
+    def __len__(self) -> int:
+        return sys.maxsize  # as many as are asked for
+
+    def __getitem__(self, step: int) -> Numbers:
+        example = self.order[step]
+        return {"example": example, "partner": np.roll(example, 1)} if self.partners else {"example": example}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalPlan:
+    """Every example once, in order: "example" int32 [B] and "mask" bool [B], False where the last batch is padded."""
+
+    size: int
+    batch_size: int
+
+    def __len__(self) -> int:
+        return (self.size + self.batch_size - 1) // self.batch_size
+
+    def __getitem__(self, step: int) -> Numbers:
+        index = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int32)
+        return {"example": np.minimum(index, self.size - 1), "mask": index < self.size}
+
+
+Plan = TrainPlan | EvalPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a decoded image becomes an array of the shape that all have.
+
+    kind: 'whole', as it is (all have one size); 'middle', resized and its middle cut out, the model's input but for the
+    normalising; 'canvas', resized whole, for random crops on the device.
+    """
+
+    kind: str
+    resize: int
+    crop: int
+
+    def __call__(self, image: Image) -> Numbers:
+        """{"image": uint8 [H, W, 3]} and, of a canvas, {"size": int32 [4]} (see `decode.canvas`)."""
+        if self.kind == "whole":
+            return {"image": np.asarray(image)}
+        if isinstance(image, np.ndarray):
+            image = PIL.Image.fromarray(image)
+        if self.kind == "middle":
+            return {"image": decode.middle(image, self.resize, self.crop)}
+        pixels, size = decode.canvas(image, self.resize, round(LONGEST * self.resize))
+        return {"image": pixels, "size": size}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """The batch of a step with its pixels; called in a worker process.
+
+    `share` is (this process, number of processes): of every batch it reads its rows alone.
+    """
+
+    source: Source
+    plan: Plan
+    layout: Layout
+    share: tuple[int, int] = (0, 1)
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        """The arrays of `plan[step]` with "image", "label" (and "size"), the same of the partners, and "bad".
+
+        In place of a broken image training gets the next readable one; evaluation gets black under a False mask.
+        "bad" holds pairs (number of the image, reason).
+        """
+        numbers = {name: self.own_rows(value) for name, value in self.plan[step].items()}
+        bad: dict[int, str] = {}
+        mask = numbers.get("mask")
+        wanted = numbers["example"] if mask is None else numbers["example"][mask]
+        partners = numbers.get("partner", np.empty(0, np.int32))
+        found = {int(i): self.read(int(i), bad, mask is None) for i in dict.fromkeys([*wanted, *partners])}
+        batch: dict[str, Any] = {}
+        for role, prefix in (("example", ""), ("partner", "partner_")):
+            if role in numbers:
+                rows = [found[int(i)] for i in numbers[role]]
+                batch[role] = np.array([number for number, _ in rows], np.int32)
+                batch[prefix + "label"] = self.source.labels[batch[role]]
+                for name in rows[0][1]:
+                    batch[prefix + name] = np.stack([arrays[name] for _, arrays in rows])
+        if mask is not None:
+            batch["mask"] = mask & np.array([int(i) not in bad for i in numbers["example"]])
+        return {**batch, "bad": list(bad.items())}
+
+    def own_rows(self, values: np.ndarray) -> np.ndarray:
+        """This process's part of an array [B, ...]."""
+        process, processes = self.share
+        each = len(values) // processes
+        return values[process * each : (process + 1) * each]
+
+    def read(self, number: int, bad: dict[int, str], substitute: bool) -> tuple[int, Numbers]:
+        """An image laid out, and its number: that of its substitute where it is broken."""
+        for offset in range(min(len(self.source), SUBSTITUTES)):
+            candidate = (number + offset) % len(self.source)
+            try:
+                return candidate, self.layout(self.source[candidate])
+            except decode.Unreadable as error:
+                bad[candidate] = str(error)
+                if not substitute:
+                    height, width = self.source.size or (self.layout.crop, self.layout.crop)
+                    return number, self.layout(np.zeros((height, width, 3), np.uint8))
+        raise RuntimeError(f"no readable image after {self.source.name(number)}: {bad[number]}")
+
+
+def in_memory(source: Source, options: Options) -> Source:
+    """`source` as one array where its images have one size and fit `options.resident_mb`; else itself.
+
+    Broken images are left out of it and listed in its `bad`.
+    """
+    if isinstance(source, Arrays) or source.size is None or not options.fits(len(source), source.size):
+        return source
+    images = np.empty((len(source), *source.size, 3), np.uint8)
+    bad: dict[int, str] = {}
+
+    def fill(number: int) -> None:
+        try:
+            images[number] = np.asarray(source[number])
+        except decode.Unreadable as error:
+            bad[number] = str(error)
+
+    with concurrent.futures.ThreadPoolExecutor(cores()) as pool:  # PIL decodes without holding the interpreter's lock
+        done = pool.map(fill, range(len(source)))
+        for _ in tqdm(done, desc="decoding", total=len(source), unit="image", disable=None, leave=False):
+            pass
+    named = tuple((source.name(number), reason) for number, reason in sorted(bad.items()))
+    arrays = Arrays(images, source.labels, source.class_names, source.bad + named)
+    return arrays.take(np.setdiff1d(np.arange(len(source)), list(bad))) if bad else arrays
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,115 @@
+"""`report.html` of a finished run: curves, accuracy by class, confusions, and what was run. One file, no scripts."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+
+from jaxsft.metrics import Evaluation
+from jaxsft.weights import ModelCard
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .15rem .8rem .15rem 0; text-align: left }
+td.number { text-align: right; font-variant-numeric: tabular-nums } img { max-width: 100% } h1 { font-size: 1.4rem }
+"""
+MOST_CLASSES = 100  # beyond that a confusion matrix is a grey square
+
+
+def write(workdir: Path, card: ModelCard, result: Evaluation) -> None:
+    """Write `workdir`/report.html from the run's metrics.jsonl, config.json and its last evaluation."""
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    names = card.class_names or tuple(map(str, range(card.num_classes)))
+    parts = [
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(workdir.name)}</title><style>{STYLE}</style>",
+        f"<h1>{html.escape(workdir.name)}: {html.escape(result.summary())}</h1>",
+        table([(key, value) for key, value in facts(card, records)]),
+        picture(curves(records)),
+        "<h2>By class</h2>",
+        table([(names[k], percent(value)) for k, value in by_accuracy(result)]),
+    ]
+    if card.num_classes <= MOST_CLASSES:
+        parts += ["<h2>Confusions</h2>", picture(confusion(result.confusion, names))]
+    configuration = html.escape((workdir / "config.json").read_text())
+    parts.append(f"<h2>Config</h2><pre>{configuration}</pre>")
+    partial = workdir / "report.html.partial"
+    partial.write_text("\n".join(parts))
+    partial.replace(workdir / "report.html")
+
+
+def facts(card: ModelCard, records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What was trained, from what, how long and how fast."""
+    speeds = [r["images_per_sec"] for r in records if "images_per_sec" in r]
+    seconds = records[-1]["time"] - records[0]["time"]
+    p = card.preprocessing
+    return [
+        ("model", f"{card.arch}, {card.num_classes} classes"),
+        ("weights", f"{card.source} {card.weights_version}".strip() or "from scratch"),
+        ("sha256 of the weights", card.sha256 or "-"),
+        ("input", f"short side {p.resize_size} px, middle {p.crop_size} px, mean {p.mean}, deviation {p.std}"),
+        ("steps", str(records[-1]["step"])),
+        ("speed", f"{np.median(speeds):.0f} images/s (median)" if speeds else "-"),
+        ("from the first line of the log to the last", f"{seconds:.0f} s"),
+    ]
+
+
+def curves(records: list[dict[str, Any]]) -> matplotlib.figure.Figure:
+    """Loss and accuracy over the epochs, in training and in evaluation."""
+    figure = matplotlib.figure.Figure(figsize=(9, 3.2), layout="constrained")
+    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for split, style in (("train", "-"), ("eval", "o-")):
+            points = [(r["epoch"], r[quantity]) for r in records if r["split"] == split]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=split, markersize=4, linewidth=1.2)
+        axes.set(xlabel="epoch", ylabel=quantity)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    return figure
+
+
+def confusion(counts: np.ndarray, names: tuple[str, ...]) -> matplotlib.figure.Figure:
+    """Rows: the label, columns: the prediction, each row as shares of its class."""
+    size = 2.5 + 0.35 * len(names) if len(names) <= 30 else 10.0
+    figure = matplotlib.figure.Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(image, ax=axes, label="share of the class", shrink=0.8)
+    axes.set(xlabel="predicted", ylabel="label")
+    if len(names) <= 30:
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+        for (row, column), share in np.ndenumerate(shares):
+            if counts[row, column]:
+                colour = "white" if share > 0.5 else "black"
+                axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=7, color=colour)
+    return figure
+
+
+def by_accuracy(result: Evaluation) -> list[tuple[int, float]]:
+    """(class, accuracy) from the best to the worst; classes without examples come last."""
+    return sorted(enumerate(result.per_class().tolist()), key=lambda pair: -np.nan_to_num(pair[1], nan=-1.0))
+
+
+def percent(share: float) -> str:
+    return "no examples" if np.isnan(share) else f"{100 * share:.1f} %"
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Two columns as HTML."""
+    cells = (f"<tr><th>{html.escape(name)}<td class=number>{html.escape(value)}" for name, value in rows)
+    return f"<table>{''.join(cells)}</table>"
+
+
+def picture(figure: matplotlib.figure.Figure) -> str:
+    """A figure as an inline PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return f"<img src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"

@@ -1,0 +1,200 @@
+"""What goes wrong around a run: named in one line, with nothing lost."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxsft import train, workdir
+from jaxsft.cli import Stop, UserError
+from jaxsft.log import Log, records
+from jaxsft.workdir import Best
+from tests import small
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _keep_compilations(cache: Path):
+    """All runs here compile the same programs."""
+    before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir",
+              "jax_persistent_cache_min_compile_time_secs")}  # fmt: skip
+    jax.config.update("jax_compilation_cache_dir", str(cache / "jaxsft" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def run_here(path: Path, *overrides: str) -> None:
+    """The small run in this process."""
+    config = small.config(*overrides)
+    workdir.check(path, config)
+    train.train(config, path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("finished") / "run"
+    run_here(path)
+    return path
+
+
+def unfinish(path: Path) -> None:
+    """Take the last line off the log: the run is to resume at its newest checkpoint."""
+    log = path / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+
+
+def test_a_damaged_newest_checkpoint_costs_only_time(finished: Path, tmp_path: Path, capsys) -> None:
+    path = shutil.copytree(finished, tmp_path / "run")
+    unfinish(path)
+    for file in (path / "checkpoints" / "16" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    run_here(path)
+    said = capsys.readouterr()
+    assert re.search(r"checkpoints/16 is damaged \(.+\) and now lies in \S+/damaged/16; the one before it is used", said.err)
+    assert "resuming at step 15 of 16" in said.out
+    assert small.outcome(path) == small.outcome(finished)
+    assert (path / "damaged" / "16").is_dir()
+
+
+def test_a_cut_off_log_is_mended(finished: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(finished, tmp_path / "run")
+    log = path / "metrics.jsonl"
+    log.write_bytes(log.read_bytes()[:-30])
+    run_here(path)
+    assert small.outcome(path) == small.outcome(finished)
+
+
+FULL_DISK = """
+mount -t tmpfs -o size=5m none "$0" || exit 77
+"$@"; status=$?
+ls "$0/run/checkpoints"
+exit $status
+"""
+
+
+def test_a_full_disk(run, cache: Path, finished: Path, tmp_path: Path) -> None:
+    """A file system of 5 MB, in which two checkpoints of 2 MB find room, not three."""
+    command = [sys.executable, "-m", "jaxsft.train", *small.ARGUMENTS, "--workdir", tmp_path / "run"]
+    env = {**os.environ, **small.ENVIRONMENT, "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(["unshare", "-rm", "bash", "-c", FULL_DISK, tmp_path, *command], env=env, capture_output=True,
+                          text=True, timeout=300)  # fmt: skip
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip(f"this system lets no user mount a small file system: {done.stderr}")
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == (
+        f"error: a checkpoint can't be written to {tmp_path}/run/checkpoints: No space left on device;"
+        " those of steps 3, 6 are intact; make room or mend the disk; the same command then resumes\n"
+    )
+    assert {"3", "6"} <= set(done.stdout.splitlines())
+
+
+def test_a_full_disk_under_the_log(tmp_path: Path, monkeypatch) -> None:
+    def full(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Log, "write", full)
+    with pytest.raises(Stop, match=r"run can't be written: No space left on device; make room") as stop:
+        run_here(tmp_path / "run")
+    assert stop.value.status == 1
+
+
+def unwritable(tmp_path: Path) -> dict[str, Path]:
+    """Places where nothing can be written, also by root."""
+    (tmp_path / "file").touch()
+    return {"under a file": tmp_path / "file" / "run", "a file": tmp_path / "file", "in /proc": Path("/proc/run")}
+
+
+@pytest.mark.parametrize("where", ["under a file", "a file", "in /proc"])
+def test_an_unwritable_workdir_is_noticed_before_any_work(tmp_path: Path, where: str) -> None:
+    path = unwritable(tmp_path)[where]
+    with pytest.raises(UserError, match=f"{path} can't be written: .*; give another --workdir"):
+        workdir.check(path, small.config())
+
+
+@pytest.mark.parametrize("backend", ["pmap", "shard_map"])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, backend: str) -> None:
+    """At a rate of 1e30 the parameters leave float32 at the first update, the loss at the second."""
+    overrides = ("--config.optim.lr=1e30", "--config.optim.warmup_epochs=0", f"--config.parallel.backend={backend}")
+    with pytest.raises(Stop) as stop:
+        run_here(tmp_path, *overrides)
+    assert re.fullmatch(
+        r"the loss is (nan|inf) at step 2; there is no checkpoint yet; try a smaller --config.optim.lr,"
+        r" --config.optim.warmup_epochs=1 or --config.optim.clip_norm=1 in another --workdir",
+        str(stop.value),
+    )
+    assert stop.value.status == 1
+
+
+def test_a_late_loss_that_is_not_finite_names_the_last_good_checkpoint(tmp_path: Path) -> None:
+    overrides = ("--config.optim.schedule=step", "--config.optim.step_epochs=2", "--config.optim.step_factor=1e35")
+    with pytest.raises(Stop, match=rf"at step (9|10); the last good checkpoint is {tmp_path}/checkpoints/6; try"):
+        run_here(tmp_path, *overrides)
+    assert all(record["step"] <= 10 for record in records(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_is_ignored_where_asked(tmp_path: Path) -> None:
+    run_here(tmp_path, "--config.optim.lr=1e30", "--config.train.on_nan=ignore")
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])  # strict JSON: null, not NaN
+    assert last["final"] is True
+    assert last["loss"] is None
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from jaxsft.workdir import lock
+with lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_in_a_workdir_is_refused_and_a_crash_leaves_no_lock(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"{tmp_path} is in use by process {holder.pid} on \S+; wait for it, or"):
+            workdir.check(tmp_path, small.config())
+    finally:
+        holder.kill()
+        holder.wait()
+    workdir.check(tmp_path, small.config())
+    with workdir.lock(tmp_path):
+        pass
+
+
+def test_a_clock_that_jumps_does_nothing(finished: Path, tmp_path: Path, monkeypatch) -> None:
+    """Each look at the clock is a year before or after the last one."""
+    real, jumps = time.time, itertools.cycle((-3e7, 3e7, 0, 6e7))
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    run_here(tmp_path / "run")
+    assert small.outcome(tmp_path / "run") == small.outcome(finished)
+
+
+def test_a_run_may_go_on_with_another_back_end_but_no_other_rate(finished: Path, capsys) -> None:
+    run_here(finished, "--config.parallel.backend=shard_map", "--config.checkpoint.keep=5")
+    assert "finished at step 16" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"of another config: optim.lr \(0.05 there, 0.1 here\); give another --workdir"):
+        run_here(finished, "--config.optim.lr=0.1")
+
+
+def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
+    overrides = ("--config.checkpoint.best_metric=loss", "--config.checkpoint.keep=1", "--config.optim.lr=3")
+    run_here(tmp_path, *overrides)
+    evaluations = {r["step"]: r["loss"] for r in records(tmp_path) if r["split"] == "eval"}
+    best = min(evaluations, key=lambda step: evaluations[step])
+    assert Best.of(tmp_path, "loss").step == best
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == sorted({best, small.STEPS})

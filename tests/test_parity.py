@@ -1,0 +1,137 @@
+"""The comparison itself: it passes, it says what the contract promises, and a broken layer makes it fail by name."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+import pytest
+import torchvision
+from jax import lax
+
+from jaxsft import optim
+from jaxsft.models import layers, resnet
+from jaxsft.parity import oracle, table
+from jaxsft.parity.__main__ import main
+from jaxsft.parity.compare import Options, compare
+
+SMALL = "resnet10_w16"
+
+
+def parity(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["parity", *map(str, arguments)])
+    return main()
+
+
+@pytest.mark.parametrize(("dtype", "steps"), [("float64", 10), ("float32", 10)])
+def test_training_is_torchs(dtype: str, steps: int, monkeypatch, capsys, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    arguments = ["--arch", SMALL, "--dtype", dtype, "--steps", steps, "--json", path]
+    status = parity(monkeypatch, *arguments)
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    assert printed.splitlines()[-1].startswith("passed")
+
+    result = json.loads(path.read_text())
+    assert result["passed"] is True
+    rows = {row["name"]: row for row in result["rows"]}
+    assert len(rows) == len(result["rows"]), "names are not unique"
+    assert all(set(row) == {"name", "max_abs", "relative", "tolerance", "passed"} for row in rows.values())
+    tensors = oracle.state(oracle.build(SMALL, 10))
+    quantity = {"weight": "parameter", "bias": "parameter"}
+    for name in tensors:
+        kind = quantity.get(name.rpartition(".")[2], name.rpartition(".")[2])
+        for recipe in ("sgd", "nesterov"):
+            assert f"{recipe}/step {steps:02d}/{kind}/{name}" in rows
+            assert kind != "parameter" or f"{recipe}/step {steps:02d}/momentum/{name}" in rows
+        assert kind != "parameter" or f"train/gradient/{name}" in rows
+    for name in ("eval/logits", "train/logits", *(f"train/loss/{k}" for k in ("plain", "smoothed", "weighted"))):
+        assert name in rows
+    for recipe in ("sgd", "nesterov"):
+        assert rows[f"{recipe}/evaluation/accuracy"]["max_abs"] == 0
+        assert rows[f"{recipe}/step {steps:02d}/loss"]["relative"] <= (1e-4 if dtype == "float32" else 1e-10)
+    for phase in ("eval", "train"):
+        observed = [name for name in rows if name.startswith(f"{phase}/activation/")]
+        assert len(observed) == 12 + 12 + 4  # convolutions, batch norms, blocks
+
+
+class SameConv(layers.Conv):
+    """Flax's padding instead of torch's."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        k = self.kernel_size
+        kernel = self.param("kernel", nn.initializers.ones, (k, k, x.shape[-1], self.features), self.param_dtype)
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, kernel, (self.stride,) * 2, "SAME", dimension_numbers=numbers)
+
+
+class StrideOnTheFirst(resnet.Bottleneck):
+    """The paper's first version: stride on the 1x1 convolution instead of on the 3x3."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        y = nn.relu(self.norm(name="bn1")(self.conv(self.planes, 1, self.stride, name="conv1")(x), train))
+        y = nn.relu(self.norm(name="bn2")(self.conv(self.planes, 3, name="conv2")(y), train))
+        y = self.norm(name="bn3")(self.conv(self.planes * self.expansion, 1, name="conv3")(y), train)
+        return nn.relu(y + resnet.shortcut(self, x, train))
+
+
+def same_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resnet, "Conv", SameConv)
+
+
+def biased_variance(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = layers.batch_statistics
+
+    def biased(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array, Any]:
+        mean, var, _ = real(x, axis_name)
+        return mean, var, 1e18  # n / (n - 1) is 1 then
+
+    monkeypatch.setattr(layers, "batch_statistics", biased)
+
+
+def momentum_in_the_wrong_sense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resnet, "BatchNorm", partial(layers.BatchNorm, momentum=0.9))
+
+
+def decoupled_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rule(config: Any, rate: Any) -> list[optax.GradientTransformation]:
+        c = config.optim
+        decay = optax.add_decayed_weights(c.weight_decay)
+        return [optax.trace(c.momentum, c.nesterov), decay, optax.scale_by_learning_rate(rate)]
+
+    monkeypatch.setattr(optim, "update_rule", rule)
+
+
+# How a layer is broken, and the first row that must say so.
+BROKEN: tuple[tuple[Callable[[pytest.MonkeyPatch], None], str], ...] = (
+    (same_padding, "eval/activation/conv1"),
+    (biased_variance, "train/running_var/bn1.running_var"),
+    (momentum_in_the_wrong_sense, "train/running_mean/bn1.running_mean"),
+    (decoupled_decay, "sgd/step 01/momentum/conv1.weight"),
+)
+
+
+@pytest.mark.parametrize(("broken", "first"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_broken_layer_fails_and_is_named(broken: Callable[..., None], first: str, monkeypatch, capsys) -> None:
+    broken(monkeypatch)
+    assert parity(monkeypatch, "--arch", SMALL, "--dtype", "float64", "--steps", 1, "--image-size", 32) == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"the first is {first}")
+
+
+def test_stride_on_the_wrong_convolution_is_named() -> None:
+    torch_model = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=10)
+    for block, expected in ((resnet.Bottleneck, None), (StrideOnTheFirst, "eval/activation/layer2.0.conv1")):
+        model = resnet.ResNet((1, 1, 1, 1), block, num_classes=10)
+        rows = compare(Options("resnet50", image_size=(32, 32)), model, torch_model)
+        first = table.first_failure(itertools.takewhile(lambda row: row.name.startswith(("weights", "eval")), rows))
+        assert (first.name if first else None) == expected

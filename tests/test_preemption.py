@@ -1,0 +1,104 @@
+"""A run that is killed or told to stop, wherever it is, ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from jaxsft import checkpoint
+from tests import small
+
+# (moment, which of its kind, milliseconds into it), in the order in which one run meets them.
+KILLS = (
+    ("step", 2, 5),
+    ("checkpoint", 1, 1),
+    ("checkpoint", 1, 40),
+    ("evaluation", 1, 4),
+    ("checkpoint", 2, 15),
+    ("step", 5, 1),
+)
+STOPS = (
+    ("compilation", 1, 5, "SIGTERM"),
+    ("step", 2, 0, "SIGTERM"),
+    ("evaluation", 1, 1, "SIGTERM"),
+    ("checkpoint", 1, 1, "SIGINT"),
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run, tmp_path_factory):
+    """What the run computes when nothing disturbs it."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = run("-m", "jaxsft.train", *small.ARGUMENTS, "--workdir", workdir, **small.ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    return small.outcome(workdir)
+
+
+def disturb(run, workdir: Path, moment: str, count: int, milliseconds: float, name: str):
+    command = ("-m", "tests.victim", moment, count, milliseconds, name)
+    return run(*command, *small.ARGUMENTS, "--workdir", workdir, **small.ENVIRONMENT)
+
+
+def finish(run, workdir: Path):
+    done = run("-m", "jaxsft.train", *small.ARGUMENTS, "--workdir", workdir, **small.ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    return small.outcome(workdir)
+
+
+def test_a_run_killed_again_and_again_ends_bit_equal(run, undisturbed, tmp_path):
+    statuses = [disturb(run, tmp_path, *kill, "SIGKILL").returncode for kill in KILLS]
+    assert statuses == [-signal.SIGKILL] * len(KILLS)
+    assert finish(run, tmp_path) == undisturbed
+
+
+def test_a_signal_is_answered_with_a_checkpoint_of_the_step(run, undisturbed, tmp_path):
+    at = 0
+    for moment, count, milliseconds, name in STOPS:
+        done = disturb(run, tmp_path, moment, count, milliseconds, name)
+        assert done.returncode == 128 + signal.Signals[name], done.stderr
+        said = done.stderr.splitlines()[-1]
+        if moment == "compilation":
+            assert said.startswith("stopped: SIGTERM before the first step; there was nothing to save")
+            continue
+        match = re.fullmatch(rf"stopped: {name} at step (\d+) of 16, saved in (\S+); the same command resumes", said)
+        assert match, done.stderr
+        before, at = at, int(match[1])
+        assert f"resuming at step {before} " in done.stdout or before == 0
+        assert at > before  # no step made is lost
+        assert checkpoint.steps(tmp_path)[-1] == at
+        assert Path(match[2]) == tmp_path / "checkpoints" / str(at)
+    assert finish(run, tmp_path) == undisturbed
+
+
+def test_a_second_interrupt_leaves_at_once(run, tmp_path):
+    """Also where Python's own handlers can't run: the main thread stays in one call of C for a minute."""
+    script = (
+        "import os, signal, threading, time, hashlib\n"
+        "from jaxsft.interrupts import Interrupts\n"
+        "from jaxsft.parallel import DataParallel\n"
+        "with Interrupts(DataParallel()) as interrupts:\n"
+        "    interrupts.begin()\n"
+        "    for wait in (0.5, 1.0): threading.Timer(wait, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 100_000_000)\n"  # releases the lock, as a compilation does
+    )
+    done = run("-c", script, timeout=30)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1].startswith("stopped: SIGINT again: left at once")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("seed", range(20))
+def test_twenty_runs_stopped_at_random_moments(run, undisturbed, tmp_path, name, seed):
+    rng = random.Random(f"{name} {seed}")
+    moment = rng.choice(("step", "evaluation", "checkpoint"))
+    count = rng.randint(1, {"step": small.STEPS - 1, "evaluation": 3, "checkpoint": 5}[moment])
+    done = disturb(run, tmp_path, moment, count, rng.uniform(0, 60), name)
+    expected = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 143}[name]
+    # A late moment plus a long delay can come after the end: such a run was not disturbed.
+    assert done.returncode in (expected, 0), done.stderr
+    assert finish(run, tmp_path) == undisturbed
