@@ -89,7 +89,7 @@ def confusion(counts: np.ndarray, names: tuple[str, ...]) -> matplotlib.figure.F
         for (row, column), share in np.ndenumerate(shares):
             if counts[row, column]:
                 colour = "white" if share > 0.5 else "black"
-                axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=7, color=colour)
+                axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
     return figure
 
 
