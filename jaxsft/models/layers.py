@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsft.models.convolution import conv2d
+
 # torch.nn.init.kaiming_normal_(mode="fan_out", nonlinearity="relu"), which torchvision applies to every convolution.
 kaiming_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -44,14 +46,7 @@ class Conv(nn.Module):
         shape = (k, k, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", kaiming_normal_fan_out, shape, self.param_dtype)
         # Explicit padding: "SAME" pads (0, 1) at stride 2 where torch pads (1, 1).
-        return lax.conv_general_dilated(
-            x,
-            kernel.astype(x.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=[(k // 2, k // 2)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups,
-        )
+        return conv2d(x, kernel.astype(x.dtype), self.stride, k // 2, self.groups)
 
 
 class BatchNorm(nn.Module):

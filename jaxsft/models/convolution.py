@@ -1,0 +1,321 @@
+"""A 2-D convolution that is fast on the CPU too: `lax.conv_general_dilated` elsewhere, the best of three sums there.
+
+XLA:CPU computes a convolution well when its input is large, and badly otherwise: a 3x3 kernel over 2x2 pixels runs in
+a scalar loop, a hundred times too slow, and the gradient by the kernel is slow nearly everywhere. The same sums can be
+said as matrix products, which XLA:CPU always does well. One core with AVX-512 (165 GFLOP/s at its peak), float32,
+GFLOP/s of the direct sum; `winograd` does 2.25 times fewer products, so that it may pass the peak:
+
+| batch, side, channels, stride | forward: xla, winograd, dots | by the kernel: xla, winograd, dots | by the image: xla, ours |
+|---|---|---|---|
+| 16, 56, 64 -> 64, 1           | 140, 134,  36                |  30,  41, 27                       |  98,  98 (xla)          |
+| 16, 28, 128 -> 128, 1         | 144, 193,  59                |  33, 118, 52                       | 145, 172 (winograd)     |
+| 16, 14, 256 -> 256, 1         | 147, 239,  88                | 120, 176, 79                       | 141, 227 (winograd)     |
+| 16, 7, 512 -> 512, 1          | 125, 173, 104                | 126, 168, 127                      | 113, 162 (winograd)     |
+| 64, 16, 64 -> 64, 1           | 163, 132,  83                |  36,  65, 45                       | 164, 164 (xla)          |
+| 64, 2, 512 -> 512, 1          |   1, 132, 134                | 146, 155, 126                      |   1, 127 (winograd)     |
+| 16, 56, 64 -> 128, 2          | 127,   -,  77                |  29,   -, 62                       | 114, 107 (phases)       |
+| 16, 14, 256 -> 512, 2         | 112,   -, 128                | 112,   -, 125                      | 131, 133 (phases)       |
+| 64, 4, 256 -> 512, 2          |  86,   -, 125                | 114,   -, 126                      |   2, 126 (phases)       |
+
+Tried and dropped: im2col (never ahead of dots by more than noise), Winograd with 4x4 tiles (ten times the rounding
+error, and its longer transforms eat the gain), one batched product instead of sixteen (XLA copies its operands).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
+
+# Winograd's F(2x2, 3x3), Lavin & Gray 2015 (arXiv:1509.09308): a 2x2 tile of outputs from a 4x4 tile of inputs by 16
+# products for each pair of channels instead of 36, y = AT [(G g G^T) * (BT d BT^T)] AT^T. All entries are 0, 1, 1/2, so
+# that the error stays that of the direct sum: 5e-7 of the largest value in float32 (direct: 3e-7), 1e-15 in float64.
+BT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
+G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
+AT = ((1, 1, 1, 0), (0, 1, -1, -1))
+TILE = 2
+CACHED = 400_000  # values of an input that are transformed at a time
+
+
+def conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int = 1) -> jax.Array:
+    """Convolve (cross-correlate, as torch) images with a square kernel, with zeros `padding` wide on all four sides.
+
+    The value is `lax.conv_general_dilated`'s to rounding, and exactly that on GPU and TPU. Differentiable once in
+    reverse mode by both arguments, keeping `x` and `kernel` for the backward pass, no more. Of second derivatives only
+    reverse over reverse exists; forward mode (`jax.jvp`, `jax.hessian`) raises JAX's TypeError about custom_vjp.
+
+    Args:
+      x: [N, H, W, C_in] of float32, float64 or bfloat16.
+      kernel: [k, k, C_in / groups, C_out] of the same dtype.
+      stride: of both directions.
+      padding: at least 0.
+      groups: with more than one it is the plain convolution on every device.
+
+    Returns:
+      [N, H', W', C_out] of x's dtype, H' = (H + 2 * padding - k) // stride + 1.
+
+    Raises:
+      ValueError: when the shapes do not fit each other, or no output is left.
+    """
+    k = kernel.shape[0]
+    if x.ndim != 4 or kernel.ndim != 4 or kernel.shape[1] != k or kernel.shape[2] * groups != x.shape[3]:
+        raise ValueError(f"conv2d: kernel {kernel.shape} with {groups} groups does not fit images {x.shape}")
+    if min(x.shape[1:3]) + 2 * padding < k:
+        raise ValueError(f"conv2d: kernel {kernel.shape} is larger than images {x.shape} padded by {padding}")
+    if groups > 1:
+        return _plain(x, kernel, stride, padding, groups)
+    return _conv2d(x, _vary_like(kernel, x), stride, padding)
+
+
+def _plain(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int = 1) -> jax.Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=[(padding, padding)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def _vary_like(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    """Mark `kernel` as differing between the devices where `x` does: under shard_map's check_vma a custom gradient
+    must have its argument's type, and the kernel's differs from device to device before it is summed over them."""
+
+    def varying(value: jax.Array) -> frozenset[str]:
+        kind = jax.typeof(value)
+        return getattr(getattr(kind, "manual_axis_type", kind), "varying", frozenset())
+
+    missing = tuple(sorted(varying(x) - varying(kernel)))
+    return lax.pcast(kernel, missing, to="varying") if missing else kernel
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=lambda x, kernel: _wide(_forward, x.dtype, stride, padding)(x, kernel),
+        default=lambda x, kernel: _plain(x, kernel, stride, padding),
+    )
+
+
+def _conv2d_fwd(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> tuple[jax.Array, tuple]:
+    return _conv2d(x, kernel, stride, padding), (x, kernel)
+
+
+def _conv2d_bwd(stride: int, padding: int, saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def cpu(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+        by_image = _wide(_gradient_by_image, x.dtype, stride, padding)(x, kernel, dy)
+        return by_image, _wide(_gradient_by_kernel, x.dtype, stride, padding)(x, kernel, dy)
+
+    def default(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.vjp(lambda x, kernel: _plain(x, kernel, stride, padding), x, kernel)[1](dy)
+
+    return lax.platform_dependent(*saved, dy, cpu=cpu, default=default)
+
+
+_conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
+
+
+def _wide(function, dtype, stride: int, padding: int):
+    """`function` on the CPU computed in float32 at least: bfloat16 is rounded once, at the end."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return lambda *arrays: function(*(a.astype(wide) for a in arrays), stride, padding).astype(dtype)
+
+
+# The rule (numbers above)
+
+
+def _winograd_pays(x_shape: Sequence[int], k_shape: Sequence[int], stride: int, padding: int, channels: int) -> bool:
+    """Its transforms cost as much as `channels` channels of products save; a tiny image has no other fast way."""
+    if k_shape[0] != 3 or stride != 1 or padding != 1:
+        return False
+    return min(k_shape[2:]) >= (64 if _is_tiny(x_shape, k_shape) else channels)
+
+
+def _is_tiny(x_shape: Sequence[int], k_shape: Sequence[int]) -> bool:
+    """Whether XLA:CPU may fall back to its scalar loop, for the forward pass or (stride 2) for a gradient."""
+    return min(x_shape[1:3]) <= k_shape[0] + 1
+
+
+def _forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    if _winograd_pays(x.shape, kernel.shape, stride, padding, channels=128):
+        return _winograd(x, kernel)
+    if kernel.shape[0] == 1 or _is_tiny(x.shape, kernel.shape):
+        return _dots(x, kernel, stride, ((padding, padding),) * 2)
+    return _plain(x, kernel, stride, padding)
+
+
+def _gradient_by_image(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, padding: int) -> jax.Array:
+    if _winograd_pays(x.shape, kernel.shape, stride, padding, channels=128):
+        return _winograd(dy, kernel, transposed=True)
+    if kernel.shape[0] == 1:
+        return jax.linear_transpose(lambda x: _dots(x, kernel, stride, ((padding, padding),) * 2), x)(dy)[0]
+    if stride > 1 and x.shape[3] >= 16 or _is_tiny(x.shape, kernel.shape):
+        return _phases(x.shape, kernel, dy, stride, padding)
+    return jax.linear_transpose(lambda x: _plain(x, kernel, stride, padding), x)(dy)[0]
+
+
+def _gradient_by_kernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, padding: int) -> jax.Array:
+    if _winograd_pays(x.shape, kernel.shape, stride, padding, channels=64):
+        return _winograd_by_kernel(x, dy)
+    if kernel.shape[0] == 1 or x.shape[3] >= 16 or _is_tiny(x.shape, kernel.shape):
+        return jax.linear_transpose(lambda kernel: _dots(x, kernel, stride, ((padding, padding),) * 2), kernel)(dy)[0]
+    return jax.linear_transpose(lambda kernel: _plain(x, kernel, stride, padding), kernel)(dy)[0]
+
+
+# Sum of dots
+
+
+def _window(x: jax.Array, top: int, left: int, height: int, width: int, stride: int) -> jax.Array:
+    """[N, height, width, C]: every `stride`-th pixel of `x` from (top, left) on."""
+    stop = (x.shape[0], top + (height - 1) * stride + 1, left + (width - 1) * stride + 1, x.shape[3])
+    return lax.slice(x, (0, top, left, 0), stop, (1, stride, stride, 1))
+
+
+def _dots(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+    """One matrix product for each tap of the kernel, [pixels, C_in] @ [C_in, C_out]; a tap that sees only zeros is
+    left out. Negative padding crops. Any kernel height and width."""
+    (top, bottom), (left, right) = padding
+    k_height, k_width, c_in, c_out = kernel.shape
+    n, h, w, _ = x.shape
+    height, width = (h + top + bottom - k_height) // stride + 1, (w + left + right - k_width) // stride + 1
+    x = lax.pad(x, np.zeros((), x.dtype), ((0, 0, 0), (top, bottom, 0), (left, right, 0), (0, 0, 0)))
+    total = jnp.zeros((n * height * width, c_out), x.dtype)
+    for i in range(k_height):
+        for j in range(k_width):
+            if top - (height - 1) * stride <= i < top + h and left - (width - 1) * stride <= j < left + w:
+                total += _window(x, i, j, height, width, stride).reshape(-1, c_in) @ kernel[i, j]
+    return total.reshape(n, height, width, c_out)
+
+
+def _phases(x_shape: Sequence[int], kernel: jax.Array, dy: jax.Array, stride: int, padding: int) -> jax.Array:
+    """The gradient by the image: pixels a stride apart see the same taps, so each such phase is a `_dots` of stride 1.
+
+    Pixel stride * u + phase is reached by tap i from output u + (phase + padding - i) / stride, where that is whole.
+    """
+    k, (n, h, w, c) = kernel.shape[0], x_shape
+    kernel = kernel.swapaxes(2, 3)
+    tall, wide = -(-h // stride), -(-w // stride)
+    taps = [[i for i in reversed(range(k)) if (phase + padding - i) % stride == 0] for phase in range(stride)]
+
+    def pads(phase: int, size: int, outputs: int) -> tuple[int, int]:
+        first, last = ((phase + padding - taps[phase][end]) // stride for end in (0, -1))
+        return -first, size - 1 + last - (outputs - 1)
+
+    def image(row: int, column: int) -> jax.Array:
+        if not taps[row] or not taps[column]:  # the kernel is smaller than the stride: nothing looks here
+            return jnp.zeros((n, tall, wide, c), dy.dtype)
+        part = kernel[np.array(taps[row])][:, np.array(taps[column])]
+        return _dots(dy, part, 1, (pads(row, tall, dy.shape[1]), pads(column, wide, dy.shape[2])))
+
+    return _interleave([[image(row, column) for column in range(stride)] for row in range(stride)], h, w)
+
+
+def _interleave(images: Sequence[Sequence[jax.Array]], height: int, width: int) -> jax.Array:
+    """The [N, height, width, C] whose pixel (s * u + i, s * v + j) is images[i][j][:, u, v]."""
+    n, h, w, c = images[0][0].shape
+    s = len(images)
+    x = jnp.stack([jnp.stack(row, 3) for row in images], 2)
+    return x.reshape(n, s * h, s * w, c)[:, :height, :width]
+
+
+# Winograd
+
+
+def _combine(matrix: Sequence[Sequence[float]], parts: Sequence[jax.Array]) -> list[jax.Array]:
+    """matrix @ parts, spelt out as sums and differences: a product would touch the zeros and ones as well."""
+
+    def total(row: Sequence[float]) -> jax.Array:
+        terms = [part if factor == 1 else -part if factor == -1 else factor * part
+                 for factor, part in zip(row, parts) if factor]  # fmt: skip
+        return sum(terms[1:], terms[0])
+
+    return [total(row) for row in matrix]
+
+
+def _combine_both(matrix: Sequence[Sequence[float]], grid: Sequence[Sequence[jax.Array]]) -> list[list[jax.Array]]:
+    """matrix @ grid @ matrix^T of a square grid of arrays."""
+    return [_combine(matrix, row) for row in zip(*(_combine(matrix, column) for column in zip(*grid)))]
+
+
+def _input_tiles(x: jax.Array) -> tuple[list[list[jax.Array]], int, int]:
+    """BT d BT^T of every 4x4 tile, padded by 1 and a step of 2 apart: a 4x4 grid of [N, tall, wide, C]; tall, wide."""
+    n, h, w, c = x.shape
+    tall, wide = -(-h // TILE), -(-w // TILE)
+    x = jnp.pad(x, ((0, 0), (1, tall * TILE + 1 - h), (1, wide * TILE + 1 - w), (0, 0)))
+    # Barriers: without them XLA fuses padding and rows into each of the sixteen consumers and computes them anew there.
+    x = lax.optimization_barrier(x)
+    rows = [lax.slice(x, (0, i, 0, 0), (n, i + TILE * tall - 1, x.shape[2], c), (1, TILE, 1, 1)) for i in range(4)]
+    rows = lax.optimization_barrier(_combine(BT, rows))
+    cut = lambda row, j: lax.slice(row, (0, 0, j, 0), (n, tall, j + TILE * wide - 1, c), (1, 1, TILE, 1))
+    return [_combine(BT, [cut(row, j) for j in range(4)]) for row in rows], tall, wide
+
+
+def _winograd(x: jax.Array, kernel: jax.Array, transposed: bool = False) -> jax.Array:
+    """3x3, stride 1, padding 1; `transposed`: with the kernel turned around and its channels swapped (a gradient)."""
+    if transposed:
+        kernel = kernel[::-1, ::-1]
+    taps = _combine_both(G, [[kernel[i, j] for j in range(3)] for i in range(3)])
+    # Contract over the kernel's last axis where it is transposed: to swap its axes first was ten times slower.
+    axes = (((1,), (1 if transposed else 0,)), ((), ()))
+
+    def some(x: jax.Array) -> jax.Array:
+        n, h, w, c = x.shape
+        data, tall, wide = _input_tiles(x)
+        products = [[lax.dot_general(d.reshape(-1, c), g, axes) for d, g in zip(*pair)] for pair in zip(data, taps)]
+        columns = [_combine(AT, column) for column in zip(*products)]
+        tiles = lax.optimization_barrier([_combine(AT, row) for row in zip(*columns)])
+        return _interleave([[tile.reshape(n, tall, wide, -1) for tile in row] for row in tiles], h, w)
+
+    parts = _split(x)
+    if len(parts) == 1:
+        return some(x)
+    y = lax.map(some, parts)
+    return y.reshape(x.shape[0], *y.shape[2:])
+
+
+def _winograd_by_kernel(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """The transpose of `_winograd` by its kernel: G^T [(AT^T dy AT) * (BT d BT^T)] G, summed over tiles and images."""
+    transposed_at, transposed_g = tuple(zip(*AT)), tuple(zip(*G))
+    axes = (((0,), (0,)), ((), ()))
+
+    def some(x: jax.Array, dy: jax.Array) -> jax.Array:
+        data, tall, wide = _input_tiles(x)
+        _, h, w, c_out = dy.shape
+        if (tall * TILE, wide * TILE) != (h, w):
+            dy = jnp.pad(dy, ((0, 0), (0, tall * TILE - h), (0, wide * TILE - w), (0, 0)))
+            dy = lax.optimization_barrier(dy)
+        corners = [[_window(dy, i, j, tall, wide, TILE) for j in range(TILE)] for i in range(TILE)]
+        rows = zip(data, _combine_both(transposed_at, corners))
+        flat = lambda tile: tile.reshape(-1, tile.shape[-1])
+        return jnp.stack([lax.dot_general(flat(d), flat(y), axes) for row in rows for d, y in zip(*row)])
+
+    parts = _split(x)
+    if len(parts) == 1:
+        total = some(x, dy)
+    else:
+        zero = _vary_like(jnp.zeros((16, x.shape[3], dy.shape[3]), x.dtype), x)
+        add = lambda total, part: (total + some(*part), None)
+        total, _ = lax.scan(add, zero, (parts, dy.reshape(*parts.shape[:2], *dy.shape[1:])))
+    products = [[total[4 * i + j] for j in range(4)] for i in range(4)]
+    return jnp.stack([jnp.stack(row) for row in _combine_both(transposed_g, products)])
+
+
+def _split(x: jax.Array) -> jax.Array:
+    """[parts, images, H, W, C], few enough images a part for its transforms (4 times as large) to stay in the cache.
+
+    For 32 images of 56 x 56 x 64, two at a time instead of all: 134 GFLOP/s forward instead of 67, 71 by the kernel
+    instead of 38; for 28 x 28 x 128, 210 instead of 143 and 126 instead of 54. It also keeps their memory small.
+    """
+    n = x.shape[0]
+    most = max(1, CACHED // (x.size // n))
+    images = max(size for size in range(1, n + 1) if n % size == 0 and size <= most)
+    return x.reshape(n // images, images, *x.shape[1:])
