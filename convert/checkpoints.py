@@ -7,6 +7,7 @@ import pickle
 import re
 import tempfile
 import urllib.error
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -98,9 +99,12 @@ def read_torch(path: Path) -> dict[str, Any]:
     """A torch.save file through `weights_only=True`: tensors and plain containers, never code."""
     torch = import_torch()
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of odd pickles, which are refused anyway
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        # Only the cause: what torch says first is how to run the file's code nevertheless.
+        found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+        reason = found[1] if found else str(error).splitlines()[0]
         raise UserError(
             f"{path} is refused, it is damaged or holds more than weights: {reason}", "save its state_dict() alone"
         ) from None

@@ -31,6 +31,9 @@ FOLDER, SET_ASIDE = "checkpoints", "damaged"
 LIBRARIES = ("jaxsft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
+YEARS = 10**9  # seconds
+
+
 class Damaged(Exception):
     """A checkpoint can't be read, or is not what was written; the message says how."""
 
@@ -65,7 +68,10 @@ class Checkpoints:
             preservation_policy=self._policy,
             cleanup_tmp_directories=True,  # of a run that was killed while it wrote; the workdir is ours alone
             # Directories at once: where they can't be made, the threads that wait for them would wait ten minutes.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            # The time limit is by the clock on the wall, which may jump; between processes it is one for barriers.
+            async_options=ocp.AsyncOptions(
+                create_directories_asynchronously=False, timeout_secs=YEARS if jax.process_count() == 1 else 1200
+            ),
         )
         self._manager = ocp.CheckpointManager((workdir / FOLDER).resolve(), options=options)
 
@@ -118,7 +124,6 @@ class Checkpoints:
             raise self._unwritten(error) from None
 
     def _unwritten(self, error: Exception) -> Stop:
-        sys.unraisablehook = but_closed_loops(sys.unraisablehook)
         whole = steps(self.workdir)
         left = f"those of steps {', '.join(map(str, whole))} are intact" if whole else "there is no earlier one"
         return Stop(
@@ -269,7 +274,7 @@ def but_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def first_line(error: Any) -> str:
-    """What to tell of another library's exception: the system's reason where it names one, else its first 200 letters."""
+    """What to tell of another library's exception: the system's reason where it names one, else 200 letters of it."""
     while error.__cause__ is not None:
         error = error.__cause__
     reason = re.search(r": ([^:]+) \[(?:os_error|OS error)", str(error))  # TensorStore's way

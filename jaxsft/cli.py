@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import os
@@ -51,6 +52,11 @@ def complain(stop: Stop) -> int:
     return stop.status
 
 
+def leave(stop: Stop) -> None:
+    """End the process from any thread, without the clean-up that the main thread may be in no state to do."""
+    os._exit(complain(stop))
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command: 0 when done, a Stop's status with its one line; any other exception keeps its traceback."""
     try:
@@ -60,6 +66,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         status = complain(Preempted(signal.SIGINT, "before anything was there to save", "nothing is lost"))
     sys.exit(status)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong command line is a UserError as any other wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        """See argparse."""
+        raise UserError(message, f"see `{self.prog} --help`")
 
 
 def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +198,38 @@ CHECKS: tuple[tuple[str, str, Any], ...] = (
 )
 
 
+# (whether settings that are fine by themselves do not go together, what is wrong, what to do)
+CONFLICTS: tuple[tuple[Callable[[ConfigDict], bool], str, str], ...] = (
+    (
+        lambda c: c.optim.name == "sgd" and c.optim.nesterov and not c.optim.momentum,
+        "config.optim.nesterov needs a momentum",
+        "set --config.optim.momentum=0.9 or --noconfig.optim.nesterov",
+    ),
+    (
+        lambda c: bool(c.model.freeze) and not c.model.weights,
+        "config.model.freeze without config.model.weights keeps random numbers",
+        "name weights, or freeze nothing",
+    ),
+    (
+        lambda c: c.model.batch_norm == "frozen" and not c.model.weights,
+        "config.model.batch_norm='frozen' without config.model.weights has no statistics to keep",
+        "name weights, or set --config.model.batch_norm=train",
+    ),
+    (
+        lambda c: c.train.steps is None and c.optim.warmup_epochs >= c.train.epochs,
+        "config.optim.warmup_epochs is not shorter than config.train.epochs",
+        "warm up for less, or train longer",
+    ),
+    (
+        lambda c: c.data.per_class is not None and c.data.fraction < 1,
+        "config.data.per_class and config.data.fraction both say how much to train on",
+        "set one of them",
+    ),
+)
+
+
 def check(config: ConfigDict) -> None:
-    """Raise a UserError for the first setting that can't be meant.
+    """Raise a UserError for the first setting that can't be meant, or does not go with another.
 
     Raises:
       UserError: a key, its value, what it must be.
@@ -220,9 +250,7 @@ def check(config: ConfigDict) -> None:
         if name not in AUGMENTATIONS:
             raise UserError(f"config.data.augment has {name!r}", nearest(str(name), list(AUGMENTATIONS)))
     for name, place, index in ((RANDOM_CROP, "first", 0), (ERASING, "last", -1)):
-        if name in config.data.augment and (
-            config.data.augment[index] != name or config.data.augment.count(name) > 1
-        ):
+        if name in config.data.augment and (config.data.augment[index] != name or config.data.augment.count(name) > 1):
             raise UserError(f"config.data.augment is {config.data.augment}", f"{name} comes {place}, and once")
     resize = config.data.resize_size
     if resize is not None and resize < config.data.image_size:
@@ -235,6 +263,9 @@ def check(config: ConfigDict) -> None:
             f" {config.optim.accumulate}",
             "change one of them",
         )
+    for is_so, what, what_to_do in CONFLICTS:
+        if is_so(config):
+            raise UserError(what, what_to_do)
 
 
 def get(config: ConfigDict, key: str) -> Any:
@@ -310,6 +341,8 @@ def parse_flags(argv: Sequence[str], usage: str, strings: dict[str, str]) -> tup
         except (flags.Error, KeyError, AttributeError) as error:
             what, hint = explain(str(error.args[0] if error.args else error))
             raise UserError(what, hint) from None
+        except SyntaxError as error:
+            raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}", "mend the config file") from None
         except OSError as error:
             raise UserError(
                 f"the config file can't be read: {str(error).splitlines()[-1].strip()}", "check its path"
@@ -323,10 +356,15 @@ def parse_flags(argv: Sequence[str], usage: str, strings: dict[str, str]) -> tup
 
 def explain(message: str) -> tuple[str, str]:
     """What config_flags and absl say of a wrong flag, as (what, what to do)."""
-    lines = message.replace("'\\'", "'").replace("\\''", "'").strip("'\"").splitlines()
-    match = re.search(r"[Dd]id you mean:? \"?([\w.]+)", message)
-    hint = f"did you mean {match.group(1)!r}?" if match else "see --help"
-    return lines[0].strip("'\"\\ ").split(". Did you mean")[0] if match else lines[0], hint
+    if match := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', message):
+        return f"the config has no key {match[2]!r}", f"did you mean {match[1]!r}?"
+    if match := re.search(r"Attempting to lookup: ([\w.]+)", message):
+        return f"the config has no key {match[1]!r}", "see jaxsft/config.py for all of them"
+    if match := re.search(r"Did you mean: ([\w.-]+)", message):
+        return message.split(". Did you mean")[0], f"did you mean {'--' + match[1]!r}?"
+    if "has no attribute 'get_config'" in message:
+        return "the config file defines no get_config", "write it as in configs/cifar10.py"
+    return " ".join(message.split()), "see --help"
 
 
 @contextlib.contextmanager

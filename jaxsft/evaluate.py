@@ -46,7 +46,7 @@ def evaluate(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m jaxsft.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", required=True, type=Path)

@@ -50,7 +50,7 @@ def write_stablehlo(run: Run, out: Path) -> str:
     (count,) = jax.export.symbolic_shape("n")
     images = jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8)
     exported = jax.export.export(jax.jit(logits), platforms=PLATFORMS)(images)
-    write_bytes(out, exported.serialize())
+    write_bytes(out, bytes(exported.serialize()))
     return f"jax.export.deserialize takes its bytes; uint8 [n, {size}, {size}, 3] to [n, {run.card.num_classes}]"
 
 
@@ -83,7 +83,7 @@ FORMATS: Mapping[str, tuple[str, Callable[[Run, Path], str]]] = MappingProxyType
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m jaxsft.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", required=True, type=Path)

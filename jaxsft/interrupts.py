@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from jaxsft.cli import Preempted, complain
+from jaxsft.cli import Preempted, leave
 from jaxsft.parallel import DataParallel
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -100,11 +100,6 @@ class Interrupts:
             hint = ", Ctrl-C again leaves at once" if number == signal.SIGINT else ""
             print(f"{name}: saving a checkpoint after this step{hint}", file=sys.stderr, flush=True)
         self._received.append(number)
-
-
-def leave(why: Preempted) -> None:
-    """End the process from any thread, without the clean-up that the main thread may be in no state to do."""
-    os._exit(complain(why))
 
 
 def ignore(number: int, frame: FrameType | None) -> Any:

@@ -19,8 +19,9 @@ from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, TrainPlan
 from jaxsft.data.sources import open_splits
 from jaxsft.evaluate import evaluate
-from jaxsft.initial import initial
+from jaxsft.initial import initial, make_model
 from jaxsft.metrics import Evaluation
+from jaxsft.models.resnet import variable_shapes
 from jaxsft.parallel import DataParallel
 from jaxsft.state import TrainState
 from jaxsft.steps import make_eval_step, make_train_step
@@ -118,6 +119,7 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     """
     parallel = DataParallel(config.parallel.backend)
     parallel.check_batch(config.data.batch_size, config.optim.accumulate)
+    optim.check_patterns(config, variable_shapes(make_model(config, 2))["params"])  # before anything is fetched
     train_source, eval_source = open_data(config)
     order = order_of(config, train_source, parallel)
     total_steps = config.train.steps or max(round(config.train.epochs * order.steps_per_epoch), 1)

@@ -63,12 +63,7 @@ def make(config: ConfigDict, params: Any, rate: Schedule) -> optax.GradientTrans
     Raises:
       UserError: a pattern of model.freeze or optim.lr_multipliers that matches no parameter, or everything is frozen.
     """
-    paths = list(traverse_util.flatten_dict(params, sep="/"))
-    frozen = {path: is_frozen(tuple(path.split("/")), tuple(config.model.freeze)) for path in paths}
-    must_match("model.freeze", config.model.freeze, paths)
-    must_match("optim.lr_multipliers", [pattern for pattern, _ in config.optim.lr_multipliers], paths)
-    if all(frozen.values()):
-        raise UserError("config.model.freeze covers every parameter", "leave some to train, such as fc")
+    frozen = check_patterns(config, params)
 
     chain = optax.chain(
         clip_by_norm(config.optim.clip_norm) if config.optim.clip_norm else optax.identity(),
@@ -81,6 +76,21 @@ def make(config: ConfigDict, params: Any, rate: Schedule) -> optax.GradientTrans
         {path: "frozen" if is_so else "trained" for path, is_so in frozen.items()}, sep="/"
     )
     return optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, labels)
+
+
+def check_patterns(config: ConfigDict, params: Any) -> dict[str, bool]:
+    """Which parameters, by path, are frozen; `params` may be shapes.
+
+    Raises:
+      UserError: a pattern of model.freeze or optim.lr_multipliers that matches no parameter, or everything is frozen.
+    """
+    paths = list(traverse_util.flatten_dict(params, sep="/"))
+    frozen = {path: is_frozen(tuple(path.split("/")), tuple(config.model.freeze)) for path in paths}
+    must_match("model.freeze", config.model.freeze, paths)
+    must_match("optim.lr_multipliers", [pattern for pattern, _ in config.optim.lr_multipliers], paths)
+    if all(frozen.values()):
+        raise UserError("config.model.freeze covers every parameter", "leave some to train, such as fc")
+    return frozen
 
 
 def update_rule(config: ConfigDict, rate: Schedule) -> list[optax.GradientTransformation]:

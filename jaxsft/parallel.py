@@ -72,9 +72,7 @@ class DataParallel:
 
     def any(self, flag: bool) -> jax.Array:
         """Whether `flag` holds in any process: a bool scalar on the devices, still on its way."""
-        mine = np.full(len(self.mesh.local_devices), flag)
-        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
-        return self._any(jax.make_array_from_process_local_data(sharding, mine, (len(self.devices),)))
+        return self._any(self._put(np.full(len(self.devices), flag), PartitionSpec(AXIS)))
 
     @functools.cached_property
     def _any(self) -> Callable[[jax.Array], jax.Array]:
@@ -86,8 +84,10 @@ class DataParallel:
             return jax.device_put(tree, sharding)
 
         def place(leaf: Any) -> jax.Array:
-            array = np.asarray(leaf)
-            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+            whole = np.asarray(jax.device_get(leaf))
+            shares = sharding.addressable_devices_indices_map(whole.shape)
+            pieces = [jax.device_put(whole[index], device) for device, index in shares.items()]
+            return jax.make_array_from_single_device_arrays(whole.shape, sharding, pieces)
 
         return jax.tree.map(place, tree)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from jaxsft import checkpoint, cli, processes
@@ -47,7 +48,7 @@ class Trainer:
         batch_size = job.config.data.batch_size
         with progress(total * batch_size, self.start * batch_size, job.parallel.is_main) as bar:
             job.compile_evaluation()
-            if job.is_evaluated(self.start) and not self.log.has_evaluation(self.start):
+            if self.start and job.is_evaluated(self.start) and not self.log.has_evaluation(self.start):
                 self.evaluate(self.start)  # a signal came before its end
             for step in range(self.start + 1, total + 1):
                 self.update(step)
@@ -145,15 +146,24 @@ def resume(job: Job, workdir: Path) -> tuple[int, Meter]:
     restored = checkpoint.newest(workdir, lambda record: job.state, set_aside=job.parallel.is_main)
     if restored is None:
         return 0, Meter(finite=finite)
+    if job.parallel.process_count > 1:
+        multihost_utils.assert_equal(restored.step, "the processes see different checkpoints: is --workdir shared?")
     job.state = job.parallel.replicate(restored.state)
-    print(f"resuming at step {restored.step} of {job.total_steps}", flush=True)
+    say(job, f"resuming at step {restored.step} of {job.total_steps}")
     return restored.step, Meter(restored.record["meter"], finite)
+
+
+def say(job: Job, text: str) -> None:
+    """Print a line, once a run: in the process that writes."""
+    if job.parallel.is_main:
+        print(text, flush=True)
 
 
 def advise(found: NotFinite, checkpoints: Checkpoints) -> cli.Stop:
     """What to say of a number that is not finite."""
-    good = checkpoints.latest_step()
-    where = f"the last good checkpoint is {checkpoints.path(good)}" if good else "there is no checkpoint yet"
+    # Those from which a finite loss has been computed since: the last one may hold what made this one infinite.
+    good = [step for step in checkpoint.steps(checkpoints.workdir) if step < found.step - 1]
+    where = f"the last good checkpoint is {checkpoints.path(good[-1])}" if good else "there is no good checkpoint yet"
     return cli.Stop(
         f"{found}; {where}",
         "try a smaller --config.optim.lr, --config.optim.warmup_epochs=1 or --config.optim.clip_norm=1 in another"
@@ -175,9 +185,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
     job, said = prepare(config)
     with workdir_module.lock(workdir, job.parallel.is_main):
         workdir_module.create(workdir, config, job.card, job.parallel.is_main)
-        print(said, flush=True)
+        say(job, said)
         result = fit(job, workdir)
-    print(f"{workdir}: {result.summary()}, {time.perf_counter() - began:.0f} s")
+    say(job, f"{workdir}: {result.summary()}, {time.perf_counter() - began:.0f} s")
 
 
 def keep_compilations() -> None:
@@ -188,6 +198,7 @@ def keep_compilations() -> None:
 
 def main() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises too, and that is ours to tell
+    sys.unraisablehook = checkpoint.but_closed_loops(sys.unraisablehook)
     options = {"workdir": "where the run lies; default runs/<config file>[-<variant>]", **processes.OPTIONS}
     assert __doc__ is not None
     config, values, config_flag = config_module.parse_flags(sys.argv[1:], __doc__, options)

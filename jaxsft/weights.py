@@ -25,6 +25,7 @@ from jaxsft.cli import UserError, nearest, run_module
 from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
 
 CARD = "model.json"
+MOST_CLASSES = 1_000_000  # a head of 2 GB on 512 features
 SAMPLE = Path(__file__).parent / "data" / "sample" / "resnet10_w16.safetensors"
 
 
@@ -80,7 +81,7 @@ class ModelCard:
             card.check()
         except OSError:
             raise UserError(f"{path} can't be read", "make the directory with `python -m convert to-flax`") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is not a model card: {error}", "port the weights again") from None
         return card
 
@@ -89,14 +90,16 @@ class ModelCard:
         p = self.preprocessing
         if self.arch not in ARCHITECTURES:
             raise ValueError(f"unknown arch {self.arch!r}; {nearest(str(self.arch), list(ARCHITECTURES))}")
-        if not isinstance(self.num_classes, int) or self.num_classes < 1:
+        if not isinstance(self.num_classes, int) or not 0 < self.num_classes <= MOST_CLASSES:
             raise ValueError(f"num_classes is {self.num_classes!r}")
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
         if not all(isinstance(size, int) and 0 < size <= 4096 for size in (p.resize_size, p.crop_size)):
             raise ValueError(f"sizes {p.resize_size!r}, {p.crop_size!r}")
-        if not all(len(v) == 3 and all(isinstance(x, int | float) for x in v) for v in (p.mean, p.std)):
+        if any(len(v) != 3 or not all(isinstance(x, int | float) and abs(x) < 1e6 for x in v) for v in (p.mean, p.std)):
             raise ValueError("mean and std are three numbers each")
+        if min(p.std) <= 0:
+            raise ValueError(f"std is {p.std}, it must be above 0")
         if p.interpolation != "bilinear":
             raise ValueError(f"interpolation {p.interpolation!r}, only bilinear is known")
 

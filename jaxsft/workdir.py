@@ -198,7 +198,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read: {error}", "remove the run and start it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no object", "remove the run and start it again")

@@ -100,22 +100,27 @@ def middle(image: PIL.Image.Image, resize: int, crop: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + crop, top + crop)))
 
 
-def canvas(image: PIL.Image.Image, short: int, long: int) -> tuple[np.ndarray, np.ndarray]:
-    """The whole picture, its short side resized to `short`, on a canvas of one shape for all.
+def onto_canvas(image: PIL.Image.Image, out: np.ndarray) -> np.ndarray:
+    """Lay the whole picture at the upper left of `out`, a canvas of one shape for all, and blacken the rest.
 
-    Upright pictures lie on their side (rows and columns swapped); one that is longer than the canvas is squeezed along
-    its long side, and nothing is cut off.
+    Its short side is resized to the canvas's unless it is shorter. Upright pictures lie on their side (rows and columns
+    swapped); one that is longer than the canvas is squeezed along its long side, and nothing is cut off.
+
+    Args:
+      image: RGB.
+      out: uint8 [short, long, 3], written to.
 
     Returns:
-      uint8 [short, long, 3], the picture at the upper left over black, and int32 [4]: (height, width) of the original,
-      (rows, columns) that the picture takes on the canvas.
+      int32 [4]: (height, width) of the original, (rows, columns) that the picture takes on the canvas.
     """
     width, height = image.size
-    columns = min(max(short * max(width, height) // min(width, height), short), long)
-    size = (short, columns) if height > width else (columns, short)
+    rows = min(out.shape[0], width, height)
+    columns = min(max(rows * max(width, height) // min(width, height), rows), out.shape[1])
+    size = (rows, columns) if height > width else (columns, rows)
     if image.size != size:
         image = image.resize(size, PIL.Image.Resampling.BILINEAR)
     pixels = np.asarray(image)
-    out = np.zeros((short, long, 3), np.uint8)
-    out[:, :columns] = pixels.swapaxes(0, 1) if height > width else pixels
-    return out, np.array([height, width, short, columns], np.int32)
+    out[:rows, :columns] = pixels.swapaxes(0, 1) if height > width else pixels
+    out[rows:] = 0
+    out[:rows, columns:] = 0
+    return np.array([height, width, rows, columns], np.int32)

@@ -192,7 +192,8 @@ def images(root: Path, options: Options) -> list[str]:
     A link that leads back to a folder it lies in is not followed. Hidden files are no images (macOS writes ._x.jpg).
     """
     found: list[tuple[str, list[str]]] = []
-    walk(str(root), (), found, options)
+    above = (os.path.realpath(root.parent), *map(str, Path(os.path.realpath(root)).parents))
+    walk(str(root), above, found, options)
     return [os.path.join(folder, name) for folder, names in sorted(found) for name in sorted(names)]
 
 

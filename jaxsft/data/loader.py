@@ -6,11 +6,13 @@ decodes and resizes in Grain's worker processes and sends uint8 pixels. To the l
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import sys
 import time
 import types
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,10 +25,11 @@ from jaxsft.cli import UserError
 from jaxsft.data.augment import RANDOM_CROP
 from jaxsft.data.base import Arrays, Source
 from jaxsft.data.folder import broken
-from jaxsft.data.reading import EvalPlan, Layout, Plan, Reader, cores
+from jaxsft.data.reading import LONGEST, EvalPlan, Layout, Plan, Reader, cores
 from jaxsft.weights import Preprocessing
 
 MOST_WORKERS = 16  # by default; more seldom decode faster than one device trains
+STARTED_SECONDS = 5  # after the first batch all workers have started, or will do so the slower way
 BAD_FILES = "bad_files.txt"
 
 
@@ -123,7 +126,8 @@ class Stream:
         self.reader, self.devices, self.preprocessing = reader, devices, preprocessing
         self.workers, self.bad = workers, bad
         self._ready: Any = None  # Grain's iterator
-        self._next = 0  # the step that it comes to next
+        self._first: Any = None  # a batch that it has given already
+        self._next = 0  # the step that comes next
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """See Loader.
@@ -134,7 +138,9 @@ class Stream:
         if self._ready is None or step != self._next:
             self.close()
             self._ready = self._pipeline(step)
-        batch = next(self._ready)
+            # Also at the end of the program: before what its closing needs is gone.
+            self._finalizer = weakref.finalize(self, self._ready.close)
+        batch, self._first = next(self._ready) if self._first is None else self._first, None
         self._next = (step + 1) % len(self.reader.plan)
         try:
             self.bad.add([(self.reader.source.name(number), reason) for number, reason in batch.pop("bad")])
@@ -150,14 +156,13 @@ class Stream:
     def close(self) -> None:
         """See Loader."""
         if self._ready is not None:
-            self._ready.close()
-            self._ready = None
+            self._finalizer()
+            self._ready = self._first = None
 
     def _whole(self, rows: np.ndarray) -> np.ndarray:
         """This process's rows at their place in the global batch, whose other rows are never looked at.
 
-        A copy in any case: the workers' shared memory is theirs again when the batch is dropped, and on the CPU
-        device_put would keep pointing into it.
+        A copy in any case: device_put on the CPU would point into the workers' shared memory, which then outlives them.
         """
         process, processes = self.reader.share
         whole = np.empty((len(rows) * processes, *rows.shape[1:]), rows.dtype)
@@ -178,23 +183,25 @@ class Stream:
             return iter(batches)
         if not flags.FLAGS.is_parsed():  # Grain reads absl's flags, which our command lines do not use
             flags.FLAGS.mark_as_parsed()
+        before = len(multiprocessing.active_children())
         iterator = iter(batches.mp_prefetch(grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=1)))
-        start_workers(iterator, self.workers)
+        with no_main_module():
+            self._first = next(iterator)  # Grain starts its processes in threads, on the way to the first batch
+            deadline = time.monotonic() + STARTED_SECONDS
+            while len(multiprocessing.active_children()) < before + self.workers and time.monotonic() < deadline:
+                time.sleep(0.01)
         return iterator
 
 
-def start_workers(iterator: Any, count: int, limit: float = 60) -> None:
-    """Start the worker processes of a Grain iterator without the program's main module.
+@contextlib.contextmanager
+def no_main_module() -> Iterator[None]:
+    """Let processes that are started meanwhile do without the program's main module.
 
-    A spawned process imports its parent's main module, which here would be the whole of training, JAX and all.
+    A spawned process imports its parent's, which here would be the whole of training.
     """
-    others = len(multiprocessing.active_children())
     main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
     try:
-        iterator.start_prefetch()
-        deadline = time.monotonic() + limit
-        while len(multiprocessing.active_children()) < others + count and time.monotonic() < deadline:
-            time.sleep(0.01)
+        yield
     finally:
         sys.modules["__main__"] = main
 
@@ -206,10 +213,10 @@ def layout_of(source: Source, preprocessing: Preprocessing, names: Sequence[str]
     """
     resize, crop = preprocessing.resize_size, preprocessing.crop_size
     if source.size is not None and min(source.size) <= resize:
-        return Layout("whole", resize, crop), preprocessing
+        return Layout("whole", source.size, resize), preprocessing
     if RANDOM_CROP in names:
-        return Layout("canvas", resize, crop), preprocessing
-    return Layout("middle", resize, crop), dataclasses.replace(preprocessing, resize_size=crop)
+        return Layout("canvas", (resize, round(LONGEST * resize)), resize), preprocessing
+    return Layout("middle", (crop, crop), resize), dataclasses.replace(preprocessing, resize_size=crop)
 
 
 def make_loader(

@@ -45,7 +45,7 @@ def cause(error: BaseException) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m jaxsft.data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", help="as TFDS writes it, such as cifar10")

@@ -60,26 +60,27 @@ Plan = TrainPlan | EvalPlan
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a decoded image becomes an array of the shape that all have.
+    """How decoded images become arrays of one shape.
 
-    kind: 'whole', as it is (all have one size); 'middle', resized and its middle cut out, the model's input but for the
-    normalising; 'canvas', resized whole, for random crops on the device.
+    kind: 'whole', as they are (all have one size); 'middle', resized and their middle cut out, the model's input but
+    for the normalising; 'canvas', resized whole, for random crops on the device.
     """
 
     kind: str
-    resize: int
-    crop: int
+    shape: tuple[int, int]  # of an image in the batch, (height, width) px
+    resize: int  # px, the short side
 
-    def __call__(self, image: Image) -> Numbers:
-        """{"image": uint8 [H, W, 3]} and, of a canvas, {"size": int32 [4]} (see `decode.canvas`)."""
+    def put(self, image: Image, out: np.ndarray) -> np.ndarray | None:
+        """Write an image to `out`, uint8 [*shape, 3]; its size on a canvas (see `decode.onto_canvas`), else None."""
         if self.kind == "whole":
-            return {"image": np.asarray(image)}
+            out[:] = np.asarray(image)
+            return None
         if isinstance(image, np.ndarray):
             image = PIL.Image.fromarray(image)
         if self.kind == "middle":
-            return {"image": decode.middle(image, self.resize, self.crop)}
-        pixels, size = decode.canvas(image, self.resize, round(LONGEST * self.resize))
-        return {"image": pixels, "size": size}
+            out[:] = decode.middle(image, self.resize, self.shape[0])
+            return None
+        return decode.onto_canvas(image, out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,25 +98,27 @@ class Reader:
     def __call__(self, step: int) -> dict[str, Any]:
         """The arrays of `plan[step]` with "image", "label" (and "size"), the same of the partners, and "bad".
 
-        In place of a broken image training gets the next readable one; evaluation gets black under a False mask.
-        "bad" holds pairs (number of the image, reason).
+        In place of a broken image training gets the next readable one; evaluation has a False mask there. "bad" holds
+        pairs (number of the image, reason).
         """
         numbers = {name: self.own_rows(value) for name, value in self.plan[step].items()}
+        example, mask = numbers["example"], numbers.get("mask")
+        roles = {"": example, "partner_": numbers["partner"]} if "partner" in numbers else {"": example}
+        slots = {int(number): slot for slot, number in enumerate(dict.fromkeys(np.concatenate([*roles.values()])))}
+        images = np.empty((len(slots), *self.layout.shape, 3), np.uint8)
         bad: dict[int, str] = {}
-        mask = numbers.get("mask")
-        wanted = numbers["example"] if mask is None else numbers["example"][mask]
-        partners = numbers.get("partner", np.empty(0, np.int32))
-        found = {int(i): self.read(int(i), bad, mask is None) for i in dict.fromkeys([*wanted, *partners])}
+        read = [self.read(number, images[slot], bad, mask is None) for number, slot in slots.items()]
         batch: dict[str, Any] = {}
-        for role, prefix in (("example", ""), ("partner", "partner_")):
-            if role in numbers:
-                rows = [found[int(i)] for i in numbers[role]]
-                batch[role] = np.array([number for number, _ in rows], np.int32)
-                batch[prefix + "label"] = self.source.labels[batch[role]]
-                for name in rows[0][1]:
-                    batch[prefix + name] = np.stack([arrays[name] for _, arrays in rows])
+        for prefix, wanted in roles.items():
+            rows = np.array([slots[int(number)] for number in wanted])
+            taken = np.array([read[row][0] for row in rows], np.int32)
+            batch[(prefix or "example_")[:-1]] = taken
+            batch[prefix + "label"] = self.source.labels[taken]
+            batch[prefix + "image"] = images if len(slots) == len(rows) and not prefix else images[rows]
+            if self.layout.kind == "canvas":
+                batch[prefix + "size"] = np.stack([np.asarray(read[row][1]) for row in rows])
         if mask is not None:
-            batch["mask"] = mask & np.array([int(i) not in bad for i in numbers["example"]])
+            batch["mask"] = mask & np.array([int(number) not in bad for number in example])
         return {**batch, "bad": list(bad.items())}
 
     def own_rows(self, values: np.ndarray) -> np.ndarray:
@@ -124,17 +127,19 @@ class Reader:
         each = len(values) // processes
         return values[process * each : (process + 1) * each]
 
-    def read(self, number: int, bad: dict[int, str], substitute: bool) -> tuple[int, Numbers]:
-        """An image laid out, and its number: that of its substitute where it is broken."""
+    def read(
+        self, number: int, out: np.ndarray, bad: dict[int, str], substitute: bool
+    ) -> tuple[int, np.ndarray | None]:
+        """Read an image to `out`; its number, its substitute's where it is broken, and what `Layout.put` says."""
         for offset in range(min(len(self.source), SUBSTITUTES)):
             candidate = (number + offset) % len(self.source)
             try:
-                return candidate, self.layout(self.source[candidate])
+                return candidate, self.layout.put(self.source[candidate], out)
             except decode.Unreadable as error:
                 bad[candidate] = str(error)
                 if not substitute:
-                    height, width = self.source.size or (self.layout.crop, self.layout.crop)
-                    return number, self.layout(np.zeros((height, width, 3), np.uint8))
+                    out[:] = 0
+                    return number, np.array([*self.layout.shape, *self.layout.shape], np.int32)
         raise RuntimeError(f"no readable image after {self.source.name(number)}: {bad[number]}")
 
 

@@ -81,7 +81,7 @@ def run(options: Options, weights: str = "", every: bool = False) -> list[table.
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m jaxsft.parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arch", required=True, help=", ".join(ARCHITECTURES))

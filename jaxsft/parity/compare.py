@@ -52,8 +52,8 @@ def class_weights(num_classes: int) -> tuple[float, ...]:
 def recipes(num_classes: int) -> tuple[Recipe, ...]:
     """Momentum with and without Nesterov, with and without clipping, smoothing and class weights."""
     return (
-        Recipe("sgd", lr=1e-4, nesterov=False, clip_norm=0.0, smoothing=0.0),
-        Recipe("nesterov", 1e-3, nesterov=True, clip_norm=1.0, smoothing=0.1, class_weights=class_weights(num_classes)),
+        Recipe("sgd", nesterov=False, clip_norm=0.0, smoothing=0.0),
+        Recipe("nesterov", nesterov=True, clip_norm=1.0, smoothing=0.1, class_weights=class_weights(num_classes)),
     )
 
 
@@ -78,8 +78,9 @@ def compare(options: Options, model: ResNet, torch_model: nn.Module) -> Iterator
 
     yield from forward_rows(options, model, values, torch_model)
     oracle.load(torch_model, start)
+    evaluate = ours.evaluator(model, options.arch)
     for recipe in recipes(model.num_classes) if options.steps else ():
-        yield from step_rows(options, model, values, torch_model, recipe)
+        yield from step_rows(options, model, values, torch_model, recipe, evaluate)
         oracle.load(torch_model, start)
 
 
@@ -88,7 +89,7 @@ def forward_rows(options: Options, model: ResNet, values: dict, torch_model: nn.
     batch = inputs(options, model.num_classes, 0)
 
     _, expected = oracle.activations(torch_model, batch.images, train=False)
-    yield from activation_rows("eval", ours.evaluated(model, values, batch.images), expected, options.dtype)
+    yield from activation_rows("eval", ours.forward(model, values, batch.images, train=False), expected, options.dtype)
 
     weights = class_weights(model.num_classes)
     losses = {"plain": (0.0, ()), "smoothed": (0.1, ()), "weighted": (0.0, weights), "both": (0.1, weights)}
@@ -134,7 +135,9 @@ def state_rows(phase: str, found: Arrays, expected: Arrays, when: str, dtype: st
         yield from rows(f"{phase}/{leaf}", found, {name: expected[name] for name in names_}, allowed)
 
 
-def step_rows(options: Options, model: ResNet, values: dict, torch_model: nn.Module, recipe: Recipe) -> Iterator[Row]:
+def step_rows(
+    options: Options, model: ResNet, values: dict, torch_model: nn.Module, recipe: Recipe, evaluate: ours.Evaluate
+) -> Iterator[Row]:
     """After every update: its rate, the loss, parameters, momentum, running statistics, counters; then evaluation."""
     dtype = options.dtype
     batches = [inputs(options, model.num_classes, 1 + number) for number in range(options.steps)]
@@ -151,7 +154,7 @@ def step_rows(options: Options, model: ResNet, values: dict, torch_model: nn.Mod
 
     # Evaluation by running statistics that have seen a few batches only: on the first batch that was trained on.
     images, labels = arrays[0]
-    loss, right = ours.evaluate(model, found.state, options.arch, images, labels)
+    loss, right = evaluate(found.state, images, labels)
     expected_loss, expected_right = oracle.evaluate(torch_model, images, labels)
     yield compared(f"{recipe.name}/evaluation/loss", loss, expected_loss, tolerance("step loss", dtype))
     yield compared(f"{recipe.name}/evaluation/accuracy", right, expected_right, tolerance("exact", dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from jaxsft.state import TrainState
 from jaxsft.steps import cross_entropy, make_eval_step, make_train_step, mean_weight
 
 CALL = "__call__"
+Evaluate = Callable[[Arrays, np.ndarray, np.ndarray], tuple[float, int]]
 Losses = dict[str, tuple[float, tuple[float, ...]]]  # name -> (smoothing, class weights)
 
 
@@ -46,14 +47,15 @@ def outputs(intermediates: Any) -> Arrays:
     return result
 
 
-def evaluated(model: ResNet, values: Any, images: np.ndarray) -> Arrays:
-    """The output of every module in evaluation."""
+def forward(model: ResNet, values: Any, images: np.ndarray, train: bool) -> Arrays:
+    """The output of every module."""
 
     @jax.jit
-    def forward(values: Any, images: jax.Array) -> Any:
-        return model.apply(values, images, train=False, capture_intermediates=True)[1]["intermediates"]
+    def apply(values: Any, images: jax.Array) -> Any:
+        mutable = ["batch_stats", "intermediates"]
+        return model.apply(values, images, train=train, capture_intermediates=True, mutable=mutable)[1]["intermediates"]
 
-    return outputs(forward(values, images))
+    return outputs(apply(values, images))
 
 
 def trained(
@@ -71,7 +73,7 @@ def trained(
         )
         found = {}
         for name, (smoothing, weights) in losses.items():
-            found[name] = cross_entropy(logits, labels, smoothing, weights).mean()
+            found[name] = cross_entropy(logits, jnp.asarray(labels), smoothing, weights).mean()
             if weights:
                 found[name] /= mean_weight(jnp.asarray(labels), weights, None)
         return next(iter(found.values())), (updated, found)
@@ -116,10 +118,14 @@ def train(model: ResNet, values: Any, recipe: Recipe, batches: list[tuple[np.nda
         )
 
 
-def evaluate(model: ResNet, tensors: Arrays, arch: str, images: np.ndarray, labels: np.ndarray) -> tuple[float, int]:
-    """Mean loss and how many are right, by `jaxsft.evaluate`'s own step."""
+def evaluator(model: ResNet, arch: str) -> Evaluate:
+    """`jaxsft.evaluate`'s own step: (state_dict, images, labels) -> mean loss, how many are right. Compiled once."""
     step = jax.jit(make_eval_step(model, None))
-    batch = {"example": np.arange(len(labels), dtype=np.int32), "mask": np.ones(len(labels), bool)}
-    counts = step(variables(model, tensors, arch), {"images": images, "labels": labels}, batch)
-    result = Evaluation.of([jax.device_get(counts)])
-    return result.loss, round(result.accuracy * result.count)
+
+    def evaluate(tensors: Arrays, images: np.ndarray, labels: np.ndarray) -> tuple[float, int]:
+        batch = {"example": np.arange(len(labels), dtype=np.int32), "mask": np.ones(len(labels), bool)}
+        counts = step(variables(model, tensors, arch), {"images": images, "labels": labels}, batch)
+        result = Evaluation.of([jax.device_get(counts)])
+        return result.loss, round(result.accuracy * result.count)
+
+    return evaluate

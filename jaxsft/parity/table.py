@@ -22,8 +22,9 @@ import numpy as np
 #   running statistics: means over at least 32 values of the above.
 #   gradient, momentum: ReLU passes a gradient or it does not. Of a million activations a few are zero but for rounding;
 #     the two sides decide differently there, and one of the B * H * W terms of a sum is in or out. In the last stage
-#     of a small image these terms are 32: a jump of a tenth of a value, where float64 agrees to 1e-14.
-#   parameter: moves by rate * momentum, at rates of 1e-4 and 1e-3.
+#     of a small image these terms are 32: a jump of a tenth of a value, where float64 agrees to 1e-14. torch's own
+#     float32 differs as much from its own float64.
+#   parameter: moves by rate * momentum.
 #   loss: a mean over logits.
 # Everything that counts (accuracy, num_batches_tracked, bit-equal round trips) has no tolerance at all.
 TOLERANCES: Mapping[str, Mapping[str, float]] = MappingProxyType(
@@ -39,7 +40,7 @@ TOLERANCES: Mapping[str, Mapping[str, float]] = MappingProxyType(
             "statistics": 1e-4,
             "rate": 1e-6,
             "step loss": 1e-4,
-            "step momentum": 5e-1,
+            "step momentum": 2e-1,
             "step parameter": 1e-3,
             "step statistics": 1e-3,
         },

@@ -1,0 +1,149 @@
+"""How fast images come: this loader, and torchvision's, on the same folder of JPEGs, in turns."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from tqdm import tqdm
+
+from jaxsft import cli
+from jaxsft.data.augment import RANDOM_CROP
+from jaxsft.data.base import Options, Source
+from jaxsft.data.embedded import open_sample
+from jaxsft.data.folder import open_folder
+from jaxsft.data.loader import make_loader
+from jaxsft.data.order import Order
+from jaxsft.data.reading import EvalPlan, Plan, TrainPlan
+from jaxsft.parallel import DataParallel
+from jaxsft.weights import Preprocessing
+
+PHOTOGRAPHS = ((375, 500), (500, 375), (480, 640), (427, 640))  # (height, width) px, as ImageNet's are
+WARM_UP = 6
+Feed = Iterator[Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `bench data`."""
+    parser.add_argument("--folder", default="", help="PATH/CLASS/*.jpg; default: one is made and removed again")
+    parser.add_argument("--images", type=int, default=5000, help="of the folder that is made; default: %(default)s")
+    parser.add_argument("--image-size", type=int, default=224, help="px; default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode; default: %(default)s")
+    parser.add_argument("--passes", type=int, default=3, help="over the folder, of each; the median counts")
+    parser.add_argument("--against", choices=("torch",), help="torchvision's ImageFolder and torch's DataLoader too")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print a table, and return it.
+
+    Returns:
+      "images_per_sec" of training's and of evaluation's images, and with `--against` the same of torch and the "ratio".
+    """
+    with contextlib.ExitStack() as stack:
+        folder = Path(args.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxsft-bench-")))
+        if not args.folder:
+            write_folder(folder, args.images)
+        options = Options(eval_fraction=0.5)
+        source = open_folder(str(folder), "train+val", options)
+        record: dict[str, Any] = {"images": len(source), "image_size": args.image_size, "workers": args.workers}
+        for kind in ("train", "eval"):
+            feeds: dict[str, Callable[[], Feed]] = {"jaxsft": lambda kind=kind: ours(source, kind, args)}
+            if args.against:
+                feeds[args.against] = lambda kind=kind: torchs(folder, kind, args)
+            record[kind] = in_turns(feeds, args.passes)
+    for kind in ("train", "eval"):
+        row = record[kind]
+        ratio = f"  ratio {row['ratio']:.2f}" if "ratio" in row else ""
+        speeds = "  ".join(f"{name} {speed:.0f}" for name, speed in row["images_per_sec"].items())
+        print(f"{kind:5}  images/s: {speeds}{ratio}")
+    return record
+
+
+def in_turns(feeds: dict[str, Callable[[], Feed]], passes: int) -> dict[str, Any]:
+    """The median speed of each feed over `passes` passes, one feed after the other in every round.
+
+    The first WARM_UP batches of a pass are not timed: workers start, and what they had ready meanwhile is no work done.
+    """
+    speeds: dict[str, list[float]] = {name: [] for name in feeds}
+    for _ in range(passes):
+        for name, feed in feeds.items():
+            batches = feed()
+            for _ in itertools.islice(batches, WARM_UP):
+                pass
+            began, images = time.perf_counter(), 0
+            for size in batches:
+                images += size
+            speeds[name].append(images / (time.perf_counter() - began))
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    result: dict[str, Any] = {"images_per_sec": medians, "all": speeds}
+    if len(feeds) > 1:
+        mine, other = medians.values()
+        result["ratio"] = mine / other
+    return result
+
+
+def ours(source: Source, kind: str, args: argparse.Namespace) -> Feed:
+    """The sizes of the batches of one pass, as they are on the device."""
+    import jax
+
+    preprocessing = Preprocessing(round(args.image_size * 256 / 224), args.image_size)
+    order = Order(len(source), args.batch_size, seed=0)
+    plan: Plan = TrainPlan(order) if kind == "train" else EvalPlan(len(source), args.batch_size)
+    names = (RANDOM_CROP, "flip") if kind == "train" else ()
+    devices = DataParallel(devices=jax.local_devices()[:1])
+    loader = make_loader(source, plan, devices, preprocessing, augmentations=names, workers=args.workers)
+    for step in range(order.steps_per_epoch):
+        batch = jax.block_until_ready(loader.batch(step))
+        yield batch["label"].size
+    loader.close()
+
+
+def torchs(folder: Path, kind: str, args: argparse.Namespace) -> Feed:
+    """The same with torchvision's reference transforms, as float32 tensors."""
+    try:
+        from torch.utils.data import DataLoader
+        from torchvision import datasets, transforms
+    except ImportError:
+        raise cli.UserError("torchvision is not installed", "install the extra: pip install 'jaxsft[torch]'") from None
+
+    size = args.image_size
+    crops = {
+        "train": [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()],
+        "eval": [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)],
+    }
+    normalise = transforms.Normalize(Preprocessing.mean, Preprocessing.std)
+    data = datasets.ImageFolder(str(folder), transforms.Compose([*crops[kind], transforms.ToTensor(), normalise]))
+    for _, labels in DataLoader(
+        data, args.batch_size, shuffle=kind == "train", num_workers=args.workers, drop_last=True
+    ):
+        yield len(labels)
+
+
+def write_folder(folder: Path, count: int) -> None:
+    """`count` JPEGs in PATH/CLASS: one half CIFAR-10 images as they are, the other as large as photographs.
+
+    The large ones are enlarged images with noise of a photograph's strength, so that their files are as long (about
+    45 KB at quality 90) and take as long to decode.
+    """
+    small = open_sample("", "train", Options())
+    random = np.random.default_rng(0)
+    for i in tqdm(range(count), desc="writing JPEGs", unit="image", disable=None, leave=False):
+        image = PIL.Image.fromarray(small.images[i % len(small)])
+        if i % 2:
+            height, width = PHOTOGRAPHS[i // 2 % len(PHOTOGRAPHS)]
+            large = np.asarray(image.resize((width, height), PIL.Image.Resampling.BICUBIC), np.float32)
+            large += random.normal(0, 6, (height, width, 1)).astype(np.float32)
+            image = PIL.Image.fromarray(large.clip(0, 255).astype(np.uint8))
+        path = folder / small.class_names[small.labels[i % len(small)]] / f"{i:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, quality=90)
