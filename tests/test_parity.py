@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,10 +19,11 @@ import torchvision
 from jax import lax
 
 from jaxsft import optim
+from jaxsft.cli import UserError
 from jaxsft.models import layers, resnet
 from jaxsft.parity import oracle, table
-from jaxsft.parity.__main__ import main
-from jaxsft.parity.compare import Options, compare
+from jaxsft.parity.__main__ import main, precision
+from jaxsft.parity.compare import Options, compare, model_for
 
 SMALL = "resnet10_w16"
 
@@ -31,10 +33,10 @@ def parity(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return main()
 
 
-@pytest.mark.parametrize(("dtype", "steps"), [("float64", 10), ("float32", 10)])
-def test_training_is_torchs(dtype: str, steps: int, monkeypatch, capsys, tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    arguments = ["--arch", SMALL, "--dtype", dtype, "--steps", steps, "--json", path]
+@pytest.mark.parametrize(("dtype", "size"), [("float64", "32x48"), ("float32", "64")])
+def test_training_is_torchs(dtype: str, size: str, monkeypatch, capsys, tmp_path: Path) -> None:
+    path, steps = tmp_path / "rows.json", 10
+    arguments = ["--arch", SMALL, "--dtype", dtype, "--steps", steps, "--image-size", size, "--json", path]
     status = parity(monkeypatch, *arguments)
     printed = capsys.readouterr().out
     assert status == 0, printed
@@ -121,11 +123,38 @@ BROKEN: tuple[tuple[Callable[[pytest.MonkeyPatch], None], str], ...] = (
 )
 
 
-@pytest.mark.parametrize(("broken", "first"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_broken_layer_fails_and_is_named(broken: Callable[..., None], first: str, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(("broken", "expected"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_broken_layer_fails_and_is_named(broken: Callable[..., None], expected: str, monkeypatch) -> None:
     broken(monkeypatch)
-    assert parity(monkeypatch, "--arch", SMALL, "--dtype", "float64", "--steps", 1, "--image-size", 32) == 1
-    assert capsys.readouterr().out.splitlines()[-1].endswith(f"the first is {first}")
+    options = Options(SMALL, "float64", steps=1, image_size=(32, 32))
+    with precision("float64"):
+        first = table.first_failure(compare(options, model_for(options, 10), oracle.build(SMALL, 10)))
+    assert first is not None
+    assert first.name == expected
+
+
+def test_a_failure_is_the_last_line_and_the_exit_status(monkeypatch, capsys, tmp_path: Path) -> None:
+    same_padding(monkeypatch)
+    path = tmp_path / "rows.json"
+    assert parity(monkeypatch, "--arch", SMALL, "--steps", 0, "--image-size", 32, "--json", path) == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith("the first is eval/activation/conv1")
+    result = json.loads(path.read_text())
+    assert result["passed"] is False
+    assert next(row["name"] for row in result["rows"] if not row["passed"]) == "eval/activation/conv1"
+
+
+WRONG = (
+    (("--arch", "resnet81"), "did you mean 'resnet18'?"),
+    (("--arch", SMALL, "--batch-size", 1), "batch norm trains on 2 images"),
+    (("--arch", SMALL, "--image-size", 16), "the smallest is 32"),
+    (("--arch", SMALL, "--weights", "absent.pth"), "no file absent.pth"),
+)
+
+
+def test_wrong_input_is_said_in_one_line(monkeypatch) -> None:
+    for arguments, expected in WRONG:
+        with pytest.raises(UserError, match=re.escape(expected)):
+            parity(monkeypatch, *arguments)
 
 
 def test_stride_on_the_wrong_convolution_is_named() -> None:

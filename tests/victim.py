@@ -1,4 +1,6 @@
-"""`python -m jaxsft.train` that sends itself a signal at a chosen moment: python -m tests.victim MOMENT COUNT MS SIGNAL ARGS...
+"""`python -m jaxsft.train` that sends itself a signal at a chosen moment.
+
+python -m tests.victim MOMENT COUNT MS SIGNAL ARGUMENTS...
 
 MOMENT is 'compilation', 'step', 'evaluation' or 'checkpoint'; the signal comes MS milliseconds after the COUNT-th of
 them has begun, so that it falls into its middle, wherever that is.

@@ -1,0 +1,266 @@
+"""Random augmentations: torchvision's operations and distributions, and the same pictures on any number of devices."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torchvision import transforms
+from torchvision.transforms import autoaugment, v2
+from torchvision.transforms import functional as F  # noqa: N812  (as torchvision's users write it)
+
+from jaxsft.data import augment, color, crop, mix, policy
+from jaxsft.data.augment import Amounts, train_images
+from jaxsft.weights import Preprocessing
+
+TO = Preprocessing(64, 64)
+
+
+def picture(height: int = 37, width: int = 53, seed: int = 0) -> np.ndarray:
+    """A smooth picture with some noise, uint8 [H, W, 3]: histograms and gradients like a photograph's."""
+    random = np.random.default_rng(seed)
+    coarse = torch.from_numpy(random.uniform(0, 255, (1, 3, 5, 6)).astype(np.float32))
+    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0].numpy().transpose(1, 2, 0)
+    return (smooth + random.normal(0, 5, smooth.shape)).clip(0, 255).astype(np.uint8)
+
+
+def to_torch(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def from_torch(image: torch.Tensor) -> np.ndarray:
+    return image.numpy().transpose(1, 2, 0)
+
+
+COLOURS = {
+    "brightness": (color.brightness, F.adjust_brightness, (0.3, 1.7)),
+    "contrast": (color.contrast, F.adjust_contrast, (0.3, 1.7)),
+    "saturation": (color.saturation, F.adjust_saturation, (0.0, 1.7)),
+    "hue": (color.hue, F.adjust_hue, (-0.5, -0.1, 0.0, 0.3)),
+    "sharpness": (color.sharpness, F.adjust_sharpness, (0.0, 0.5, 1.9)),
+}
+
+
+@pytest.mark.parametrize("name", COLOURS)
+def test_colours_of_float_images(name: str):
+    ours, theirs, amounts = COLOURS[name]
+    image = picture()
+    image[:3] = 128  # grey: no hue
+    for amount in amounts:
+        want = from_torch(theirs(to_torch(image).float() / 255, amount)) * 255
+        # float32 roundings on 0..255; the hue takes a difference of nearly equal channels, divided by their span.
+        np.testing.assert_allclose(ours(jnp.float32(image), amount), want, atol=2e-3)
+
+
+BLENDS = ("Brightness", "Color", "Contrast", "Sharpness", "AutoContrast")
+OPERATIONS = [(name, sign) for name in policy.OPERATIONS for sign in (1, -1) if sign > 0 or name in policy.SIGNED]
+apply = jax.jit(policy.apply)
+
+
+@pytest.mark.parametrize(("name", "sign"), OPERATIONS)
+@pytest.mark.parametrize("wide", [False, True])
+def test_operations_of_policies(name: str, sign: int, wide: bool):
+    """RandAugment's and TrivialAugment's tables and operations on uint8 images."""
+    image = picture()
+    number = policy.OPERATIONS.index(name)
+    table = policy.WIDE_TABLE if wide else policy.rand_table(*image.shape[:2])
+    space = (
+        autoaugment.TrivialAugmentWide()._augmentation_space(policy.BINS)
+        if wide
+        else autoaugment.RandAugment()._augmentation_space(policy.BINS, image.shape[:2])
+    )
+    assert tuple(space) == policy.OPERATIONS
+    magnitudes, signed = space[name]
+    assert signed == (name in policy.SIGNED)
+    np.testing.assert_allclose(table[number], np.broadcast_to(magnitudes.numpy(), policy.BINS), rtol=1e-6)
+    for column in (0, 9, 30):
+        magnitude = sign * float(table[number, column])
+        want = autoaugment._apply_op(to_torch(image), name, magnitude, transforms.InterpolationMode.NEAREST, None)
+        got = np.asarray(apply(jnp.float32(image), number, magnitude))
+        difference = np.abs(got - from_torch(want)).max(-1)
+        # A coordinate within float32 rounding of a half falls to either side, of 2,000 pixels a few; a blend that is a
+        # whole level but for rounding is cut to that level or to the one below, often, as levels are whole numbers.
+        few, one = (0.005, 255) if name in policy.MOVES else (1, 1) if name in BLENDS else (0, 0)
+        assert (difference > 0).mean() <= few
+        assert difference.max() <= one
+
+
+def test_each_operation_and_sign_is_drawn_equally_often():
+    keys = jax.random.split(jax.random.key(0), 7000)
+    drawn = jax.vmap(lambda key: jax.random.randint(jax.random.split(key, 3)[0], (), 0, len(policy.OPERATIONS)))(keys)
+    counts = np.bincount(drawn, minlength=len(policy.OPERATIONS))
+    assert np.abs(counts - 500).max() < 5 * math.sqrt(500)  # 5 standard deviations of a binomial count
+
+
+def test_random_resized_crop_samples_as_torchvision():
+    """Areas, aspect ratios and places of 4,000 boxes of one image, by the distance of distribution functions."""
+    height, width, count = 60, 90, 4000
+    sample = functools.partial(
+        crop.sample_crop, height=jnp.float32(height), width=jnp.float32(width), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)
+    )
+    boxes = np.stack(jax.jit(jax.vmap(sample))(jax.random.split(jax.random.key(0), count)), 1)
+    torch.manual_seed(0)
+    image = torch.zeros(3, height, width)
+    want = np.array(
+        [transforms.RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(count)], np.float64
+    )
+    assert (boxes[:, 2:] >= 1).all()
+    assert (boxes[:, 0] >= 0).all()
+    assert (boxes[:, 0] + boxes[:, 2] <= height).all()
+    assert (boxes[:, 1] + boxes[:, 3] <= width).all()
+    for name, of in (
+        ("top", lambda b: b[:, 0]),
+        ("left", lambda b: b[:, 1]),
+        ("area", lambda b: b[:, 2] * b[:, 3]),
+        ("aspect", lambda b: b[:, 3] / b[:, 2]),
+    ):
+        mine, theirs = np.sort(of(boxes.astype(np.float64))), np.sort(of(want))
+        points = np.union1d(mine, theirs)
+        distance = (
+            np.abs(np.searchsorted(mine, points, "right") - np.searchsorted(theirs, points, "right")).max() / count
+        )
+        assert distance < 1.95 * math.sqrt(2 / count), name  # Kolmogorov-Smirnov, p = 0.001
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 200), (200, 20), (7, 7)])
+def test_where_no_box_fits_the_middle_is_cut_out(height: int, width: int):
+    sample = jax.jit(functools.partial(crop.sample_crop, scale=(5.0, 6.0), ratio=(3 / 4, 4 / 3)))
+    box = sample(jax.random.key(0), jnp.float32(height), jnp.float32(width))
+    torch.manual_seed(0)
+    image = torch.zeros(3, height, width)
+    assert tuple(map(int, box)) == transforms.RandomResizedCrop.get_params(image, [5.0, 6.0], [3 / 4, 4 / 3])
+
+
+crop_resize = jax.jit(crop.crop_resize, static_argnums=2)
+
+
+@pytest.mark.parametrize("out", [16, 64])
+@pytest.mark.parametrize("box", [(0, 0, 37, 53), (3, 5, 30, 40), (20, 30, 5, 4), (0, 0, 1, 1)])
+def test_crops_are_resized_as_torchvision(box: tuple[int, int, int, int], out: int):
+    image = picture()
+    want = from_torch(F.resized_crop(to_torch(image).float(), *box, [out, out], antialias=True))
+    got = crop_resize(jnp.float32(image), tuple(map(jnp.float32, box)), out)
+    np.testing.assert_allclose(got, want, atol=1e-3)  # float32 sums of up to some hundred products of 0..255
+
+
+random_resized_crop = jax.jit(crop.random_resized_crop, static_argnums=3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 48), (48, 72)])
+def test_a_crop_of_a_canvas_is_the_crop_of_the_picture(height: int, width: int):
+    """A picture that is no larger than the canvas loses nothing on it, lying or upright."""
+    import PIL.Image
+
+    from jaxsft.data.decode import onto_canvas
+
+    image = picture(height, width)
+    laid = np.empty((64, 96, 3), np.uint8)
+    size = onto_canvas(PIL.Image.fromarray(image), laid)
+    for key in jax.random.split(jax.random.key(1), 5):
+        want = random_resized_crop(key, jnp.float32(image), None, 32)
+        got = random_resized_crop(key, jnp.float32(laid), jnp.asarray(size), 32)
+        np.testing.assert_allclose(got, want, atol=1e-3)
+
+
+def test_random_erasing_as_torchvision():
+    count, side = 1000, 40
+    erase = jax.jit(jax.vmap(lambda key: (crop.random_erasing(key, jnp.ones((side, side, 1))) == 0).sum()))
+    mine = np.asarray(erase(jax.random.split(jax.random.key(0), count))) / side**2
+    torch.manual_seed(0)
+    theirs = np.array(
+        [(transforms.RandomErasing()(torch.ones(1, side, side)) == 0).float().mean() for _ in range(count)]
+    )
+    assert abs((mine > 0).mean() - (theirs > 0).mean()) < 5 * math.sqrt(0.5 / count)  # how often: 5 deviations
+    mine, theirs = mine[mine > 0], theirs[theirs > 0]
+    assert abs(mine.mean() - theirs.mean()) < 5 * 0.09 * math.sqrt(2 / len(mine))  # how much; 0.09: U(0.02, 0.33)'s
+
+
+def test_flip_and_pad_crop():
+    image = jnp.float32(picture(32, 32))
+    keys = jax.random.split(jax.random.key(0), 400)
+    flips = np.asarray(jax.jit(jax.vmap(lambda key: augment.flip(key, image, Amounts())))(keys))
+    flipped = np.array([np.array_equal(x, image[:, ::-1]) for x in flips])
+    assert all(f or np.array_equal(x, image) for f, x in zip(flipped, flips, strict=True))
+    assert abs(flipped.mean() - 0.5) < 0.125  # 5 standard deviations
+    padded = np.pad(np.asarray(image), ((4, 4), (4, 4), (0, 0)), mode="reflect")
+    places = {(i, j): padded[i : i + 32, j : j + 32] for i in range(9) for j in range(9)}
+    found = [
+        [place for place, pixels in places.items() if np.array_equal(pixels, x)]
+        for x in np.asarray(jax.jit(jax.vmap(lambda key: augment.pad_crop(key, image, Amounts())))(keys))
+    ]
+    assert all(len(f) == 1 for f in found)
+    assert len({f[0] for f in found}) > 70  # of 81
+
+
+def test_color_jitter_keeps_to_its_limits():
+    """With one change alone it is torchvision's, with an amount drawn from its range; in all, orders vary."""
+    image = jnp.float32(picture())
+    jitter = jax.jit(lambda key: augment.color_jitter(key, image, Amounts(jitter=(0.4, 0, 0, 0))))
+    for key in jax.random.split(jax.random.key(0), 20):
+        ratio = float(jitter(key).sum() / image.sum())
+        assert 0.59 < ratio < 1.41
+    assert np.array_equal(augment.color_jitter(jax.random.key(0), image, Amounts(jitter=(0, 0, 0, 0))), image)
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixing_as_torchvision(kind: str):
+    """The share of the labels is that of the pixels, and is distributed as torchvision's."""
+    own, partner = jnp.zeros((2, 16, 24, 1)), jnp.ones((2, 16, 24, 1))
+    alphas = {"mixup": 0.4, "cutmix": 0.0} if kind == "mixup" else {"mixup": 0.0, "cutmix": 1.0}
+    mixed, share = jax.jit(jax.vmap(lambda key: mix.mix(key, own, partner, **alphas)))(
+        jax.random.split(jax.random.key(0), 1500)
+    )
+    np.testing.assert_allclose(1 - mixed.mean((1, 2, 3, 4)), share, atol=1e-6)
+    torch.manual_seed(0)
+    transform = (v2.MixUp if kind == "mixup" else v2.CutMix)(alpha=alphas[kind], num_classes=2)
+    images = torch.stack([torch.zeros(1, 16, 24), torch.ones(1, 16, 24)])
+    theirs = np.array([float(transform(images, torch.tensor([0, 1]))[1][0, 0]) for _ in range(1500)])
+    mine = np.asarray(share)
+    for power in (1, 2):  # mean and second moment to 5 standard deviations (at most 0.5 each)
+        assert abs((mine**power).mean() - (theirs**power).mean()) < 5 * 0.5 * math.sqrt(2 / 1500)
+
+
+ALL = ("pad_crop", "flip", "color_jitter", "rand_augment", "trivial_augment", "random_erasing")
+DEVICES = f"""
+import jax, numpy as np, hashlib
+from jaxsft.data.augment import train_images
+from jaxsft.parallel import DataParallel
+from jaxsft.weights import Preprocessing
+images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
+examples = np.arange(100, 116, dtype=np.int32)
+for names in ({ALL!r}, ("random_resized_crop", "flip")):
+    for count in (1, 2, 8):
+        parallel = DataParallel(devices=jax.devices()[:count])
+        def body(seed, _, batch):
+            x = train_images(batch["image"], names, Preprocessing(48, 40), jax.random.key(seed), batch["example"])
+            return jax.lax.all_gather(x, "batch").reshape(16, 40, 40, 3)
+        out = parallel.compile(body)(np.int32(7), {{"none": np.zeros(1)}}, parallel.split({{"image": images, "example": examples}}))
+        print(hashlib.sha256(np.asarray(out).tobytes()).hexdigest())
+"""
+
+
+def test_the_same_pictures_on_any_number_of_devices(run):
+    done = run("-c", DEVICES, devices=8)
+    assert done.returncode == 0, done.stderr
+    hashes = done.stdout.split()
+    assert len(set(hashes[:3])) == 1
+    assert len(set(hashes[3:])) == 1
+    assert hashes[0] != hashes[3]
+
+
+def test_a_picture_depends_on_key_and_example_alone():
+    """Its place in the batch and its neighbours do not matter; step and example do."""
+    images = np.stack([picture(32, 32, seed) for seed in range(4)])
+    f = jax.jit(lambda images, key, examples: train_images(images, ALL, TO, key, examples))
+    key, examples = jax.random.key(0), np.arange(4)
+    first = np.asarray(f(images, key, examples))
+    order = np.array([2, 0, 3, 1])
+    np.testing.assert_array_equal(f(images[order], key, examples[order]), first[order])
+    assert not np.array_equal(f(images, jax.random.key(1), examples), first)
+    same = np.repeat(images[:1], 4, 0)
+    assert len({x.tobytes() for x in np.asarray(f(same, key, examples))}) == 4

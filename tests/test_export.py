@@ -1,0 +1,88 @@
+"""A fine-tuned run handed on: torchvision loads it strictly and gives the same logits, and so does StableHLO."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from jaxsft.data.augment import preprocess
+from jaxsft.parity import oracle
+from jaxsft.workdir import load_run
+
+CONFIG = "configs/cifar10.py:sample"
+SMALL = (
+    "--config.data.image_size=32",
+    "--config.data.batch_size=20",
+    "--config.data.train_split=train[:60]",
+    "--config.data.eval_split=test[:20]",
+    "--config.train.steps=3",
+    "--config.optim.warmup_epochs=0.0",
+)
+
+
+@pytest.fixture(scope="module")
+def workdir(run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps."""
+    path = tmp_path_factory.mktemp("export") / "run"
+    done = run("-m", "jaxsft.train", "--config", CONFIG, "--workdir", path, *SMALL)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def export(run, workdir: Path, form: str, out: Path):
+    return run("-m", "jaxsft.export", "--workdir", workdir, "--format", form, "--out", out)
+
+
+def test_torchvision_takes_it_strictly_and_gives_the_same_logits(run, workdir: Path, tmp_path: Path) -> None:
+    tuned = load_run(workdir)
+    images = np.random.default_rng(0).standard_normal((8, 32, 32, 3), np.float32)
+    with jax.default_matmul_precision("highest"):
+        ours = np.asarray(tuned.model.apply(tuned.variables, images, train=False))
+    for form, suffix, read in (("torch", ".pth", torch.load), ("safetensors", ".safetensors", load_file)):
+        path = tmp_path / f"tuned{suffix}"
+        done = export(run, workdir, form, path)
+        assert done.returncode == 0, done.stderr
+        model = oracle.resnet10_w16(num_classes=10)
+        model.load_state_dict(read(path), strict=True)
+        with torch.no_grad():
+            theirs = model.eval()(oracle.nchw(images)).numpy()
+        assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()  # summation order, as in parity
+        counter = 1_000_000  # the sample's weights count their own batches
+        assert 3 <= int(model.bn1.num_batches_tracked) < counter
+
+
+def test_stablehlo_gives_the_same_logits(run, workdir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tuned.stablehlo"
+    done = export(run, workdir, "stablehlo", path)
+    assert done.returncode == 0, done.stderr
+    tuned = load_run(workdir)
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    for count in (1, 5):
+        images = np.random.default_rng(0).integers(256, size=(count, 32, 32, 3), dtype=np.uint8)
+        expected = tuned.model.apply(tuned.variables, preprocess(images, tuned.card.preprocessing), train=False)
+        found = exported.call(images)
+        assert found.shape == (count, 10)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
+
+
+WRONG = (
+    ("onnx", "x.onnx", "known: torch, safetensors, stablehlo"),
+    ("torch", "x.safetensors", "let it end in .pth"),
+    ("safetensors", "there.safetensors", "exists"),
+)
+
+
+def test_wrong_input_is_said_in_one_line(run, workdir: Path, tmp_path: Path) -> None:
+    (tmp_path / "there.safetensors").write_bytes(b"")
+    for form, name, expected in WRONG:
+        done = export(run, workdir, form, tmp_path / name)
+        assert done.returncode == 2, name
+        assert done.stderr.startswith("error: "), done.stderr
+        assert expected in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["there.safetensors"]

@@ -1,0 +1,46 @@
+"""bfloat16 against float32: the same run in both, whose losses stay together."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from jaxsft import config as config_module
+from jaxsft.job import prepare
+from tests.conftest import ROOT
+
+
+def losses(precision: str, steps: int, *overrides: str) -> tuple[np.ndarray, float]:
+    """The loss of each update of the sample task, float64 [steps], and the accuracy at the end."""
+    flags = ["--config", f"{ROOT}/configs/cifar10.py:sample", f"--config.train.precision={precision}"]
+    config, _, _ = config_module.parse_flags([*flags, *(f"--config.{text}" for text in overrides)], "", {})
+    job, _ = prepare(config)
+    sums = [job.update(step) for step in range(1, steps + 1)]
+    return np.array([float(s["loss"] / s["count"]) for s in jax.device_get(sums)]), job.evaluate().accuracy
+
+
+def check(steps: int, window: int, *overrides: str) -> None:
+    full, full_accuracy = losses("float32", steps, *overrides)
+    half, half_accuracy = losses("bfloat16", steps, *overrides)
+    # bfloat16 keeps 8 bits: an activation is off by up to 4e-3 of itself, and the first loss, from equal weights, too.
+    first = abs(half[0] / full[0] - 1)
+    assert first <= 1e-2
+    # Later the runs are two draws from one distribution: their loss curves agree when the noise of single batches
+    # is averaged out over a window.
+    smooth = [np.convolve(curve, np.ones(window) / window, "valid") for curve in (full, half)]
+    apart = np.abs(smooth[1] / smooth[0] - 1)
+    print(f"loss, relative: first step {first:.1e}, largest of a step {np.abs(half / full - 1).max():.1e},")
+    print(f"mean over {window} steps: largest {apart.max():.1e}; accuracy {full_accuracy:.4f}, {half_accuracy:.4f}")
+    assert apart.max() <= 0.05
+    # Four standard deviations of an accuracy over 1,000 images.
+    assert abs(half_accuracy - full_accuracy) <= 4 * np.sqrt(full_accuracy * (1 - full_accuracy) / 1000)
+
+
+def test_bfloat16_stays_with_float32() -> None:
+    check(20, 10, "data.image_size=32", "train.steps=40", "eval.every_epochs=99.0")
+
+
+@pytest.mark.full
+def test_bfloat16_stays_with_float32_for_200_steps() -> None:
+    check(200, 20, "train.steps=200")
