@@ -66,6 +66,8 @@ def default() -> ConfigDict:
     data.jitter = (0.4, 0.4, 0.4, 0.1)  # of color_jitter: brightness, contrast, saturation, hue
     data.rand_augment = (2, 9)  # of rand_augment: operations, magnitude of 0..30
     data.erasing = 0.5  # of random_erasing: probability
+    # 'config': resize_size, mean and std below | 'weights': those of the weights' model.json (256 or 232 px for 224)
+    data.preset = "config"
     data.mean = (0.485, 0.456, 0.406)  # of RGB in 0..1
     data.std = (0.229, 0.224, 0.225)
 
@@ -165,6 +167,7 @@ CHECKS: tuple[tuple[str, str, Any], ...] = (
     ("data.image_size", "32 to 4096", lambda v: 32 <= v <= 4096),
     ("data.resize_size", "None or image_size to 4096", lambda v: v is None or v <= 4096),
     ("data.batch_size", "1 or more", lambda v: v >= 1),
+    ("data.preset", "'config' or 'weights'", lambda v: v in ("config", "weights")),
     ("data.mean", "three numbers", is_rgb),
     ("data.std", "three numbers above 0", lambda v: is_rgb(v) and min(v) > 0),
     ("optim.name", " or ".join(map(repr, OPTIMIZERS)), lambda v: v in OPTIMIZERS),
@@ -256,6 +259,11 @@ def check(config: ConfigDict) -> None:
     if resize is not None and resize < config.data.image_size:
         raise UserError(
             f"config.data.resize_size is {resize}", f"it must be image_size {config.data.image_size} or more"
+        )
+    if resize is not None and config.data.preset == "weights":
+        raise UserError(
+            f"config.data.resize_size is {resize} and config.data.preset is 'weights'",
+            "leave out resize_size, or set the preset to 'config'",
         )
     if config.data.batch_size % config.optim.accumulate:
         raise UserError(

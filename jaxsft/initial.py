@@ -16,6 +16,7 @@ from jaxsft.models.resnet import ARCHITECTURES, ResNet
 from jaxsft.weights import ModelCard, Preprocessing
 
 HEAD = "fc"
+TORCHVISION = Preprocessing()  # its weights' but for the V2 ones' 232 px
 EVERYWHERE = ("",)  # the pattern that every path contains
 
 
@@ -34,9 +35,15 @@ def make_model(config: ConfigDict, num_classes: int, axis_name: str | None = Non
     )
 
 
-def preprocessing(config: ConfigDict) -> Preprocessing:
-    """What turns this run's images into the model's input."""
-    data = config.data
+def preprocessing(config: ConfigDict, of_weights: Preprocessing = TORCHVISION) -> Preprocessing:
+    """What turns this run's images into the model's input.
+
+    With data.preset 'weights' what the weights were trained for, in proportion where the image size is another.
+    """
+    data, preset = config.data, of_weights
+    if data.preset == "weights":
+        resize_size = round(data.image_size * preset.resize_size / preset.crop_size)
+        return dataclasses.replace(preset, resize_size=resize_size, crop_size=data.image_size)
     return Preprocessing(data.resize_size or data.image_size, data.image_size, tuple(data.mean), tuple(data.std))
 
 
@@ -61,7 +68,13 @@ def initial(
         return model, init_variables(model, config.seed), card, f"{c.arch} from scratch, {num_classes} classes"
 
     variables, origin = weights.load(weights.port(c.weights, c.arch))
-    card = dataclasses.replace(card, source=origin.source, sha256=origin.sha256, weights_version=origin.weights_version)
+    card = dataclasses.replace(
+        card,
+        source=origin.source,
+        sha256=origin.sha256,
+        weights_version=origin.weights_version,
+        preprocessing=preprocessing(config, origin.preprocessing),
+    )
     same = origin.num_classes == num_classes and origin.class_names in (None, names)
     if same:
         return model, variables, card, f"{c.arch} of {origin.source}, its head of {num_classes} classes kept"

@@ -64,6 +64,11 @@ class Job:
         """The current state on the whole eval split; `between` is called after each batch and may raise."""
         return evaluate(self.eval_step, self.state.evaluated(), self.eval_loader, between)
 
+    def close(self) -> None:
+        """End the loaders' worker processes."""
+        self.train_loader.close()
+        self.eval_loader.close()
+
     def compile_evaluation(self) -> None:
         """Compile the evaluation by its first batch, at a time when a signal may end the process in the middle of it.
 

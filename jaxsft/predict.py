@@ -69,7 +69,7 @@ def read_image(path: Path, to: Preprocessing, upright: bool = True) -> np.ndarra
     if to.resize_size * long_resized > (PIL.Image.MAX_IMAGE_PIXELS or float("inf")):
         raise decode.Unreadable(f"{width} x {height} px is too long and thin")
     if short <= to.resize_size and long * long_resized <= MATRIX:
-        return np.asarray(preprocess(np.asarray(image)[None], to)[0])
+        return np.asarray(preprocess(jnp.asarray(image)[None], to)[0])
     middle = decode.middle(image, to.resize_size, to.crop_size)
     return np.asarray(normalise(jnp.asarray(middle, jnp.float32), to))
 

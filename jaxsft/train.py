@@ -48,7 +48,7 @@ class Trainer:
         batch_size = job.config.data.batch_size
         with progress(total * batch_size, self.start * batch_size, job.parallel.is_main) as bar:
             job.compile_evaluation()
-            if self.start and job.is_evaluated(self.start) and not self.log.has_evaluation(self.start):
+            if 0 < self.start < total and job.is_evaluated(self.start) and not self.log.has_evaluation(self.start):
                 self.evaluate(self.start)  # a signal came before its end
             for step in range(self.start + 1, total + 1):
                 self.update(step)
@@ -138,6 +138,8 @@ def fit(job: Job, workdir: Path) -> Evaluation:
         except OSError as error:
             what = f"{workdir} can't be written: {error.strerror}"
             raise cli.Stop(what, "make room or mend the disk; the same command then resumes") from error
+        finally:
+            job.close()
 
 
 def resume(job: Job, workdir: Path) -> tuple[int, Meter]:
@@ -186,7 +188,13 @@ def train(config: ConfigDict, workdir: Path) -> None:
     with workdir_module.lock(workdir, job.parallel.is_main):
         workdir_module.create(workdir, config, job.card, job.parallel.is_main)
         say(job, said)
+        if job.parallel.is_main:
+            job.bad_files.write_to(workdir)
         result = fit(job, workdir)
+        if job.parallel.is_main:
+            from jaxsft import report  # here: a start need not wait for matplotlib
+
+            report.write(workdir, job.card, result)
     say(job, f"{workdir}: {result.summary()}, {time.perf_counter() - began:.0f} s")
 
 

@@ -138,11 +138,11 @@ CASES: tuple[tuple[str, str], ...] = (
     ),
     (
         SAMPLE + " \"--config.optim.lr_multipliers=(('fc',),)\"",
-        "config.optim.lr_multipliers is (('fc',),); it must be a tuple of pairs (regular expression, factor of 0 or more)",
+        "config.optim.lr_multipliers is (('fc',),); it must be a tuple of pairs ...",
     ),
     (
         SAMPLE + " \"--config.optim.lr_multipliers=(('layer9', 2.0),)\"",
-        "config.optim.lr_multipliers: 'layer9' matches no parameter; paths look like bn1/bias and layer4_0/downsample_conv/kernel",
+        "config.optim.lr_multipliers: 'layer9' matches no parameter; paths look like ...",
     ),
     (SAMPLE + " --config.seed=-1", "config.seed is -1; it must be 0 or more"),
     (
@@ -162,21 +162,17 @@ CASES: tuple[tuple[str, str], ...] = (
         SAMPLE + " --config.model.weights=@/empty",
         "@/empty/model.json can't be read; make the directory with `python -m convert to-flax`",
     ),
-    (
-        SAMPLE + " --config.model.weights=IMAGENET1K_V1",
-        "torchvision has no weights for resnet10_w16; name a .pth or .safetensors file",
-    ),
     (SAMPLE + " --config.model.num_classes=0", "config.model.num_classes is 0; it must be None or 1 and more"),
     (SAMPLE + " --config.model.num_classes=5", "config.model.num_classes is 5; the data has 10 classes"),
     (SAMPLE + " --config.model.head_init=ones", "config.model.head_init is 'ones'; it must be 'torch' or 'zeros'"),
     (SAMPLE + " --config.model.batch_norm=eval", "config.model.batch_norm is 'eval'; it must be 'train' or 'frozen'"),
     (
         SAMPLE + " --config.model.weights= --config.model.batch_norm=frozen",
-        "config.model.batch_norm='frozen' without config.model.weights has no statistics to keep; name weights, or set --config.model.batch_norm=train",
+        "config.model.batch_norm='frozen' without config.model.weights has no statistics to keep; name weights, or ...",
     ),
     (
         SAMPLE + " \"--config.model.freeze=('layer5',)\"",
-        "config.model.freeze: 'layer5' matches no parameter; paths look like bn1/bias and layer4_0/downsample_conv/kernel",
+        "config.model.freeze: 'layer5' matches no parameter; paths look like ...",
     ),
     (
         SAMPLE + " \"--config.model.freeze=('(',)\"",
@@ -264,7 +260,7 @@ CASES: tuple[tuple[str, str], ...] = (
     ("evaluate --workdir @/no_json", "@/no_json/config.json can't be read: ..."),
     (
         "evaluate --workdir @/bad_arch",
-        "@/bad_arch/model.json is not a model card: unknown arch 'resnet19'; did you mean 'resnet18'?; port the weights again",
+        "@/bad_arch/model.json is not a model card: unknown arch 'resnet19'; did you mean 'resnet18'?; ...",
     ),
     (
         "evaluate --workdir @/bad_classes",

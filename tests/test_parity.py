@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from jax import lax
 from jaxsft import optim
 from jaxsft.cli import UserError
 from jaxsft.models import layers, resnet
-from jaxsft.parity import oracle, table
+from jaxsft.parity import compare, oracle, ours, table
 from jaxsft.parity.__main__ import main, precision
-from jaxsft.parity.compare import Options, compare, model_for
+from jaxsft.parity.compare import Options
 
 SMALL = "resnet10_w16"
 
@@ -114,21 +113,28 @@ def decoupled_decay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim, "update_rule", rule)
 
 
-# How a layer is broken, and the first row that must say so.
-BROKEN: tuple[tuple[Callable[[pytest.MonkeyPatch], None], str], ...] = (
-    (same_padding, "eval/activation/conv1"),
-    (biased_variance, "train/running_var/bn1.running_var"),
-    (momentum_in_the_wrong_sense, "train/running_mean/bn1.running_mean"),
-    (decoupled_decay, "sgd/step 01/momentum/conv1.weight"),
+def step_rows(options: Options, model: resnet.ResNet, values: Any, torch_model: Any) -> Iterator[table.Row]:
+    recipe = compare.recipes(10)[0]
+    return compare.step_rows(options, model, values, torch_model, recipe, ours.evaluator(model, SMALL))
+
+
+# How a layer is broken, the part of the comparison that meets it first, and the row that must say so.
+BROKEN: tuple[tuple[Callable[..., None], Callable[..., Iterator[table.Row]], str], ...] = (
+    (same_padding, compare.eval_rows, "eval/activation/conv1"),
+    (biased_variance, compare.train_rows, "train/running_var/bn1.running_var"),
+    (momentum_in_the_wrong_sense, compare.train_rows, "train/running_mean/bn1.running_mean"),
+    (decoupled_decay, step_rows, "sgd/step 01/momentum/conv1.weight"),
 )
 
 
-@pytest.mark.parametrize(("broken", "expected"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_broken_layer_fails_and_is_named(broken: Callable[..., None], expected: str, monkeypatch) -> None:
+@pytest.mark.parametrize(("broken", "part", "expected"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_broken_layer_fails_and_is_named(broken: Any, part: Any, expected: str, monkeypatch) -> None:
     broken(monkeypatch)
     options = Options(SMALL, "float64", steps=1, image_size=(32, 32))
     with precision("float64"):
-        first = table.first_failure(compare(options, model_for(options, 10), oracle.build(SMALL, 10)))
+        torch_model, model = oracle.build(SMALL, 10).double(), compare.model_for(options, 10)
+        values = ours.variables(model, oracle.state(torch_model), SMALL)
+        first = table.first_failure(part(options, model, values, torch_model))
     assert first is not None
     assert first.name == expected
 
@@ -159,8 +165,9 @@ def test_wrong_input_is_said_in_one_line(monkeypatch) -> None:
 
 def test_stride_on_the_wrong_convolution_is_named() -> None:
     torch_model = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=10)
+    options = Options("resnet50", image_size=(32, 32))
     for block, expected in ((resnet.Bottleneck, None), (StrideOnTheFirst, "eval/activation/layer2.0.conv1")):
         model = resnet.ResNet((1, 1, 1, 1), block, num_classes=10)
-        rows = compare(Options("resnet50", image_size=(32, 32)), model, torch_model)
-        first = table.first_failure(itertools.takewhile(lambda row: row.name.startswith(("weights", "eval")), rows))
+        values = ours.variables(model, oracle.state(torch_model), "")
+        first = table.first_failure(compare.eval_rows(options, model, values, torch_model))
         assert (first.name if first else None) == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import statistics
 import tempfile
@@ -57,9 +58,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         source = open_folder(str(folder), "train+val", options)
         record: dict[str, Any] = {"images": len(source), "image_size": args.image_size, "workers": args.workers}
         for kind in ("train", "eval"):
-            feeds: dict[str, Callable[[], Feed]] = {"jaxsft": lambda kind=kind: ours(source, kind, args)}
+            feeds: dict[str, Callable[[], Feed]] = {"jaxsft": functools.partial(ours, source, kind, args)}
             if args.against:
-                feeds[args.against] = lambda kind=kind: torchs(folder, kind, args)
+                feeds[args.against] = functools.partial(torchs, folder, kind, args)
             record[kind] = in_turns(feeds, args.passes)
     for kind in ("train", "eval"):
         row = record[kind]

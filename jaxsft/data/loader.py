@@ -6,12 +6,8 @@ decodes and resizes in Grain's worker processes and sends uint8 pixels. To the l
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import multiprocessing
 import sys
-import time
-import types
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,17 +15,16 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from absl import flags
 
 from jaxsft.cli import UserError
 from jaxsft.data.augment import RANDOM_CROP
 from jaxsft.data.base import Arrays, Source
 from jaxsft.data.folder import broken
-from jaxsft.data.reading import LONGEST, EvalPlan, Layout, Plan, Reader, cores
+from jaxsft.data.pipeline import Pipeline
+from jaxsft.data.reading import LONGEST, Layout, Plan, Reader, cores
 from jaxsft.weights import Preprocessing
 
 MOST_WORKERS = 16  # by default; more seldom decode faster than one device trains
-STARTED_SECONDS = 5  # after the first batch all workers have started, or will do so the slower way
 BAD_FILES = "bad_files.txt"
 
 
@@ -125,8 +120,7 @@ class Stream:
         self.dataset: dict[str, Any] = {}
         self.reader, self.devices, self.preprocessing = reader, devices, preprocessing
         self.workers, self.bad = workers, bad
-        self._ready: Any = None  # Grain's iterator
-        self._first: Any = None  # a batch that it has given already
+        self._pipeline: Pipeline | None = None
         self._next = 0  # the step that comes next
 
     def batch(self, step: int) -> dict[str, jax.Array]:
@@ -135,12 +129,12 @@ class Stream:
         Raises:
           UserError: an image is broken, and on_error is 'raise'.
         """
-        if self._ready is None or step != self._next:
+        if self._pipeline is None or step != self._next:
             self.close()
-            self._ready = self._pipeline(step)
-            # Also at the end of the program: before what its closing needs is gone.
-            self._finalizer = weakref.finalize(self, self._ready.close)
-        batch, self._first = next(self._ready) if self._first is None else self._first, None
+            self._pipeline = Pipeline(self.reader, self.workers, step)
+            # At the end of the program too, while all that closing needs is still there.
+            self._finalizer = weakref.finalize(self, self._pipeline.close)
+        batch = next(self._pipeline)
         self._next = (step + 1) % len(self.reader.plan)
         try:
             self.bad.add([(self.reader.source.name(number), reason) for number, reason in batch.pop("bad")])
@@ -155,9 +149,9 @@ class Stream:
 
     def close(self) -> None:
         """See Loader."""
-        if self._ready is not None:
+        if self._pipeline is not None:
             self._finalizer()
-            self._ready = self._first = None
+            self._pipeline = None
 
     def _whole(self, rows: np.ndarray) -> np.ndarray:
         """This process's rows at their place in the global batch, whose other rows are never looked at.
@@ -168,42 +162,6 @@ class Stream:
         whole = np.empty((len(rows) * processes, *rows.shape[1:]), rows.dtype)
         whole[process * len(rows) : (process + 1) * len(rows)] = rows
         return whole
-
-    def _pipeline(self, start: int) -> Any:
-        """A Grain iterator over the batches of the steps from `start`; an evaluation's begins again at its end."""
-        import grain
-
-        steps = grain.MapDataset.range(len(self.reader.plan))
-        if isinstance(self.reader.plan, EvalPlan):
-            steps = steps.repeat()
-        steps = steps[start:]
-        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        batches = steps.map(self.reader).to_iter_dataset(options)
-        if not self.workers:
-            return iter(batches)
-        if not flags.FLAGS.is_parsed():  # Grain reads absl's flags, which our command lines do not use
-            flags.FLAGS.mark_as_parsed()
-        before = len(multiprocessing.active_children())
-        iterator = iter(batches.mp_prefetch(grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=1)))
-        with no_main_module():
-            self._first = next(iterator)  # Grain starts its processes in threads, on the way to the first batch
-            deadline = time.monotonic() + STARTED_SECONDS
-            while len(multiprocessing.active_children()) < before + self.workers and time.monotonic() < deadline:
-                time.sleep(0.01)
-        return iterator
-
-
-@contextlib.contextmanager
-def no_main_module() -> Iterator[None]:
-    """Let processes that are started meanwhile do without the program's main module.
-
-    A spawned process imports its parent's, which here would be the whole of training.
-    """
-    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
 
 
 def layout_of(source: Source, preprocessing: Preprocessing, names: Sequence[str]) -> tuple[Layout, Preprocessing]:

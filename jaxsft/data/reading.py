@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -101,6 +105,7 @@ class Reader:
         In place of a broken image training gets the next readable one; evaluation has a False mask there. "bad" holds
         pairs (number of the image, reason).
         """
+        leave_signals_to_parent()
         numbers = {name: self.own_rows(value) for name, value in self.plan[step].items()}
         example, mask = numbers["example"], numbers.get("mask")
         roles = {"": example, "partner_": numbers["partner"]} if "partner" in numbers else {"": example}
@@ -141,6 +146,18 @@ class Reader:
                     out[:] = 0
                     return number, np.array([*self.layout.shape, *self.layout.shape], np.int32)
         raise RuntimeError(f"no readable image after {self.source.name(number)}: {bad[number]}")
+
+
+@functools.cache
+def leave_signals_to_parent() -> None:
+    """In a worker process, ignore SIGINT and SIGTERM.
+
+    A terminal's Ctrl-C and a scheduler's notice go to all processes of the group. The loop answers them, and until it
+    has saved it still needs its workers, which it ends itself.
+    """
+    if multiprocessing.parent_process() is not None and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def in_memory(source: Source, options: Options) -> Source:

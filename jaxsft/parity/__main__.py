@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,10 +23,13 @@ from jaxsft import cli
 from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
 from jaxsft.parity import table
 
-checkpoints.import_torch()  # one line instead of a traceback where it is missing
+try:
+    checkpoints.import_torch()
+except cli.UserError as error:  # one line instead of a traceback, before what imports torch at its top
+    sys.exit(cli.complain(error))
 
-from jaxsft.parity import oracle  # noqa: E402
-from jaxsft.parity.compare import Options, compare, model_for  # noqa: E402
+from jaxsft.parity import oracle
+from jaxsft.parity.compare import Options, compare, model_for
 
 NUM_CLASSES = 10
 

@@ -76,7 +76,8 @@ def compare(options: Options, model: ResNet, torch_model: nn.Module) -> Iterator
     values = ours.variables(model, start, options.arch)
     yield identical("weights/torch to Flax to torch", names.to_torch(values), start)
 
-    yield from forward_rows(options, model, values, torch_model)
+    yield from eval_rows(options, model, values, torch_model)
+    yield from train_rows(options, model, values, torch_model)
     oracle.load(torch_model, start)
     evaluate = ours.evaluator(model, options.arch)
     for recipe in recipes(model.num_classes) if options.steps else ():
@@ -84,13 +85,17 @@ def compare(options: Options, model: ResNet, torch_model: nn.Module) -> Iterator
         oracle.load(torch_model, start)
 
 
-def forward_rows(options: Options, model: ResNet, values: dict, torch_model: nn.Module) -> Iterator[Row]:
-    """Activations in evaluation and in training, losses, gradients, and the buffers that one batch moved."""
+def eval_rows(options: Options, model: ResNet, values: dict, torch_model: nn.Module) -> Iterator[Row]:
+    """Activations and logits in evaluation."""
+    images = inputs(options, model.num_classes, 0).images
+    _, expected = oracle.activations(torch_model, images, train=False)
+    found = ours.forward(model, values, images, train=False)
+    yield from activation_rows("eval", found, expected, options.dtype)
+
+
+def train_rows(options: Options, model: ResNet, values: dict, torch_model: nn.Module) -> Iterator[Row]:
+    """Activations in training, losses, the buffers that one batch moved, gradients."""
     batch = inputs(options, model.num_classes, 0)
-
-    _, expected = oracle.activations(torch_model, batch.images, train=False)
-    yield from activation_rows("eval", ours.forward(model, values, batch.images, train=False), expected, options.dtype)
-
     weights = class_weights(model.num_classes)
     losses = {"plain": (0.0, ()), "smoothed": (0.1, ()), "weighted": (0.0, weights), "both": (0.1, weights)}
     logits, expected = oracle.activations(torch_model, batch.images, train=True)

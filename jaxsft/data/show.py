@@ -1,0 +1,91 @@
+"""Pictures of a training batch, as the model sees them: augmented, resized and cut.
+
+python -m jaxsft.data.show --config configs/cifar10.py[:VARIANT] --out grid.png [--config.KEY=VALUE ...]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxsft import cli
+from jaxsft import config as config_module
+from jaxsft.data.augment import Amounts, train_images
+from jaxsft.data.base import Source
+from jaxsft.data.loader import BadFiles, make_loader
+from jaxsft.data.order import Order
+from jaxsft.data.reading import TrainPlan
+from jaxsft.data.sources import open_splits
+from jaxsft.initial import preprocessing
+from jaxsft.parallel import DataParallel
+from jaxsft.steps import gather
+
+COLUMNS, MOST = 8, 64
+
+
+def batch_of(config: ConfigDict, source: Source, step: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The images and labels of the batch of `step`, up to MOST of them.
+
+    Returns:
+      float32 [N, crop_size, crop_size, 3] in 0..1, before mixing, and int32 [N].
+    """
+    order = Order(len(source), min(config.data.batch_size, len(source)), config.seed)
+    names = tuple(config.data.augment)
+    devices = DataParallel("shard_map", jax.local_devices()[:1])
+    bad = BadFiles(config.data.on_error)
+    loader = make_loader(
+        source, TrainPlan(order), devices, preprocessing(config), augmentations=names, workers=0, bad=bad
+    )
+    to, seed, amounts = loader.preprocessing, config.seed, Amounts.of(config)
+
+    @jax.jit
+    def look(dataset: dict[str, jax.Array], batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        batch = gather(dataset, jax.tree.map(lambda x: x[:MOST], batch))
+        key = jax.random.fold_in(jax.random.key(seed), step)  # as the train step's
+        x = train_images(batch["image"], names, to, key, batch["example"], sizes=batch.get("size"), amounts=amounts)
+        return (x * jnp.asarray(to.std) + jnp.asarray(to.mean)).clip(0, 1), batch["label"]
+
+    images, labels = jax.device_get(look(loader.dataset, loader.batch(step)))
+    loader.close()
+    return images, labels
+
+
+def grid(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> plt.Figure:
+    """The images in rows of COLUMNS, each under the name of its class."""
+    rows = -(-len(images) // COLUMNS)
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(1.4 * COLUMNS, 1.55 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, image, label in zip(axes.flat, images, labels, strict=False):
+        axis.imshow(image, interpolation="nearest")
+        axis.set_title(class_names[label], fontsize=8, pad=2)
+    figure.tight_layout(pad=0.3)
+    return figure
+
+
+def main() -> None:
+    assert __doc__ is not None
+    config, values, _ = config_module.parse_flags(
+        sys.argv[1:], __doc__, {"out": "the picture to write, such as grid.png"}
+    )
+    if not values["out"]:
+        raise cli.UserError("no --out", "name the picture to write, such as --out=grid.png")
+    config_module.check(config)
+    source = open_splits(config)[0]
+    figure = grid(*batch_of(config, source), source.class_names)
+    try:
+        figure.savefig(values["out"], dpi=120)
+    except (OSError, ValueError) as error:
+        raise cli.UserError(f"{values['out']} can't be written: {error}", "name another file") from None
+    print(Path(values["out"]))
+
+
+if __name__ == "__main__":
+    plt.switch_backend("agg")
+    cli.run(main)

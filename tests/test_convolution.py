@@ -1,0 +1,206 @@
+"""`conv2d` and `max_pool` are the plain XLA operations to rounding, with their gradients, wherever they are used.
+
+The oracle is `lax.conv_general_dilated` in float64. What is run on the CPU here is every branch of the rule in
+convolution.py; what an accelerator would run is read from the lowered program.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxsft.models.convolution import conv2d
+from jaxsft.models.layers import max_pool
+
+# Relative to the largest value of the array. float64: rounding. float32: sums of up to 9 * 130 products, and Winograd
+# adds a bit (measured: at most 7e-7). bfloat16: one rounding of the result, 2^-9, and one of each gradient.
+TOLERANCES = {"float64": 2e-14, "float32": 3e-6, "bfloat16": 8e-3}
+
+# name: batch, height, width, channels in, out, kernel, stride, padding, groups
+SHAPES = {
+    "plain 3x3": (2, 9, 11, 8, 6, 3, 1, 1, 1),
+    "plain 3x3, dots by the kernel": (2, 9, 11, 20, 16, 3, 1, 1, 1),
+    "winograd by the kernel only": (2, 9, 7, 64, 66, 3, 1, 1, 1),
+    "winograd": (2, 8, 13, 128, 130, 3, 1, 1, 1),
+    "winograd in parts": (6, 29, 31, 128, 128, 3, 1, 1, 1),
+    "winograd, 2x2": (3, 2, 2, 64, 64, 3, 1, 1, 1),
+    "winograd, 1x1": (1, 1, 1, 64, 64, 3, 1, 1, 1),
+    "tiny 3x3": (2, 2, 3, 16, 16, 3, 1, 1, 1),
+    "tiny 3x3, few channels": (2, 1, 2, 3, 4, 3, 1, 1, 1),
+    "strided 3x3": (2, 12, 14, 16, 20, 3, 2, 1, 1),
+    "strided 3x3, odd": (1, 11, 15, 16, 20, 3, 2, 1, 1),
+    "strided 3x3, tiny": (2, 2, 2, 16, 20, 3, 2, 1, 1),
+    "strided 3x3, one pixel": (2, 1, 1, 16, 20, 3, 2, 1, 1),
+    "1x1": (2, 8, 9, 8, 12, 1, 1, 0, 1),
+    "1x1 strided": (1, 9, 8, 8, 12, 1, 2, 0, 1),
+    "stem": (2, 32, 32, 3, 8, 7, 2, 3, 1),
+    "stem, odd": (1, 97, 131, 3, 8, 7, 2, 3, 1),
+    "stem, image smaller than the kernel": (2, 4, 5, 3, 8, 7, 2, 3, 1),
+    "stem, one pixel": (1, 1, 1, 3, 8, 7, 2, 3, 1),
+    "stride larger than the kernel": (2, 9, 8, 20, 8, 2, 3, 0, 1),
+    "5x5, stride 3": (2, 5, 6, 20, 8, 5, 3, 2, 1),
+    "no padding": (1, 8, 8, 128, 128, 3, 1, 0, 1),
+    "wide padding": (2, 3, 3, 16, 16, 3, 1, 2, 1),
+    "groups": (2, 8, 9, 16, 24, 3, 2, 1, 4),
+}
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def plain(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
+    pads, axes = [(padding, padding)] * 2, ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), pads, dimension_numbers=axes, feature_group_count=groups
+    )
+
+
+def draw(name: str, dtype: str = "float64") -> tuple[jax.Array, jax.Array, tuple[int, int, int]]:
+    n, h, w, c_in, c_out, k, stride, padding, groups = SHAPES[name]
+    random = np.random.default_rng(0)
+    x, kernel = random.normal(size=(n, h, w, c_in)), random.normal(size=(k, k, c_in // groups, c_out))
+    return jnp.asarray(x, dtype), jnp.asarray(kernel, dtype), (stride, padding, groups)
+
+
+def value_and_gradients(convolve, x, kernel, geometry):
+    """The output and both gradients of its sum weighted by fixed values that bfloat16 holds exactly."""
+
+    @jax.jit
+    def run(x, kernel):
+        y, transpose = jax.vjp(lambda x, kernel: convolve(x, kernel, *geometry), x, kernel)
+        weights = jnp.asarray(np.random.default_rng(1).integers(-8, 9, y.shape) / 8, y.dtype)
+        return y, *transpose(weights)
+
+    return run(x, kernel)
+
+
+# float64 tells a wrong sum from a right one in every shape; what rounding does depends on the formulation only.
+FORMULATIONS = ("plain 3x3", "winograd", "strided 3x3, odd", "stem", "1x1")
+CASES = [(name, "float64") for name in SHAPES] + [(name, "float32") for name in FORMULATIONS]
+CASES += [(name, "bfloat16") for name in FORMULATIONS if name != "winograd"]  # rounds outside of the formulations
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_values_and_gradients_are_the_plain_ones(name: str, dtype: str) -> None:
+    x, kernel, geometry = draw(name, dtype)
+    ours = value_and_gradients(conv2d, x, kernel, geometry)
+    expected = value_and_gradients(plain, x.astype("float64"), kernel.astype("float64"), geometry)
+    for what, a, b in zip(("value", "by the image", "by the kernel"), ours, expected, strict=True):
+        assert a.dtype == dtype and a.shape == b.shape, what
+        np.testing.assert_allclose(a.astype("float64"), b, rtol=0, atol=TOLERANCES[dtype] * abs(b).max(), err_msg=what)
+
+
+def test_the_same_bits_every_time() -> None:
+    x, kernel, geometry = draw("winograd in parts", "float32")
+    by_kernel = jax.jit(jax.grad(lambda kernel: jnp.tanh(conv2d(x, kernel, *geometry)).sum()))
+    assert (by_kernel(kernel) == by_kernel(kernel)).all()
+
+
+def test_inside_scan_and_checkpoint() -> None:
+    x, kernel, geometry = draw("tiny 3x3")
+
+    def loss(convolve):
+        layer = jax.checkpoint(lambda x, kernel: (jnp.tanh(convolve(x, kernel, *geometry) / 30), None))
+        return lambda kernels: lax.scan(layer, x, kernels)[0].sum()
+
+    kernels = jnp.stack([kernel, kernel[::-1]])
+    ours, expected = (jax.jit(jax.grad(loss(convolve)))(kernels) for convolve in (conv2d, plain))
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12 * abs(expected).max())
+
+
+def test_second_derivatives_are_right_or_refused() -> None:
+    x, kernel, geometry = draw("winograd, 2x2")
+
+    def curvature(convolve):
+        slope = jax.grad(lambda kernel: jnp.tanh(convolve(x, kernel, *geometry)).sum())
+        return jax.jit(jax.grad(lambda kernel: (slope(kernel) ** 2).sum()))(kernel)
+
+    np.testing.assert_allclose(curvature(conv2d), curvature(plain), rtol=1e-9, atol=1e-9)
+    with pytest.raises(TypeError, match="forward-mode .* custom_vjp"):
+        jax.jvp(lambda x: conv2d(x, kernel, *geometry), (x,), (x,))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", ["winograd", "strided 3x3", "stem", "1x1"])
+def test_an_accelerator_gets_the_plain_convolution(name: str, platform: str) -> None:
+    x, kernel, geometry = draw(name, "float32")
+
+    def convolutions(convolve) -> tuple[int, int]:
+        step = jax.jit(lambda x, kernel: value_and_gradients(convolve, x, kernel, geometry))
+        text = step.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+        return text.count("stablehlo.convolution"), text.count("stablehlo.dot_general")
+
+    assert convolutions(conv2d) == convolutions(plain) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("x", "kernel", "padding", "groups", "message"),
+    [
+        ((2, 8, 8, 3), (3, 3, 4, 8), 1, 1, "does not fit"),
+        ((2, 8, 8, 4), (3, 3, 4, 8), 1, 2, "does not fit"),
+        ((2, 8, 8, 4), (3, 1, 4, 8), 1, 1, "does not fit"),
+        ((2, 2, 8, 4), (3, 3, 4, 8), 0, 1, "larger than"),
+    ],
+)
+def test_shapes_that_do_not_fit(x, kernel, padding: int, groups: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        conv2d(jnp.zeros(x), jnp.zeros(kernel), 1, padding, groups)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 4), (2, 7, 9, 4), (1, 1, 1, 3), (1, 2, 5, 3)])
+def test_max_pool_gives_the_gradient_to_the_first_of_equals(shape: tuple[int, ...]) -> None:
+    """Three values only, so that most windows hold ties; torch and XLA's select_and_scatter both take the first."""
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 3, shape), "float64")
+    plain_pool = lambda x: nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    for ours, expected in zip(
+        *(value_and_gradients(lambda x, _: pool(x), x, x, ()) for pool in (max_pool, plain_pool)), strict=True
+    ):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-15)
+
+
+DEVICES = """
+import os
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxsft.models.convolution import conv2d
+from jaxsft.models.layers import max_pool
+jax.config.update("jax_enable_x64", True)
+random = np.random.default_rng(0)
+x, kernel = random.normal(size=(8, 8, 14, 14, 128))[:, 0], random.normal(size=(3, 3, 128, 128))
+x = np.tile(x, (6, 1, 1, 1))  # 24 images a device: in two parts, through the scan as well
+def loss(kernel, x):
+    return jnp.tanh(max_pool(conv2d(x, kernel, 1, 1)) / 30).sum()
+expected = jax.jit(jax.grad(loss))(kernel, x)
+def step(kernel, x):
+    gradient = jax.grad(loss)(kernel, x)
+    return gradient if implicit else jax.lax.psum(gradient, "batch")
+mesh = jax.sharding.Mesh(jax.devices(), ("batch",))
+for name in ("pmap", "shard_map", "shard_map, check_vma"):
+    implicit = name.endswith("check_vma")  # there the gradient of a shared argument is summed by autodiff
+    if name == "pmap":
+        run = jax.pmap(step, axis_name="batch", in_axes=(None, 0), out_axes=None)
+        actual = run(kernel, x.reshape(2, -1, *x.shape[1:]))
+    else:
+        specs = dict(in_specs=(P(), P("batch")), out_specs=P(), check_vma=implicit)
+        places = [jax.NamedSharding(mesh, spec) for spec in specs["in_specs"]]
+        arguments = [jax.device_put(value, place) for value, place in zip((kernel, x), places)]
+        actual = jax.jit(jax.shard_map(step, mesh=mesh, **specs))(*arguments)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12 * abs(expected).max(), err_msg=name)
+"""
+
+
+def test_on_two_devices() -> None:
+    """pmap and shard_map, under both settings of check_vma; in a process of its own: devices are made at start."""
+    done = subprocess.run([sys.executable, "-c", DEVICES], check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]

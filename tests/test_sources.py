@@ -1,0 +1,237 @@
+"""Sources by name: splits and classes, the registry, and the same CIFAR-10 from TFDS and from a folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from jaxsft import config as config_module
+from jaxsft.cli import UserError
+from jaxsft.data import sources
+from jaxsft.data.base import Arrays, Options
+from jaxsft.data.sources import open_source, open_splits, with_classes
+from jaxsft.data.splits import slices
+from tests.small import ENVIRONMENT
+
+SIZES = {"train": 100, "validation": 20, "test": 50}
+SLICES = [
+    ("train", [("train", 0, 100)]),
+    ("train[:10]", [("train", 0, 10)]),
+    ("train[90%:]", [("train", 90, 100)]),
+    ("train[:10]+test[40:]", [("train", 0, 10), ("test", 40, 50)]),
+    ("", [("validation", 0, 20)]),
+]
+
+
+@pytest.mark.parametrize(("split", "want"), SLICES)
+def test_slices(split: str, want: list):
+    assert slices(split, SIZES, "x") == want
+
+
+@pytest.mark.parametrize("split", ["trian", "train[:1", "train[:200%]", "train[::2]"])
+def test_wrong_slices(split: str):
+    with pytest.raises(UserError, match="x has no split"):
+        slices(split, SIZES, "x")
+    with pytest.raises(UserError, match="no split to evaluate on"):
+        slices("", {"train": 5}, "x")
+
+
+def arrays(labels: list[int], names: str, value: int = 0) -> Arrays:
+    images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None] + np.full((1, 8, 8, 3), value, np.uint8)
+    return Arrays(images, np.array(labels, np.int32), tuple(names))
+
+
+def test_classes_are_numbered_as_in_training():
+    source = with_classes(arrays([0, 1, 1], "ca"), "abc", "it", "the model")
+    assert source.labels.tolist() == [2, 0, 0]
+    assert source.class_names == ("a", "b", "c")
+    assert with_classes(arrays([0], "ax"), "abc", "it", "the model").labels.tolist() == [0]  # x has no images
+    with pytest.raises(UserError, match="it has the class 'x', which the model lacks"):
+        with_classes(arrays([0, 1], "ax"), "abc", "it", "the model")
+
+
+def small_config(**data):
+    config = config_module.default()
+    config.data.update(data)
+    return config
+
+
+def test_a_registered_source(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
+    monkeypatch.setattr(sources, "SOURCES", dict(sources.SOURCES))
+    opened = []
+
+    def open_mine(name: str, split: str, options: Options) -> Arrays:
+        opened.append((name, split))
+        return arrays([0, 1] * 10, "ab") if split == "train" else arrays([0, 1, 1], "ab", value=18)
+
+    sources.register("mine", open_mine)
+    config = small_config(source="mine:x", check_overlap=True, per_class=4)
+    train, evaluated = open_splits(config)
+    assert opened == [("x", "train"), ("x", "")]
+    assert np.bincount(train.labels).tolist() == [4, 4]
+    assert len(evaluated) == 3
+    assert "2 of 3 images to evaluate on are also trained on" in capfd.readouterr().err  # 18 and 19 of 0..19
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [("tdfs:cifar10", "unknown data source 'tdfs:cifar10'; did you mean 'tfds'"), ("folder:", "is no folder")],
+)
+def test_wrong_names(spec: str, message: str):
+    with pytest.raises(UserError, match=message):
+        open_source(spec, "train")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.eval_fraction", 1.0),
+        ("data.fraction", 0.0),
+        ("data.per_class", 0),
+        ("data.on_error", "ignore"),
+        ("data.workers", -1),
+        ("data.last_batch", "pad"),
+        ("data.sampling", "even"),
+        ("data.crop_scale", (0.5, 0.1)),
+        ("data.crop_ratio", (0.5,)),
+        ("data.jitter", (0.1, 0.1, 0.1, 0.6)),
+        ("data.rand_augment", (0, 9)),
+        ("data.erasing", 1.5),
+        ("data.augment", ("flip", "random_resized_crop")),
+        ("data.augment", ("random_erasing", "flip")),
+        ("data.augment", ("filp",)),
+        ("train.mixup", -1.0),
+        ("train.cutmix", -1.0),
+    ],
+)
+def test_settings_that_cannot_be_meant(key: str, value):
+    config = config_module.default()
+    parent, leaf = key.split(".")
+    config[parent][leaf] = value
+    with pytest.raises(UserError, match=f"config.{key} "):
+        config_module.check(config)
+
+
+@pytest.fixture(scope="module")
+def cifar(realdata: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Options, Path]:
+    """300 + 200 images of the real CIFAR-10 as TFDS has them, and the same as a folder of PNGs and as a CSV file."""
+    options, root = Options(data_dir=str(realdata / "tfds")), tmp_path_factory.mktemp("cifar")
+    lines = []
+    for split, part, count in (("train", "train", 300), ("val", "test", 200)):
+        source = open_source("tfds:cifar10", f"{part}[:{count}]", options)
+        for i in range(count):
+            name = f"{split}/{source.class_names[source.labels[i]]}/{i:05d}.png"
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            PIL.Image.fromarray(source.images[i]).save(root / name)
+            lines.append(f"{name},{source.class_names[source.labels[i]]},{part}")
+    (root / "images.csv").write_text("\n".join(lines))
+    return options, root
+
+
+def test_tfds_and_folder_hold_the_same_images(cifar: tuple[Options, Path]):
+    options, root = cifar
+    for split, part, count in (("train", "train", 300), ("val", "test", 200)):
+        tfds = open_source("tfds:cifar10", f"{part}[:{count}]", options)
+        files = open_source(f"folder:{root}", split)
+        assert files.class_names == tfds.class_names
+        assert files.size == (32, 32)
+        for i in range(count):
+            number = int(Path(files.name(i)).stem)
+            assert files.labels[i] == tfds.labels[number]
+            np.testing.assert_array_equal(np.asarray(files[i]), tfds.images[number])
+
+
+def test_streamed_tfds_is_the_array(cifar: tuple[Options, Path]):
+    options, _ = cifar
+    streamed = open_source("tfds:cifar10", "train[:5]+test[5:9]", Options(options.data_dir, resident_mb=0))
+    held = open_source("tfds:cifar10", "train[:5]+test[5:9]", options)
+    np.testing.assert_array_equal(streamed.labels, held.labels)
+    assert streamed.size == held.size
+    for i in range(9):
+        np.testing.assert_array_equal(np.asarray(streamed[i]), held.images[i])
+    part = streamed.take(np.array([8, 0]))
+    np.testing.assert_array_equal(np.asarray(part[0]), held.images[8])
+    assert part.name(0).startswith("example 8 of split test")
+
+
+def test_tfds_and_files_train_and_evaluate_alike(cifar: tuple[Options, Path], run, tmp_path: Path):
+    """The same images in the same order, TFDS's on the device or streamed from files, are the same run to the last bit.
+
+    A folder has them in another order, and evaluates the same model to the same numbers.
+    """
+    options, root = cifar
+    common = [
+        "--config=configs/cifar10.py:sample",
+        "--config.data.image_size=32",
+        "--config.data.batch_size=50",
+        "--config.train.epochs=1",
+        "--config.optim.warmup_epochs=0.5",
+        "--config.data.workers=1",
+    ]
+    data = {
+        "tfds": [f"--config.data.data_dir={options.data_dir}", "--config.data.source=tfds:cifar10",
+                 "--config.data.train_split=train[:300]", "--config.data.eval_split=test[:200]"],
+        "stream": [f"--config.data.source=csv:{root / 'images.csv'}", "--config.data.resident_mb=0"],
+    }  # fmt: skip
+    last = {}
+    for name, arguments in data.items():
+        workdir = tmp_path / name
+        done = run("-m", "jaxsft.train", *common, *arguments, f"--workdir={workdir}", **ENVIRONMENT)
+        assert done.returncode == 0, done.stderr
+        last[name] = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    keys = ("loss", "accuracy", "top5", "count")
+    assert len({tuple(record[key] for key in keys) for record in last.values()}) == 1
+    report = tmp_path / "folder.json"
+    done = run(
+        "-m",
+        "jaxsft.evaluate",
+        "--workdir",
+        tmp_path / "tfds",
+        "--data",
+        f"folder:{root}",
+        "--json",
+        report,
+        **ENVIRONMENT,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(report.read_text())
+    assert (record["accuracy"], record["top5"], record["count"]) == tuple(last["tfds"][k] for k in keys[1:])
+    assert record["loss"] == pytest.approx(last["tfds"]["loss"], rel=1e-6)  # float32 sums in another order
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="the extra [hf] is not installed")
+def test_hub(tmp_path: Path):
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = []
+    for i in range(20):
+        out = io.BytesIO()
+        PIL.Image.fromarray(np.full((8, 8 + i % 2, 3), i, np.uint8)).save(out, "PNG")
+        rows.append({"img": {"bytes": out.getvalue(), "path": None}, "label": i % 2})
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    (tmp_path / "set").mkdir()
+    table = pyarrow.Table.from_pylist(rows, features.arrow_schema)
+    pyarrow.parquet.write_table(table, tmp_path / "set" / "train.parquet")
+    train = open_source(f"hf:{tmp_path / 'set'}", "train", Options(eval_fraction=0.2))
+    val = open_source(f"hf:{tmp_path / 'set'}", "", Options(eval_fraction=0.2))
+    assert train.class_names == ("cat", "dog")
+    levels = [int(np.asarray(source[i])[0, 0, 0]) for source in (train, val) for i in range(len(source))]
+    assert sorted(levels) == list(range(20))
+    assert len(val) == 4
+    assert all(int(np.asarray(train[i])[0, 0, 0]) % 2 == train.labels[i] for i in range(len(train)))
+    with pytest.raises(UserError, match="can't be had"):
+        open_source(f"hf:{tmp_path / 'none'}", "train")
+
+
+def test_without_datasets_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs the package 'datasets'; install the extra: pip install 'jaxsft\[hf\]'"):
+        open_source("hf:cifar10", "train")
