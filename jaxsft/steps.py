@@ -114,12 +114,17 @@ def make_train_step(
             grads, (batch_stats, counts) = grad_fn(state.params, batch_stats, gather(dataset, micro), key)
             return batch_stats, (grads, counts)
 
+        def add_micro_step(carry: tuple[Any, Any], micro: Batch) -> tuple[tuple[Any, Any], Any]:
+            batch_stats, (grads, counts) = micro_step(carry[0], micro)
+            return (batch_stats, jax.tree.map(jnp.add, carry[1], grads)), counts  # one sum, whatever their number
+
         if accumulate == 1:
             batch_stats, (grads, counts) = micro_step(state.batch_stats, batch)
         else:
             micros = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
-            batch_stats, (all_grads, all_counts) = lax.scan(micro_step, state.batch_stats, micros)
-            grads = jax.tree.map(lambda g: g.mean(0), all_grads)
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            (batch_stats, total), all_counts = lax.scan(add_micro_step, (state.batch_stats, zeros), micros)
+            grads = jax.tree.map(lambda g: g / accumulate, total)
             counts = jax.tree.map(lambda c: c.sum(0), all_counts)
         if axis_name is not None:
             grads = lax.pmean(grads, axis_name)

@@ -17,25 +17,10 @@ from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, TrainPlan, in_memory
 from jaxsft.parallel import DataParallel
 from jaxsft.weights import Preprocessing
+from tests.pictures import Pictures
 
 BATCH = 4
 DEVICES = DataParallel()
-
-
-@dataclasses.dataclass(frozen=True)
-class Pictures(Source):
-    """Photographs of several sizes, made when asked for."""
-
-    labels: np.ndarray
-    class_names: tuple[str, ...] = ("a", "b")
-    size: tuple[int, int] | None = None
-
-    def __getitem__(self, index: int) -> PIL.Image.Image:
-        shape = self.size or ((60, 80), (90, 50), (64, 64))[index % 3]
-        return PIL.Image.fromarray(np.random.default_rng(index).integers(0, 256, (*shape, 3), np.uint8))
-
-    def take(self, indices: np.ndarray) -> Pictures:
-        raise NotImplementedError
 
 
 PICTURES = Pictures(np.arange(10, dtype=np.int32) % 2)
@@ -167,9 +152,9 @@ from jaxsft.data.order import Order
 from jaxsft.data.reading import TrainPlan
 from jaxsft.parallel import DataParallel
 from jaxsft.weights import Preprocessing
-import spy
+import pictures
 
-source = spy.Spy(open_folder(sys.argv[1], "train", Options()))
+source = pictures.Spy(open_folder(sys.argv[1], "train", Options()))
 loader = make_loader(source, TrainPlan(Order(6, 2, 0)), DataParallel(), Preprocessing(16, 16), workers=2)
 for step in range(4):
     loader.batch(step)

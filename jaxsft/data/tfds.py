@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -9,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -93,10 +95,12 @@ def cached(builder: Any, parts: Parts, what: str, make: Any) -> tuple[np.ndarray
     identity = [str(builder.data_path), builder.info.full_name, os.stat(builder.data_path).st_mtime_ns, parts]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     path = cache_dir() / what / f"{builder.info.name}-{key}.npz"
-    if not path.exists():
-        save_arrays(path, **{str(i): array for i, array in enumerate(make())})
-    with np.load(path) as arrays:
-        return tuple(arrays[str(i)] for i in range(len(arrays.files)))
+    if path.exists():
+        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(path) as arrays:
+            return tuple(arrays[str(i)] for i in range(len(arrays.files)))
+    made = make()  # nothing there, or a damaged file: a cache is only ever made anew
+    save_arrays(path, **{str(i): array for i, array in enumerate(made)})
+    return tuple(made)
 
 
 def decoded(builder: Any, parts: Parts, total: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""A source that writes down what its process has loaded; for the tests of worker processes."""
+"""Sources for the tests of the loader; what is here is loaded in worker processes, so it imports little."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 
 import numpy as np
+import PIL.Image
 
 from jaxsft.data.base import Image, Source
 
@@ -33,3 +34,19 @@ class Spy(Source):
 
     def take(self, indices: np.ndarray) -> Spy:
         return Spy(self.inner.take(indices))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures(Source):
+    """Photographs of several sizes, made when asked for."""
+
+    labels: np.ndarray
+    class_names: tuple[str, ...] = ("a", "b")
+    size: tuple[int, int] | None = None
+
+    def __getitem__(self, index: int) -> PIL.Image.Image:
+        shape = self.size or ((60, 80), (90, 50), (64, 64))[index % 3]
+        return PIL.Image.fromarray(np.random.default_rng(index).integers(0, 256, (*shape, 3), np.uint8))
+
+    def take(self, indices: np.ndarray) -> Pictures:
+        raise NotImplementedError
