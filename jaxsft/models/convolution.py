@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +125,7 @@ def _conv2d_bwd(stride: int, padding: int, saved: tuple, dy: jax.Array) -> tuple
 _conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
 
 
-def _wide(function, dtype, stride: int, padding: int):
+def _wide(function: Callable[..., jax.Array], dtype: Any, stride: int, padding: int) -> Callable[..., jax.Array]:
     """`function` on the CPU computed in float32 at least: bfloat16 is rounded once, at the end."""
     wide = jnp.promote_types(dtype, jnp.float32)
     return lambda *arrays: function(*(a.astype(wide) for a in arrays), stride, padding).astype(dtype)
@@ -158,7 +159,7 @@ def _gradient_by_image(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: i
         return _winograd(dy, kernel, transposed=True)
     if kernel.shape[0] == 1:
         return jax.linear_transpose(lambda x: _dots(x, kernel, stride, ((padding, padding),) * 2), x)(dy)[0]
-    if stride > 1 and x.shape[3] >= 16 or _is_tiny(x.shape, kernel.shape):
+    if (stride > 1 and x.shape[3] >= 16) or _is_tiny(x.shape, kernel.shape):
         return _phases(x.shape, kernel, dy, stride, padding)
     if stride == 1 and padding < kernel.shape[0]:
         # A convolution again, and said so: XLA's own transpose is as fast, but in a lax.scan eight times slower.
@@ -320,7 +321,7 @@ def _winograd_by_kernel(x: jax.Array, dy: jax.Array) -> jax.Array:
 
     def some(x: jax.Array, dy: jax.Array) -> jax.Array:
         data, tall, wide = _input_tiles(x)
-        _, h, w, c_out = dy.shape
+        _, h, w, _ = dy.shape
         if (tall * TILE, wide * TILE) != (h, w):
             dy = jnp.pad(dy, ((0, 0), (0, tall * TILE - h), (0, wide * TILE - w), (0, 0)))
             dy = lax.optimization_barrier(dy)
