@@ -6,15 +6,25 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX.event_file_writer import EventsWriter
+from tqdm import tqdm
+
+# tensorboardX imports torch where it is installed, and does without where it is not. Training never loads torch: it is
+# hidden for as long as the import takes.
+if "torch" in sys.modules:
+    from tensorboardX.event_file_writer import EventsWriter
+else:
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    from tensorboardX.event_file_writer import EventsWriter
+
+    del sys.modules["torch"]
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
-from tqdm import tqdm
 
 METRICS = "metrics.jsonl"
 IN_FLIGHT = 2  # steps dispatched beyond the one whose numbers the host reads

@@ -12,6 +12,8 @@ import pytest
 from jaxsft import checkpoint
 from tests import small
 
+pytestmark = pytest.mark.full  # many processes, killed one after the other: minutes
+
 # (moment, which of its kind, milliseconds into it), in the order in which one run meets them.
 KILLS = (
     ("step", 2, 5),
