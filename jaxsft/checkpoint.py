@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import sys
@@ -29,8 +30,6 @@ from jaxsft.state import TrainState
 
 FOLDER, SET_ASIDE = "checkpoints", "damaged"
 LIBRARIES = ("jaxsft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
 YEARS = 10**9  # seconds
 
 
@@ -125,7 +124,7 @@ class Checkpoints:
 
     def _unwritten(self, error: Exception) -> Stop:
         whole = steps(self.workdir)
-        left = f"those of steps {', '.join(map(str, whole))} are intact" if whole else "there is no earlier one"
+        left = f"intact: step {', '.join(map(str, whole))}" if whole else "there is no earlier one"
         return Stop(
             f"a checkpoint can't be written to {self.workdir / FOLDER}: {first_line(error)}; {left}",
             "make room or mend the disk; the same command then resumes",
@@ -277,8 +276,9 @@ def first_line(error: Any) -> str:
     """What to tell of another library's exception: the system's reason where it names one, else 200 letters of it."""
     while error.__cause__ is not None:
         error = error.__cause__
-    reason = re.search(r": ([^:]+) \[(?:os_error|OS error)", str(error))  # TensorStore's way
-    if reason or getattr(error, "strerror", None):
-        return reason[1] if reason else error.strerror
+    if number := re.search(r"(?:os_error_code='|OS error )(\d+)", str(error)):  # TensorStore's ways, in changing places
+        return os.strerror(int(number[1]))
+    if getattr(error, "strerror", None):
+        return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:200]

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxsft import train, workdir
+from jaxsft import checkpoint, train, workdir
 from jaxsft.cli import Stop, UserError
 from jaxsft.log import Log, records
 from jaxsft.workdir import Best
@@ -97,9 +97,25 @@ def test_a_full_disk(run, cache: Path, finished: Path, tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert done.stderr == (
         f"error: a checkpoint can't be written to {tmp_path}/run/checkpoints: No space left on device;"
-        " those of steps 3, 6 are intact; make room or mend the disk; the same command then resumes\n"
+        " intact: step 3, 6; make room or mend the disk; the same command then resumes\n"
     )
     assert {"3", "6"} <= set(done.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (ValueError("RESOURCE_EXHAUSTED: \"0\": [tensorstore_spec='{}'] [os_error_code='28']"), "No space left on device"),
+        (ValueError("RESOURCE_EXHAUSTED: \"0\": No: space [os_error_code='28'] [a='b']"), "No space left on device"),
+        (ValueError("Error writing file [OS error 30: EROFS Read-only file system]"), "Read-only file system"),
+        (ValueError("\n  torn\nmore"), "torn"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_the_reason_of_a_failed_write_is_the_systems(raised: Exception, told: str) -> None:
+    """TensorStore names the system's error in an order that changes from process to process."""
+    assert checkpoint.first_line(raised) == told
 
 
 def test_a_full_disk_under_the_log(tmp_path: Path, monkeypatch) -> None:
