@@ -106,7 +106,7 @@ def test_a_full_disk(run, cache: Path, finished: Path, tmp_path: Path) -> None:
     ("raised", "told"),
     [
         (OSError(28, "No space left on device"), "No space left on device"),
-        (ValueError("RESOURCE_EXHAUSTED: \"0\": [tensorstore_spec='{}'] [os_error_code='28']"), "No space left on device"),
+        (ValueError("RESOURCE_EXHAUSTED: [tensorstore_spec='{}'] [os_error_code='28']"), "No space left on device"),
         (ValueError("RESOURCE_EXHAUSTED: \"0\": No: space [os_error_code='28'] [a='b']"), "No space left on device"),
         (ValueError("Error writing file [OS error 30: EROFS Read-only file system]"), "Read-only file system"),
         (ValueError("\n  torn\nmore"), "torn"),
