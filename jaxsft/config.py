@@ -25,7 +25,8 @@ SCHEDULES = ("constant", "cosine", "linear", "step")
 OPTIMIZERS = ("sgd", "adamw")
 BEST_METRICS = ("", "accuracy", "top5", "loss")
 # Keys by which a resumed run may differ from what it was: they change how it is computed, not what.
-FREE = ("checkpoint.", "parallel.backend", "parallel.timeout_seconds", "data.data_dir", "data.workers", "train.on_nan")
+FREE = ("checkpoint.", "parallel.backend", "parallel.timeout_seconds", "data.data_dir", "data.workers", "train.on_nan",
+        "train.steps_per_call")  # fmt: skip
 
 
 def default() -> ConfigDict:
@@ -91,10 +92,13 @@ def default() -> ConfigDict:
     train.epochs = 10.0
     train.steps = placeholder(int)  # not None: instead of epochs
     train.label_smoothing = 0.0
+    train.class_weights = ()  # a factor on the loss of each class, as torch.nn.CrossEntropyLoss(weight=...); (): none
     train.mixup = 0.0  # alpha of mixup, 0 = off; with cutmix too a coin decides at each step
     train.cutmix = 0.0  # alpha of cutmix, 0 = off
     train.ema = 0.0  # decay of the moving average of parameters and batch statistics that is evaluated; 0 = off
     train.precision = "float32"  # 'float32' | 'bfloat16': of activations; parameters and sums stay float32
+    train.remat = False  # keep less for the backward pass and compute it again: a larger batch fits, a step is slower
+    train.steps_per_call = 1  # updates that the device makes at one call of the host, where a step takes milliseconds
     train.log_every_steps = 50
     train.on_nan = "stop"  # at a loss or parameter that is NaN or infinite: 'stop' | 'ignore'
 
@@ -135,6 +139,11 @@ def is_rand_augment(value: Any) -> bool:
     """Whether `value` is a number of operations and a magnitude."""
     operations, magnitude = value
     return 1 <= operations <= 10 and 0 <= magnitude <= 30
+
+
+def are_weights(value: Any) -> bool:
+    """Whether `value` is no or some finite numbers of 0 and more."""
+    return all(0 <= x < float("inf") for x in value) and (not value or max(value) > 0)
 
 
 def are_multipliers(value: Any) -> bool:
@@ -185,10 +194,12 @@ CHECKS: tuple[tuple[str, str, Any], ...] = (
     ("train.epochs", "above 0", lambda v: 0 < v < float("inf")),
     ("train.steps", "None or 1 and more", lambda v: v is None or v >= 1),
     ("train.label_smoothing", "0 to below 1", lambda v: 0 <= v < 1),
+    ("train.class_weights", "numbers of 0 or more, not all 0", are_weights),
     ("train.mixup", "0 or more", lambda v: 0 <= v < float("inf")),
     ("train.cutmix", "0 or more", lambda v: 0 <= v < float("inf")),
     ("train.ema", "0 to below 1", lambda v: 0 <= v < 1),
     ("train.precision", "'float32' or 'bfloat16'", lambda v: v in ("float32", "bfloat16")),
+    ("train.steps_per_call", "1 to 1000", lambda v: 1 <= v <= 1000),
     ("train.log_every_steps", "1 or more", lambda v: v >= 1),
     ("train.on_nan", "'stop' or 'ignore'", lambda v: v in ("stop", "ignore")),
     ("eval.every_epochs", "above 0", lambda v: 0 < v < float("inf")),

@@ -1,6 +1,8 @@
 """Evaluate a finished or running run: every example once.
 
 python -m jaxsft.evaluate --workdir DIR [--data SOURCE --split SPLIT] [--data-dir DIR] [--json FILE]
+
+A source that a config file registers is known once that file is loaded: --config FILE.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 import jax
 
 from jaxsft import cli
+from jaxsft.config import parse_flags
 from jaxsft.data.base import Options
 from jaxsft.data.loader import BadFiles, Loader, make_loader
 from jaxsft.data.reading import EvalPlan, in_memory
@@ -53,9 +56,12 @@ def main() -> None:
     parser.add_argument("--data", default="", help="another source than the run's, such as tfds:cifar10")
     parser.add_argument("--split", default="", help="another split than the run's eval_split")
     parser.add_argument("--data-dir", default="", help="of TFDS")
+    parser.add_argument("--config", default="", help="a config file that registers the source")
     parser.add_argument("--json", type=Path, help="write the result, per class and confusion too")
     args = parser.parse_args()
 
+    if args.config:
+        parse_flags([f"--config={args.config}"], "", {})
     run = load_run(args.workdir)
     data, options = run.config.data, Options.of(run.config)
     if args.data_dir:
@@ -79,7 +85,7 @@ def main() -> None:
     eval_step = parallel.compile(make_eval_step(run.model, loader.preprocessing, axis_name=parallel.axis_name))
     result = evaluate(eval_step, parallel.replicate(run.variables), loader)
     if args.json:
-        cli.write_json(args.json, {"step": run.step, **result.record(source.class_names)})
+        cli.write_json(args.json, {"step": run.step, **result.record(run.card.names)})
     print(f"{args.workdir} at step {run.step}: {result.summary()}")
 
 

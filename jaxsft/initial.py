@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -55,12 +56,16 @@ def initial(
     Ported weights keep their head when its classes are the data's; else it is replaced by a fresh one.
 
     Raises:
-      UserError: weights that can't be had or do not fit, or fewer classes asked for than the data has.
+      UserError: weights that can't be had or do not fit, or fewer classes asked for than the data has, or weighted.
     """
     c = config.model
     num_classes = c.num_classes or len(class_names)
     if num_classes < len(class_names):
         raise UserError(f"config.model.num_classes is {num_classes}", f"the data has {len(class_names)} classes")
+    if (count := len(config.train.class_weights)) not in (0, num_classes):
+        raise UserError(
+            f"config.train.class_weights has {count} numbers", f"give one for each of {num_classes} classes"
+        )
     model = make_model(config, num_classes, axis_name)
     names = class_names if num_classes == len(class_names) else None
     card = ModelCard(c.arch, num_classes, names, preprocessing=preprocessing(config))
@@ -89,6 +94,6 @@ def init_head(model: ResNet, old: dict[str, jax.Array], seed: int) -> dict[str, 
     return layer.init(jax.random.key(seed), jnp.zeros((1, old["kernel"].shape[0])))["params"]
 
 
-def init_variables(model: ResNet, seed: int) -> dict[str, Any]:
+def init_variables(model: nn.Module, seed: int) -> dict[str, Any]:
     """Fresh variables: {"params": ..., "batch_stats": ...}."""
     return jax.jit(lambda key: model.init(key, jnp.zeros((2, 64, 64, 3)), train=False))(jax.random.key(seed))

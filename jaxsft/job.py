@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from jaxsft import cli, optim
@@ -24,8 +26,8 @@ from jaxsft.metrics import Evaluation
 from jaxsft.models.resnet import variable_shapes
 from jaxsft.parallel import DataParallel
 from jaxsft.state import TrainState
-from jaxsft.steps import make_eval_step, make_train_step
-from jaxsft.weights import ModelCard
+from jaxsft.steps import make_eval_step, make_several, make_train_step
+from jaxsft.weights import ModelCard, Preprocessing
 
 
 @dataclasses.dataclass
@@ -35,11 +37,13 @@ class Job:
     config: ConfigDict
     card: ModelCard
     parallel: DataParallel
+    train_source: Source
     order: Order
     total_steps: int
     rates: np.ndarray  # float32 [total_steps], the learning rate of each update
     state: TrainState
     train_step: Callable[..., Any]
+    several_steps: Callable[..., Any]  # `train_step` for a list of batches in one call
     eval_step: Callable[..., Any]
     train_loader: Loader
     eval_loader: Loader
@@ -54,10 +58,28 @@ class Job:
         every = self.config.eval.every_epochs * self.order.steps_per_epoch
         return step == self.total_steps or step // every > (step - 1) // every
 
-    def update(self, step: int) -> dict[str, jax.Array]:
-        """Make update number `step` (from 1) and return the sums of its batch, still on their way."""
-        batch = self.train_loader.batch(step - 1)
-        self.state, counts = self.train_step(self.state, self.train_loader.dataset, batch)
+    def calls(self, start: int) -> Iterator[range]:
+        """The updates after `start` that each call makes: train.steps_per_call of them where nothing falls between."""
+        several, step = self.config.train.steps_per_call, start + 1
+        if step <= self.total_steps:  # the first by itself: what follows is measured
+            yield range(step, step + 1)
+            step += 1
+        while step <= self.total_steps:
+            last = step + several - 1
+            alone = last > self.total_steps or any(map(self.is_stop, range(step, last)))
+            yield range(step, step + 1 if alone else last + 1)
+            step += 1 if alone else several
+
+    def is_stop(self, step: int) -> bool:
+        """Whether the host has something to do after `step`."""
+        every = self.config.train.log_every_steps, self.config.checkpoint.every_steps
+        return any(step % n == 0 for n in every) or self.is_evaluated(step)
+
+    def update(self, steps: range) -> dict[str, jax.Array]:
+        """Make these updates (from 1) and return the sums of each batch, scalars or [updates], still on their way."""
+        batches = [self.train_loader.batch(step - 1) for step in steps]
+        update, argument = (self.train_step, batches[0]) if len(batches) == 1 else (self.several_steps, batches)
+        self.state, counts = update(self.state, self.train_loader.dataset, argument)
         return counts
 
     def evaluate(self, between: Callable[[], None] = lambda: None) -> Evaluation:
@@ -116,6 +138,32 @@ def order_of(config: ConfigDict, source: Source, parallel: DataParallel) -> Orde
     return Order(len(source), data.batch_size, config.seed, keep_last, labels)
 
 
+def train_step_of(
+    config: ConfigDict,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    preprocessing: Preprocessing | None,
+    axis_name: str | None,
+) -> Callable[..., Any]:
+    """The body of the update that the config asks for."""
+    train = config.train
+    return make_train_step(
+        model,
+        optimizer,
+        preprocessing,
+        augmentations=tuple(config.data.augment),
+        amounts=Amounts.of(config),
+        mixup=train.mixup,
+        cutmix=train.cutmix,
+        seed=config.seed,
+        smoothing=train.label_smoothing,
+        class_weights=tuple(train.class_weights),
+        accumulate=config.optim.accumulate,
+        ema=train.ema,
+        axis_name=axis_name,
+    )
+
+
 def prepare(config: ConfigDict) -> tuple[Job, str]:
     """Open the data, port the weights, build the steps; and a line that says what will be trained.
 
@@ -138,30 +186,19 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     plans = TrainPlan(order, partners=mixing), EvalPlan(len(eval_source), config.data.batch_size)
     train_loader = make_loader(train_source, plans[0], parallel, card.preprocessing, augmentations=names, **options)
     eval_loader = make_loader(eval_source, plans[1], parallel, card.preprocessing, **options)
-    train_step = make_train_step(
-        model,
-        optimizer,
-        train_loader.preprocessing,
-        augmentations=names,
-        amounts=Amounts.of(config),
-        mixup=config.train.mixup,
-        cutmix=config.train.cutmix,
-        seed=config.seed,
-        smoothing=config.train.label_smoothing,
-        accumulate=config.optim.accumulate,
-        ema=config.train.ema,
-        axis_name=parallel.axis_name,
-    )
+    train_step = train_step_of(config, model, optimizer, train_loader.preprocessing, parallel.axis_name)
     eval_step = make_eval_step(model, eval_loader.preprocessing, axis_name=parallel.axis_name)
     job = Job(
         config=config,
         card=card,
         parallel=parallel,
+        train_source=train_source,
         order=order,
         total_steps=total_steps,
         rates=np.asarray(rate(np.arange(total_steps, dtype=np.int32))),
         state=parallel.replicate(TrainState.create(variables, optimizer, with_average=config.train.ema > 0)),
         train_step=parallel.compile(train_step, donate_first=True),
+        several_steps=parallel.compile(make_several(train_step), donate_first=True),
         eval_step=parallel.compile(eval_step),
         train_loader=train_loader,
         eval_loader=eval_loader,

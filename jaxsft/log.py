@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 # tensorboardX imports torch where it is installed, and does without where it is not. Training never loads torch: it is
@@ -27,7 +28,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 METRICS = "metrics.jsonl"
-IN_FLIGHT = 2  # steps dispatched beyond the one whose numbers the host reads
+IN_FLIGHT = 2  # calls dispatched beyond the one whose numbers the host reads
 ZERO = {"loss": 0.0, "top1": 0, "count": 0}
 
 
@@ -42,22 +43,23 @@ class NotFinite(Exception):
 class Meter:
     """Sums of the training metrics since the last line of the log, read without making the device wait.
 
-    Each step is added once, in order, as it leaves the queue: the sums are the same with and without a resume that
-    carries `sums` over. With `finite` a loss that is NaN or infinite raises NotFinite, at most IN_FLIGHT steps late.
+    Each step is added once, in order, as its call leaves the queue: the sums are the same with and without a resume
+    that carries `sums` over. With `finite` a loss that is NaN or infinite raises NotFinite, at most IN_FLIGHT
+    calls late.
     """
 
     def __init__(self, sums: dict[str, Any] | None = None, finite: bool = False):
         self.sums = dict(sums or ZERO)
         self._finite = finite
-        self._queue: list[tuple[int, dict[str, jax.Array]]] = []
+        self._queue: list[tuple[range, dict[str, jax.Array]]] = []
 
-    def add(self, step: int, counts: dict[str, jax.Array]) -> None:
-        """Queue the counts of a step that may still be computing.
+    def add(self, steps: range, counts: dict[str, jax.Array]) -> None:
+        """Queue the counts of the steps of one call, which may still be computing.
 
         Raises:
           NotFinite: the loss of a step that has left the queue, where that is watched.
         """
-        self._queue.append((step, counts))
+        self._queue.append((steps, counts))
         self._drain(IN_FLIGHT)
 
     def settle(self) -> dict[str, Any]:
@@ -72,11 +74,12 @@ class Meter:
 
     def _drain(self, keep: int) -> None:
         while len(self._queue) > keep:
-            step, counts = self._queue.pop(0)
-            counts = jax.device_get(counts)
-            if self._finite and not math.isfinite(counts["loss"]):
-                raise NotFinite(step, f"the loss is {counts['loss']}")
-            self.sums = {key: self.sums[key] + counts[key].item() for key in self.sums}
+            steps, queued = self._queue.pop(0)
+            counts = {key: np.atleast_1d(values).tolist() for key, values in jax.device_get(queued).items()}
+            for i, step in enumerate(steps):
+                if self._finite and not math.isfinite(counts["loss"][i]):
+                    raise NotFinite(step, f"the loss is {counts['loss'][i]}")
+                self.sums = {key: self.sums[key] + counts[key][i] for key in self.sums}
 
 
 class Speed:

@@ -95,13 +95,12 @@ def batches(paths: Sequence[Path], to: Preprocessing, upright: bool) -> Iterator
 def predict(run: Run, paths: Sequence[Path], topk: int) -> Iterator[dict[str, Any]]:
     """{"file", "classes": [{"class", "probability"}, ...]} of each readable image, the most probable first."""
     probabilities = jax.jit(lambda images: jax.nn.softmax(run.model.apply(run.variables, images, train=False)))
-    class_names = run.card.class_names or tuple(map(str, range(run.card.num_classes)))
     upright = run.config.data.exif_orientation
     for names, images in batches(paths, run.card.preprocessing, upright):
         rows = np.asarray(probabilities(images))
         for name, row in zip(names, rows, strict=False):
             best = np.argsort(-row, kind="stable")[:topk]
-            classes = [{"class": class_names[i], "probability": float(row[i])} for i in best]
+            classes = [{"class": run.card.names[i], "probability": float(row[i])} for i in best]
             yield {"file": str(name), "classes": classes}
 
 

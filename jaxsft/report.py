@@ -23,10 +23,11 @@ td.number { text-align: right; font-variant-numeric: tabular-nums } img { max-wi
 MOST_CLASSES = 100  # beyond that a confusion matrix is a grey square
 
 
-def write(workdir: Path, card: ModelCard, result: Evaluation) -> None:
-    """Write `workdir`/report.html from the run's metrics.jsonl, config.json and its last evaluation."""
+def write(workdir: Path, card: ModelCard, result: Evaluation, batch: matplotlib.figure.Figure) -> None:
+    """Write `workdir`/report.html from the run's metrics.jsonl, config.json, its last evaluation, and a picture of a
+    batch as the model sees it."""
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    names = card.class_names or tuple(map(str, range(card.num_classes)))
+    names = card.names
     parts = [
         f"<!doctype html><meta charset=utf-8><title>{html.escape(workdir.name)}</title><style>{STYLE}</style>",
         f"<h1>{html.escape(workdir.name)}: {html.escape(result.summary())}</h1>",
@@ -37,6 +38,7 @@ def write(workdir: Path, card: ModelCard, result: Evaluation) -> None:
     ]
     if card.num_classes <= MOST_CLASSES:
         parts += ["<h2>Confusions</h2>", picture(confusion(result.confusion, names))]
+    parts += ["<h2>Of the first batch</h2>", picture(batch)]
     configuration = html.escape((workdir / "config.json").read_text())
     parts.append(f"<h2>Config</h2><pre>{configuration}</pre>")
     partial = workdir / "report.html.partial"

@@ -31,6 +31,8 @@ from jaxsft.metrics import Evaluation
 from jaxsft.weights import cache_dir
 from jaxsft.workdir import Best
 
+IN_REPORT = 32  # images of the first batch
+
 
 class Trainer:
     """The loop: updates, and between them lines of the log, evaluations, checkpoints, and an ear for signals."""
@@ -50,9 +52,10 @@ class Trainer:
             job.compile_evaluation()
             if 0 < self.start < total and job.is_evaluated(self.start) and not self.log.has_evaluation(self.start):
                 self.evaluate(self.start)  # a signal came before its end
-            for step in range(self.start + 1, total + 1):
-                self.update(step)
-                bar.update(batch_size)
+            for steps in job.calls(self.start):
+                self.update(steps)
+                bar.update(len(steps) * batch_size)
+                step = steps[-1]
                 if step < total and job.is_evaluated(step):
                     summary = self.evaluate(step).summary()
                     if job.parallel.is_main:
@@ -61,10 +64,11 @@ class Trainer:
                     self.save(step)
             return self.finish(total)
 
-    def update(self, step: int) -> None:
-        """One update, and its line of the log when it is time."""
-        self.meter.add(step, self.job.update(step))
-        self.speed.add(self.job.config.data.batch_size)
+    def update(self, steps: range) -> None:
+        """The updates of one call, and the line of the log when it is time."""
+        self.meter.add(steps, self.job.update(steps))
+        self.speed.add(len(steps) * self.job.config.data.batch_size)
+        step = steps[-1]
         if step == self.start + 1:
             self.interrupts.begin()
             self.meter.settle()
@@ -87,7 +91,8 @@ class Trainer:
         self.best.offer(total, result.scalars())
         self.save(total)
         self.checkpoints.wait()
-        self.log.write("eval", total, epoch=self.job.epoch(total), **result.scalars(), final=True)
+        by_name = result.record(self.job.card.names)["per_class"]
+        self.log.write("eval", total, epoch=self.job.epoch(total), **result.scalars(), per_class=by_name, final=True)
         self.log.sync()
         return result
 
@@ -192,10 +197,17 @@ def train(config: ConfigDict, workdir: Path) -> None:
             job.bad_files.write_to(workdir)
         result = fit(job, workdir)
         if job.parallel.is_main:
-            from jaxsft import report  # here: a start need not wait for matplotlib
-
-            report.write(workdir, job.card, result)
+            write_report(job, workdir, result)
     say(job, f"{workdir}: {result.summary()}, {time.perf_counter() - began:.0f} s")
+
+
+def write_report(job: Job, workdir: Path, result: Evaluation) -> None:
+    """Leave report.html in the run's directory."""
+    from jaxsft import report  # here: a start need not wait for matplotlib
+    from jaxsft.data import show
+
+    images, labels = show.batch_of(job.config, job.train_source, job.card.preprocessing, IN_REPORT)
+    report.write(workdir, job.card, result, show.grid(images, labels, job.train_source.class_names))
 
 
 def keep_compilations() -> None:

@@ -56,6 +56,11 @@ class ModelCard:
     weights_version: str = ""  # torchvision's, such as IMAGENET1K_V2
     preprocessing: Preprocessing = Preprocessing()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What to call the classes: their names, or their numbers where they have none."""
+        return self.class_names or tuple(map(str, range(self.num_classes)))
+
     def save(self, directory: Path) -> None:
         """Write `directory`/model.json, whole or not at all."""
         partial = directory / (CARD + ".partial")

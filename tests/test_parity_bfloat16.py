@@ -16,7 +16,7 @@ def run_in(precision: str, steps: int, *overrides: str) -> tuple[np.ndarray, Job
     flags = ["--config", f"{ROOT}/configs/cifar10.py:sample", f"--config.train.precision={precision}"]
     config, _, _ = config_module.parse_flags([*flags, *(f"--config.{text}" for text in overrides)], "", {})
     job, _ = prepare(config)
-    sums = [job.update(step) for step in range(1, steps + 1)]
+    sums = [job.update(range(step, step + 1)) for step in range(1, steps + 1)]
     return np.array([float(s["loss"] / s["count"]) for s in jax.device_get(sums)]), job
 
 

@@ -123,7 +123,7 @@ def check_reference(config: ConfigDict, model: nn.Module) -> None:
     with jax.default_matmul_precision("highest"):
         job, _ = prepare(config)
         oracle.load(model, names.to_torch(jax.device_get(job.state.variables())))
-        sums = [jax.device_get(job.update(step)) for step in range(1, 21)]
+        sums = [jax.device_get(job.update(range(step, step + 1))) for step in range(1, 21)]
     found = [float(s["loss"] / s["count"]) for s in sums]
     source = open_source(config.data.source, config.data.train_split, config.data.data_dir)
     batches = ((source.images[job.order[step]], source.labels[job.order[step]]) for step in range(20))

@@ -79,6 +79,37 @@ def test_a_registered_source(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
     assert "2 of 3 images to evaluate on are also trained on" in capfd.readouterr().err  # 18 and 19 of 0..19
 
 
+MINE = """
+import numpy as np
+from jaxsft.data.base import Arrays
+from jaxsft.data.sources import register
+from tests import small
+
+def open_mine(name, split, options):
+    images = np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3)).astype(np.uint8)
+    return Arrays(images, np.arange(32, dtype=np.int32) % 3, ("ash", "birch", "cedar"))
+
+def get_config(variant=""):
+    register("mine", open_mine)
+    return small.config("--config.data.source=mine:x", "--config.data.train_split=train", "--config.train.steps=1")
+"""
+
+
+def test_a_source_of_a_config_file_is_trained_and_evaluated(run, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    done = run("-m", "jaxsft.train", f"--config={tmp_path}/mine.py", "--workdir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert list(last["per_class"]) == ["ash", "birch", "cedar"]
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert report.count("<img ") == 3  # curves, confusions, a batch
+    unknown = run("-m", "jaxsft.evaluate", "--workdir", tmp_path / "run")
+    assert unknown.returncode == 2
+    assert "unknown data source 'mine:x'" in unknown.stderr
+    done = run("-m", "jaxsft.evaluate", "--workdir", tmp_path / "run", f"--config={tmp_path}/mine.py")
+    assert f"accuracy {last['accuracy']:.4f}" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [("tdfs:cifar10", "unknown data source 'tdfs:cifar10'; did you mean 'tfds'"), ("folder:", "is no folder")],

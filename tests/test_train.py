@@ -12,10 +12,12 @@ from safetensors.numpy import load_file
 from convert import checkpoints
 from convert.__main__ import to_flax
 from jaxsft import config as config_module
+from jaxsft import train
 from jaxsft.cli import UserError
 from jaxsft.initial import initial
 from jaxsft.weights import SAMPLE, port
 from jaxsft.workdir import load_run
+from tests import small
 
 CONFIG = "configs/cifar10.py"
 # What a run must never import, said by the run itself as it ends.
@@ -178,6 +180,29 @@ def test_a_head_of_the_same_classes_is_kept_and_another_is_replaced() -> None:
 def test_too_few_classes_are_refused() -> None:
     with pytest.raises(UserError, match="the data has 10 classes"):
         initial(sample_config(num_classes=9), tuple("abcdefghij"))
+
+
+def test_class_weights_are_one_a_class() -> None:
+    config = sample_config()
+    config.train.class_weights = (1.0, 2.0)
+    with pytest.raises(UserError, match="class_weights has 2 numbers; give one for each of 10 classes"):
+        initial(config, tuple("abcdefghij"))
+
+
+@pytest.mark.parametrize("backend", ["pmap", "shard_map"])
+def test_several_steps_a_call_are_the_same_steps(tmp_path: Path, backend: str) -> None:
+    """Three at a call where nothing falls between: 1, 2-4, 5, 6-8, ..., for a line is due at every fourth."""
+    options = (f"--config.parallel.backend={backend}", "--config.train.log_every_steps=4")
+    found = []
+    for several in (1, 3):
+        config = small.config(*options, "--config.checkpoint.every_steps=8", f"--config.train.steps_per_call={several}")
+        train.train(config, tmp_path / str(several))
+        found.append(records(tmp_path / str(several)))
+    assert [line["step"] for line in found[0]] == [line["step"] for line in found[1]]
+    for one, three in zip(*found, strict=True):
+        assert one["count"] == three["count"] if "count" in one else True
+        # The same sums in another program; XLA may order them anew.
+        assert one["loss"] == pytest.approx(three["loss"], rel=1e-4)
 
 
 def test_ports_are_kept_and_directories_used_as_they_are(tmp_path: Path) -> None:

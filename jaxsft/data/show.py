@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
+import matplotlib.figure
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -25,12 +25,13 @@ from jaxsft.data.sources import open_splits
 from jaxsft.initial import preprocessing
 from jaxsft.parallel import DataParallel
 from jaxsft.steps import gather
+from jaxsft.weights import Preprocessing
 
 COLUMNS, MOST = 8, 64
 
 
-def batch_of(config: ConfigDict, source: Source, step: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The images and labels of the batch of `step`, up to MOST of them.
+def batch_of(config: ConfigDict, source: Source, to: Preprocessing, most: int = MOST) -> tuple[np.ndarray, np.ndarray]:
+    """The images and labels of the first batch, up to `most` of them.
 
     Returns:
       float32 [N, crop_size, crop_size, 3] in 0..1, before mixing, and int32 [N].
@@ -39,27 +40,27 @@ def batch_of(config: ConfigDict, source: Source, step: int = 0) -> tuple[np.ndar
     names = tuple(config.data.augment)
     devices = DataParallel("shard_map", jax.local_devices()[:1])
     bad = BadFiles(config.data.on_error)
-    loader = make_loader(
-        source, TrainPlan(order), devices, preprocessing(config), augmentations=names, workers=0, bad=bad
-    )
-    to, seed, amounts = loader.preprocessing, config.seed, Amounts.of(config)
+    loader = make_loader(source, TrainPlan(order), devices, to, augmentations=names, workers=0, bad=bad)
+    seed, amounts = config.seed, Amounts.of(config)
+    rest = loader.preprocessing  # what the host leaves to the device
 
     @jax.jit
     def look(dataset: dict[str, jax.Array], batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        batch = gather(dataset, jax.tree.map(lambda x: x[:MOST], batch))
-        key = jax.random.fold_in(jax.random.key(seed), step)  # as the train step's
-        x = train_images(batch["image"], names, to, key, batch["example"], sizes=batch.get("size"), amounts=amounts)
+        batch = gather(dataset, jax.tree.map(lambda x: x[:most], batch))
+        key = jax.random.fold_in(jax.random.key(seed), 0)  # as the train step's
+        x = train_images(batch["image"], names, rest, key, batch["example"], sizes=batch.get("size"), amounts=amounts)
         return (x * jnp.asarray(to.std) + jnp.asarray(to.mean)).clip(0, 1), batch["label"]
 
-    images, labels = jax.device_get(look(loader.dataset, loader.batch(step)))
+    images, labels = jax.device_get(look(loader.dataset, loader.batch(0)))
     loader.close()
     return images, labels
 
 
-def grid(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> plt.Figure:
+def grid(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> matplotlib.figure.Figure:
     """The images in rows of COLUMNS, each under the name of its class."""
     rows = -(-len(images) // COLUMNS)
-    figure, axes = plt.subplots(rows, COLUMNS, figsize=(1.4 * COLUMNS, 1.55 * rows), squeeze=False)
+    figure = matplotlib.figure.Figure(figsize=(1.4 * COLUMNS, 1.55 * rows))
+    axes = figure.subplots(rows, COLUMNS, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, image, label in zip(axes.flat, images, labels, strict=False):
@@ -78,7 +79,7 @@ def main() -> None:
         raise cli.UserError("no --out", "name the picture to write, such as --out=grid.png")
     config_module.check(config)
     source = open_splits(config)[0]
-    figure = grid(*batch_of(config, source), source.class_names)
+    figure = grid(*batch_of(config, source, preprocessing(config)), source.class_names)
     try:
         figure.savefig(values["out"], dpi=120)
     except (OSError, ValueError) as error:
@@ -87,5 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    plt.switch_backend("agg")
     cli.run(main)

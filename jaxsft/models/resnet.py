@@ -132,7 +132,7 @@ ARCHITECTURES: Mapping[str, partial[ResNet]] = MappingProxyType(
 )
 
 
-def variable_shapes(model: ResNet) -> dict[str, Any]:
+def variable_shapes(model: nn.Module) -> dict[str, Any]:
     """Shapes and dtypes of every variable of `model` ({"params": ..., "batch_stats": ...}), computing nothing."""
     image = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
     return jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), image)

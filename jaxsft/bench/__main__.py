@@ -1,6 +1,9 @@
 """Measure: nothing here is timed in tests.
 
-python -m jaxsft.bench data [--against torch] [--folder PATH] [--image-size 224] [--workers 2] [--json FILE]
+python -m jaxsft.bench train [--against torch] [--arch resnet18] [--image-size 224] [--batch-size 32] [--json FILE]
+python -m jaxsft.bench run   [--config configs/cifar10.py:sample] [--json FILE]
+python -m jaxsft.bench data  [--against torch] [--folder PATH] [--image-size 224] [--workers 2] [--json FILE]
+python -m jaxsft.bench tpu   [--topology v5e:2x2] [--arch resnet50] [--batch-size 512] [--json FILE]
 """
 
 from __future__ import annotations
@@ -9,9 +12,14 @@ import argparse
 from pathlib import Path
 
 from jaxsft import cli
-from jaxsft.data import bench as data
+from jaxsft.bench import data, run, tpu, train
 
-COMMANDS = {"data": data}  # name -> module with add_arguments(parser) and run(args) -> what --json writes
+COMMANDS = {
+    "train": train,
+    "run": run,
+    "data": data,
+    "tpu": tpu,
+}  # modules with add_arguments(parser) and run(args) -> JSON
 
 
 def main() -> None:

@@ -1,0 +1,101 @@
+"""A whole run: the second start of a command against the first, and an epoch of training against its bare step."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxsft import cli, log
+from jaxsft import config as config_module
+from jaxsft import train as train_module
+from jaxsft.job import Job, prepare
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `bench run`."""
+    parser.add_argument("--config", default="configs/cifar10.py:sample", help="FILE[:VARIANT]; default: %(default)s")
+    parser.add_argument("--epochs", type=float, default=3.0, help="to train for; default: %(default)s")
+    parser.add_argument("overrides", nargs="*", help="after a --: --config.KEY=VALUE ...")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print a table, and return it.
+
+    Returns:
+      "first_step_seconds" of the first and of the second start, with a cache that was empty before, and the "ratio";
+      "epoch": images_per_sec of training (with its log, checkpoints and progress bar) and of the bare step, and the
+      "ratio".
+
+    Raises:
+      UserError: a config that can't be used.
+    """
+    flags = [f"--config={args.config}", *args.overrides]
+    config_module.parse_flags(flags, "", {})
+    with tempfile.TemporaryDirectory(prefix="jaxsft-bench-") as place:
+        starts = [first_step_seconds(flags, Path(place), f"start{i}") for i in (1, 2)]
+        print(f"seconds to the first finished step: {starts[0]:.1f}, again {starts[1]:.1f} "
+              f"(ratio {starts[1] / starts[0]:.2f})", flush=True)  # fmt: skip
+        bare, epoch = epoch_against_step(flags, args.epochs, Path(place))
+    print(f"images/s: bare step {bare:.1f}, training {epoch:.1f} (ratio {epoch / bare:.3f})")
+    return {
+        "first_step_seconds": starts,
+        "ratio": starts[1] / starts[0],
+        "epoch": {"images_per_sec": epoch, "bare_step": bare, "ratio": epoch / bare},
+    }
+
+
+def first_step_seconds(flags: list[str], place: Path, name: str) -> float:
+    """From the start of the command to the line of the log about its first step."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(place / "cache")}
+    workdir = place / name
+    command = [sys.executable, "-m", "jaxsft.train", *flags, "--config.train.steps=1", f"--workdir={workdir}"]
+    began = time.time()
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise cli.UserError(f"the run ended with {done.returncode}: {done.stderr.strip()[-300:]}", "mend the config")
+    first = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
+    return first["time"] - began
+
+
+def epoch_against_step(flags: list[str], epochs: float, place: Path) -> tuple[float, float]:
+    """Images a second of the bare step, and of the same steps in training."""
+    every = [
+        "--config.train.log_every_steps=10",
+        f"--config.train.epochs={epochs}",
+        f"--config.eval.every_epochs={epochs}",
+    ]
+    config, _, _ = config_module.parse_flags([*flags, *every], "", {})
+    config_module.check(config)
+    job, _ = prepare(config)
+    initial = jax.device_get(job.state)
+    count = max(job.total_steps // 3, 1)
+    before = bare_step(job, count)
+    job.state = job.parallel.replicate(initial)
+    (place / "epoch").mkdir()
+    train_module.fit(job, place / "epoch")
+    lines = [line["images_per_sec"] for line in log.records(place / "epoch") if line["split"] == "train"]
+    after = bare_step(job, count)
+    return statistics.median((*before, *after)), statistics.median([speed for speed in lines if speed])
+
+
+def bare_step(job: Job, count: int) -> list[float]:
+    """Images a second of three turns of the compiled step, over and over on one batch."""
+    batch = job.train_loader.batch(0)
+    speeds = []
+    for turn in range(4):
+        began = time.perf_counter()
+        for _ in range(count if turn else 1):
+            job.state, counts = job.train_step(job.state, job.train_loader.dataset, batch)
+        jax.block_until_ready(counts)
+        speeds.append(count * job.config.data.batch_size / (time.perf_counter() - began))
+    return speeds[1:]

@@ -1,0 +1,93 @@
+"""The step that training runs, from a config, without data or weights: to be timed, or compiled for elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from jaxsft import cli, config, optim
+from jaxsft.initial import make_model, preprocessing
+from jaxsft.job import train_step_of
+from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
+from jaxsft.parallel import DataParallel
+from jaxsft.state import TrainState
+from jaxsft.steps import make_eval_step
+
+CLASSES = 1000
+
+
+class Steps(NamedTuple):
+    """Both steps on the devices, not yet compiled, and what they take."""
+
+    model: nn.Module
+    optimizer: optax.GradientTransformation
+    train: Any  # jitted: to be called or lowered
+    evaluate: Any
+    state: TrainState  # shapes
+    batch: dict[str, Any]  # shapes, of the global batch
+
+
+def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """The options that say which step."""
+    parser.add_argument("--arch", default=defaults["arch"], choices=list(ARCHITECTURES), metavar="ARCH")
+    parser.add_argument("--image-size", type=int, default=224, help="px; default: %(default)s")
+    parser.add_argument(
+        "--batch-size", type=int, default=defaults["batch_size"], help="over all devices; default: %(default)s"
+    )
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default=defaults["precision"])
+    parser.add_argument("--backend", choices=("pmap", "shard_map"), default="pmap")
+    parser.add_argument("--batch-norm", choices=("local", "sync"), default="local", help="statistics of each device")
+    parser.add_argument("--remat", action="store_true", help="train.remat: recompute instead of keep")
+
+
+def config_of(args: argparse.Namespace) -> ConfigDict:
+    """The config of a run with those options: SGD with momentum, no augmentation, images of the size the model sees.
+
+    Raises:
+      UserError: a value out of range.
+    """
+    c = config.default()
+    c.model.arch, c.model.weights, c.model.num_classes = args.arch, "", CLASSES
+    c.data.image_size, c.data.batch_size, c.data.augment = args.image_size, args.batch_size, ()
+    c.train.precision, c.train.remat = args.precision, args.remat
+    c.parallel.backend, c.parallel.batch_norm = args.backend, args.batch_norm
+    config.check(c)
+    return c
+
+
+def make_steps(c: ConfigDict, parallel: DataParallel, model: nn.Module | None = None) -> Steps:
+    """The steps of a config, by the same functions as in training; with `model` around another network.
+
+    Raises:
+      UserError: the batch does not split over the devices.
+    """
+    parallel.check_batch(c.data.batch_size)
+    model = model or make_model(c, CLASSES, parallel.axis_name)
+    shapes = variable_shapes(model)
+    optimizer = optim.make(c, shapes["params"], optim.schedule(c, 1000, 10_000))
+    size = c.data.image_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((c.data.batch_size, size, size, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((c.data.batch_size,), jnp.int32),
+        "example": jax.ShapeDtypeStruct((c.data.batch_size,), jnp.int32),
+    }
+    to = preprocessing(c)
+    return Steps(
+        model,
+        optimizer,
+        parallel.compile(train_step_of(c, model, optimizer, to, parallel.axis_name), donate_first=True),
+        parallel.compile(make_eval_step(model, to, axis_name=parallel.axis_name)),
+        jax.eval_shape(lambda variables: TrainState.create(variables, optimizer, with_average=False), shapes),
+        batch,
+    )
+
+
+def missing(package: str, extra: str) -> cli.UserError:
+    """What to say where an optional package is not there."""
+    return cli.UserError(f"{package} is not installed", f"pip install 'jaxsft[{extra}]'")

@@ -1,0 +1,174 @@
+"""How fast a step is: this program's, and PyTorch's or a plain Flax model's, in turns in one process."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxsft.bench import step
+from jaxsft.bench.plain import PlainResNet
+from jaxsft.initial import init_variables
+from jaxsft.parallel import DataParallel
+from jaxsft.state import TrainState
+
+Step = Callable[[], Any]  # makes one step and returns what to wait for
+KINDS = ("train", "eval")
+OTHERS = ("torch", "torch.compile", "flax")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `bench train`."""
+    step.add_arguments(parser, arch="resnet18", batch_size=32, precision="float32")
+    parser.add_argument("--against", nargs="+", choices=OTHERS, default=[], help="torch: the better of both layouts")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each; the median counts; default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=2.0, help="a turn takes about so long; default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print a table, and return it.
+
+    Returns:
+      "images_per_sec", "step_seconds" (median) and "compile_seconds" of the train step; with `--against` the same of
+      each other under "against"; "ratio", ours over the first of them; and under "eval" all of it for evaluation.
+
+    Raises:
+      UserError: the batch does not split over the devices, or a package is missing.
+    """
+    config = step.config_of(args)
+    record: dict[str, Any] = {}
+    for kind in KINDS:
+        contestants: dict[str, Step] = {"jaxsft": ours(config, kind), **others(args, config, kind)}
+        result = in_turns(contestants, args)
+        record.update(result if kind == "train" else {"eval": result})
+        tell(kind, result)
+    return record
+
+
+def in_turns(contestants: dict[str, Step], args: argparse.Namespace) -> dict[str, Any]:
+    """One turn of each in every round; of a turn its mean step, of the rounds the median."""
+    compile_seconds = {name: timed(one, 1) for name, one in contestants.items()}
+    counts = {name: max(round(args.seconds / timed(one, 1)), 1) for name, one in contestants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(args.rounds):
+        for name, one in contestants.items():
+            seconds[name].append(timed(one, counts[name]) / counts[name])
+    results = {}
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        results[name] = {
+            "images_per_sec": args.batch_size / median,
+            "step_seconds": median,
+            "compile_seconds": compile_seconds[name],
+        }
+    mine = results.pop("jaxsft")
+    layouts = {name: results.pop(name) for name in list(results) if name.startswith("torch (")}
+    if layouts:
+        better = min(layouts, key=lambda name: layouts[name]["step_seconds"])
+        results = {"torch": {**layouts[better], "layout": better[7:-1]}, **results}
+    if not results:
+        return mine
+    results = {name: results[name] for name in args.against}
+    return {**mine, "against": results, "ratio": mine["images_per_sec"] / results[args.against[0]]["images_per_sec"]}
+
+
+def timed(one: Step, count: int) -> float:
+    """Seconds that `count` steps take until the last of them is done."""
+    began = time.perf_counter()
+    for _ in range(count):
+        result = one()
+    wait = getattr(result, "wait", None)
+    wait() if wait else jax.block_until_ready(result)
+    return time.perf_counter() - began
+
+
+def tell(kind: str, result: dict[str, Any]) -> None:
+    """Print one row."""
+    said = f"{kind:5}  images/s: jaxsft {result['images_per_sec']:.1f}"
+    for name, other in result.get("against", {}).items():
+        ratio = result["images_per_sec"] / other["images_per_sec"]
+        layout = f", {other['layout']}" if "layout" in other else ""
+        said += f"  {name} {other['images_per_sec']:.1f} (ratio {ratio:.2f}{layout})"
+    print(said, flush=True)
+
+
+def ours(config: ConfigDict, kind: str, model: Any = None) -> Step:
+    """This program's step on all devices; with `model` the same around another network."""
+    parallel = DataParallel(config.parallel.backend)
+    steps = step.make_steps(config, parallel, model)
+    variables = init_variables(steps.model, config.seed)
+    random = np.random.default_rng(0)
+    batch = {name: random.integers(0, 256, leaf.shape).astype(leaf.dtype) for name, leaf in steps.batch.items()}
+    state = parallel.replicate(TrainState.create(variables, steps.optimizer, with_average=False))
+    if kind == "eval":
+        placed = parallel.split({**batch, "mask": np.ones(config.data.batch_size, bool)})
+        return lambda: steps.evaluate(state.evaluated(), {}, placed)
+    placed = parallel.split(batch)
+
+    def update() -> Any:
+        nonlocal state
+        state, counts = steps.train(state, {}, placed)
+        return counts
+
+    return update
+
+
+def others(args: argparse.Namespace, config: ConfigDict, kind: str) -> dict[str, Step]:
+    """The steps to compare with."""
+    found: dict[str, Step] = {}
+    for name in args.against:
+        if name == "flax":
+            found[name] = ours(config, kind, PlainResNet(args.arch, step.CLASSES, jnp.dtype(args.precision)))
+        elif name == "torch":
+            found |= {f"torch ({layout})": torchs(args, kind, layout) for layout in ("channels_last", "NCHW")}
+        else:
+            found[name] = torchs(args, kind, "channels_last", compiled=True)
+    return found
+
+
+class Ticket:
+    """What a torch step leaves: waiting for it waits for the device."""
+
+    def __init__(self, synchronise: Callable[[], None]):
+        self.wait = synchronise
+
+
+def torchs(args: argparse.Namespace, kind: str, layout: str, compiled: bool = False) -> Step:
+    """torchvision's model and torch's SGD with momentum, on its GPU where it has one; images are ready and float32."""
+    try:
+        import torch
+        import torchvision
+    except ImportError:
+        raise step.missing("torchvision", "torch") from None
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ticket = Ticket(torch.cuda.synchronize if device == "cuda" else lambda: None)
+    memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    model = torchvision.models.get_model(args.arch).to(device=device, memory_format=memory).train(kind == "train")
+    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size).to(device=device, memory_format=memory)
+    labels = torch.randint(0, step.CLASSES, (args.batch_size,), device=device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    precision = torch.autocast(device, torch.bfloat16, enabled=args.precision == "bfloat16")
+    call = torch.compile(model) if compiled else model
+
+    def update() -> Ticket:
+        with precision:
+            loss = torch.nn.functional.cross_entropy(call(images), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return ticket
+
+    def evaluate() -> Ticket:
+        with torch.inference_mode(), precision:
+            call(images).argmax(1)
+        return ticket
+
+    return update if kind == "train" else evaluate
