@@ -33,6 +33,7 @@ def make_model(config: ConfigDict, num_classes: int, axis_name: str | None = Non
         dtype=jnp.dtype(config.train.precision),
         axis_name=axis_name if config.parallel.batch_norm == "sync" else None,
         frozen=frozen,
+        remat=config.train.remat,
     )
 
 

@@ -40,8 +40,8 @@ def run(cache: Path):
     """Run `python ARGUMENTS...` in the project's root: run("-m", "jaxsft.train", ..., devices=8, KEY="value")."""
 
     def run_(*arguments: object, devices: int = 1, timeout: float = 600, **environment: str):
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache), "XLA_FLAGS": flags, **environment}
+        flags = f"--xla_force_host_platform_device_count={devices} {environment.get('XLA_FLAGS', '')}"
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache), **environment, "XLA_FLAGS": flags}
         command = [sys.executable, *map(str, arguments)]
         return subprocess.run(command, check=False, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
 

@@ -20,6 +20,7 @@ from jaxsft import cli
 from jaxsft import config as config_module
 from jaxsft.weights import ModelCard
 
+PACKAGES = ("parity", "bench")
 SAMPLE = "train --config configs/cifar10.py:sample --workdir @/new"
 
 
@@ -74,7 +75,7 @@ def run_command(command: str, place: Path) -> tuple[int, str]:
     """The exit status and what stderr got."""
     name, *arguments = shlex.split(command.replace("@", str(place)))
     module = importlib.import_module(
-        {"convert": "convert.__main__", "parity": "jaxsft.parity.__main__"}.get(name, f"jaxsft.{name}")
+        {"convert": "convert.__main__"}.get(name, f"jaxsft.{name}" + (".__main__" if name in PACKAGES else ""))
     )
     before, sys.argv = sys.argv, [name, *arguments]
     said, printed = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2))
@@ -126,6 +127,17 @@ CASES: tuple[tuple[str, str], ...] = (
     ),
     (SAMPLE + " --config.optim.weight_decay=-0.1", "config.optim.weight_decay is -0.1; it must be 0 or more"),
     (SAMPLE + " --config.optim.layer_decay=0", "config.optim.layer_decay is 0.0; it must be above 0, at most 1"),
+    (
+        SAMPLE + " --config.train.class_weights='(1.0, -1.0)'",
+        "config.train.class_weights is (1.0, -1.0); it must be numbers of 0 or more, not all 0",
+    ),
+    (
+        SAMPLE + " --config.train.class_weights='(1.0, 2.0)'",
+        "config.train.class_weights has 2 numbers; give one for each of 10 classes",
+    ),
+    (SAMPLE + " --config.train.steps_per_call=0", "config.train.steps_per_call is 0; it must be 1 to 1000"),
+    ("bench tpu --topology v9:2x2", "--topology is 'v9:2x2'; it must be one of v4, v5e, v5p, v6e, a colon and ..."),
+    ("bench train --image-size 8", "config.data.image_size is 8; it must be 32 to 4096"),
     (SAMPLE + " --config.optim.clip_norm=-1", "config.optim.clip_norm is -1.0; it must be 0 or more"),
     (SAMPLE + " --config.optim.accumulate=0", "config.optim.accumulate is 0; it must be 1 or more"),
     (

@@ -40,9 +40,9 @@ def start(cache: Path):
 
     def start_(modules: list[tuple], *arguments: object, ids=None, count=None, devices: int = 1):
         address = f"127.0.0.1:{free_port()}"
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache), "XLA_FLAGS": flags,
-               **small.ENVIRONMENT}  # fmt: skip
+        flags = f"--xla_force_host_platform_device_count={devices} {small.ENVIRONMENT['XLA_FLAGS']}"
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache), **small.ENVIRONMENT,
+               "XLA_FLAGS": flags}  # fmt: skip
         group = []
         for index, module in zip(ids or range(len(modules)), modules, strict=True):
             place = ("--coordinator", address, "--num-processes", count or len(modules), "--process-id", index)
@@ -104,7 +104,9 @@ def test_eight_devices(run, one_device: Path, tmp_path: Path, backend: str) -> N
     assert_same_run(one_device, tmp_path)
 
 
-@pytest.mark.parametrize(("count", "devices", "backend"), [(2, 4, "pmap"), (4, 1, "shard_map")])
+@pytest.mark.parametrize(
+    ("count", "devices", "backend"), [(2, 4, "pmap"), pytest.param(4, 1, "shard_map", marks=pytest.mark.full)]
+)
 def test_processes(start, one_device: Path, tmp_path: Path, count: int, devices: int, backend: str) -> None:
     results = ended(
         start([TRAIN] * count, *SYNC, f"--config.parallel.backend={backend}", "--workdir", tmp_path, devices=devices)

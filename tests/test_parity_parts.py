@@ -147,7 +147,7 @@ def test_networks_on_odd_images(kind: str) -> None:
                 assert np.abs(found[name] - value).max() <= tolerance * np.abs(value).max(), f"{kind} {train} {name}"
 
 
-def agrees(arch: str, weights: str = "", size: tuple[int, int] = (97, 131), train: bool = False) -> None:
+def check_network(arch: str, weights: str = "", size: tuple[int, int] = (97, 131), train: bool = False) -> None:
     """Logits and every activation of a torchvision network within the command's float32 tolerances.
 
     With `train` those in training mode, the gradients and running statistics too.
@@ -168,13 +168,13 @@ def agrees(arch: str, weights: str = "", size: tuple[int, int] = (97, 131), trai
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnext50_32x4d"])
 def test_torchvisions_networks(arch: str) -> None:
-    agrees(arch)
+    check_network(arch)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("arch", TEN)
 def test_all_of_torchvisions_networks(arch: str) -> None:
-    agrees(arch, train=True)
+    check_network(arch, train=True)
 
 
 @pytest.mark.full
@@ -184,7 +184,7 @@ def test_all_of_torchvisions_weights(arch: str, weights: str) -> None:
     if weights not in checkpoints.registry(arch):
         pytest.skip(f"torchvision has no {weights} of {arch}")
     try:
-        agrees(arch, weights, train=True)
+        check_network(arch, weights, train=True)
     except UserError as error:
         if "could not be fetched" not in str(error):
             raise
@@ -192,4 +192,4 @@ def test_all_of_torchvisions_weights(arch: str, weights: str) -> None:
 
 
 def test_trained_weights(cifar7) -> None:
-    agrees("resnet18", str(cifar7), (64, 64), train=True)
+    check_network("resnet18", str(cifar7), (64, 64), train=True)

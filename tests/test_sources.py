@@ -91,22 +91,23 @@ def open_mine(name, split, options):
 
 def get_config(variant=""):
     register("mine", open_mine)
-    return small.config("--config.data.source=mine:x", "--config.data.train_split=train", "--config.train.steps=1")
+    return small.config("--config.data.source=mine:x", "--config.data.train_split=train", "--config.train.steps=1",
+                        "--config.optim.warmup_epochs=0")
 """
 
 
 def test_a_source_of_a_config_file_is_trained_and_evaluated(run, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MINE)
-    done = run("-m", "jaxsft.train", f"--config={tmp_path}/mine.py", "--workdir", tmp_path / "run")
+    done = run("-m", "jaxsft.train", f"--config={tmp_path}/mine.py", "--workdir", tmp_path / "run", **ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert list(last["per_class"]) == ["ash", "birch", "cedar"]
     report = (tmp_path / "run" / "report.html").read_text()
     assert report.count("<img ") == 3  # curves, confusions, a batch
-    unknown = run("-m", "jaxsft.evaluate", "--workdir", tmp_path / "run")
+    unknown = run("-m", "jaxsft.evaluate", "--workdir", tmp_path / "run", **ENVIRONMENT)
     assert unknown.returncode == 2
     assert "unknown data source 'mine:x'" in unknown.stderr
-    done = run("-m", "jaxsft.evaluate", "--workdir", tmp_path / "run", f"--config={tmp_path}/mine.py")
+    done = run("-m", "jaxsft.evaluate", "--workdir", tmp_path / "run", f"--config={tmp_path}/mine.py", **ENVIRONMENT)
     assert f"accuracy {last['accuracy']:.4f}" in done.stdout, done.stderr
 
 

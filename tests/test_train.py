@@ -189,7 +189,7 @@ def test_class_weights_are_one_a_class() -> None:
         initial(config, tuple("abcdefghij"))
 
 
-@pytest.mark.parametrize("backend", ["pmap", "shard_map"])
+@pytest.mark.parametrize("backend", ["pmap", pytest.param("shard_map", marks=pytest.mark.full)])
 def test_several_steps_a_call_are_the_same_steps(tmp_path: Path, backend: str) -> None:
     """Three at a call where nothing falls between: 1, 2-4, 5, 6-8, ..., for a line is due at every fourth."""
     options = (f"--config.parallel.backend={backend}", "--config.train.log_every_steps=4")

@@ -2,7 +2,7 @@
 
 python -m jaxsft.bench train [--against torch] [--arch resnet18] [--image-size 224] [--batch-size 32] [--json FILE]
 python -m jaxsft.bench run   [--config configs/cifar10.py:sample] [--json FILE]
-python -m jaxsft.bench data  [--against torch] [--folder PATH] [--image-size 224] [--workers 2] [--json FILE]
+python -m jaxsft.bench data  [--against torch] [--folder PATH] [--image-size 224] [--arch resnet18] [--json FILE]
 python -m jaxsft.bench tpu   [--topology v5e:2x2] [--arch resnet50] [--batch-size 512] [--json FILE]
 """
 

@@ -1,4 +1,4 @@
-"""How fast images come: this loader, and torchvision's, on the same folder of JPEGs, in turns."""
+"""How fast images come: this loader, and torchvision's, on one folder of JPEGs, in turns; and how long a step waits."""
 
 from __future__ import annotations
 
@@ -13,23 +13,30 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import PIL.Image
 from tqdm import tqdm
 
-from jaxsft import cli
+from jaxsft import cli, optim
+from jaxsft import config as config_module
 from jaxsft.data.augment import RANDOM_CROP
 from jaxsft.data.base import Options, Source
 from jaxsft.data.embedded import open_sample
 from jaxsft.data.folder import open_folder
-from jaxsft.data.loader import make_loader
+from jaxsft.data.loader import Loader, make_loader
 from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, Plan, TrainPlan
+from jaxsft.initial import init_variables, make_model
+from jaxsft.job import train_step_of
+from jaxsft.models.resnet import ARCHITECTURES
 from jaxsft.parallel import DataParallel
+from jaxsft.state import TrainState
 from jaxsft.weights import Preprocessing
 
 PHOTOGRAPHS = ((375, 500), (500, 375), (480, 640), (427, 640))  # (height, width) px, as ImageNet's are
-WARM_UP = 6
+WARM_UP, MOST_STEPS = 6, 30
+AUGMENT = (RANDOM_CROP, "flip")
 Feed = Iterator[Any]
 
 
@@ -41,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2, help="processes that decode; default: %(default)s")
     parser.add_argument("--passes", type=int, default=3, help="over the folder, of each; the median counts")
+    parser.add_argument("--arch", default="", help="train it too, such as resnet18: how long does its step wait?")
     parser.add_argument("--against", choices=("torch",), help="torchvision's ImageFolder and torch's DataLoader too")
 
 
@@ -48,8 +56,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print a table, and return it.
 
     Returns:
-      "images_per_sec" of training's and of evaluation's images, and with `--against` the same of torch and the "ratio".
+      "images_per_sec" of training's and of evaluation's images, and with `--against` the same of torch and the "ratio";
+      with `--arch` "step": images_per_sec "alone" and "with_loader", and the "waiting" share of the latter's time.
     """
+    if args.arch and args.arch not in ARCHITECTURES:
+        raise cli.UserError(f"--arch is {args.arch!r}", cli.nearest(args.arch, list(ARCHITECTURES)))
     with contextlib.ExitStack() as stack:
         folder = Path(args.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxsft-bench-")))
         if not args.folder:
@@ -62,11 +73,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             if args.against:
                 feeds[args.against] = functools.partial(torchs, folder, kind, args)
             record[kind] = in_turns(feeds, args.passes)
+        if args.arch:
+            record["step"] = with_step(source, args)
     for kind in ("train", "eval"):
         row = record[kind]
         ratio = f"  ratio {row['ratio']:.2f}" if "ratio" in row else ""
         speeds = "  ".join(f"{name} {speed:.0f}" for name, speed in row["images_per_sec"].items())
         print(f"{kind:5}  images/s: {speeds}{ratio}")
+    if args.arch:
+        row = record["step"]
+        print(f"step   images/s: alone {row['alone']:.0f}  with the loader {row['with_loader']:.0f}", end="  ")
+        print(f"waits {row['waiting']:.1%} of the time")
     return record
 
 
@@ -93,20 +110,54 @@ def in_turns(feeds: dict[str, Callable[[], Feed]], passes: int) -> dict[str, Any
     return result
 
 
-def ours(source: Source, kind: str, args: argparse.Namespace) -> Feed:
-    """The sizes of the batches of one pass, as they are on the device."""
-    import jax
-
+def loader_of(source: Source, kind: str, args: argparse.Namespace) -> tuple[Loader, DataParallel]:
+    """The loader of a run on one device, and that device."""
     preprocessing = Preprocessing(round(args.image_size * 256 / 224), args.image_size)
     order = Order(len(source), args.batch_size, seed=0)
     plan: Plan = TrainPlan(order) if kind == "train" else EvalPlan(len(source), args.batch_size)
-    names = (RANDOM_CROP, "flip") if kind == "train" else ()
+    names = AUGMENT if kind == "train" else ()
     devices = DataParallel(devices=jax.local_devices()[:1])
-    loader = make_loader(source, plan, devices, preprocessing, augmentations=names, workers=args.workers)
-    for step in range(order.steps_per_epoch):
+    return make_loader(source, plan, devices, preprocessing, augmentations=names, workers=args.workers), devices
+
+
+def ours(source: Source, kind: str, args: argparse.Namespace) -> Feed:
+    """The sizes of the batches of one pass, as they are on the device."""
+    loader, _ = loader_of(source, kind, args)
+    for step in range(len(source) // args.batch_size):
         batch = jax.block_until_ready(loader.batch(step))
         yield batch["label"].size
     loader.close()
+
+
+def with_step(source: Source, args: argparse.Namespace) -> dict[str, float]:
+    """Images a second of the train step on one batch over and over, and on the batches of the loader."""
+    config = config_module.default()
+    config.model.arch, config.data.augment = args.arch, AUGMENT
+    config.data.image_size, config.data.batch_size = args.image_size, args.batch_size
+    loader, parallel = loader_of(source, "train", args)
+    model = make_model(config, len(source.class_names))
+    variables = init_variables(model, seed=0)
+    optimizer = optim.make(config, variables["params"], lambda step: 1e-3)
+    update = parallel.compile(train_step_of(config, model, optimizer, loader.preprocessing, None), donate_first=True)
+    state = parallel.replicate(TrainState.create(variables, optimizer, with_average=False))
+    count = min(len(source) // args.batch_size - WARM_UP, MOST_STEPS)
+    fixed = loader.batch(0)
+    for step in range(WARM_UP):
+        state, counts = update(state, {}, loader.batch(step))
+    jax.block_until_ready(counts)
+    began = time.perf_counter()
+    for step in range(count):
+        state, counts = update(state, {}, loader.batch(WARM_UP + step))
+    jax.block_until_ready(counts)
+    fed = time.perf_counter() - began
+    loader.close()
+    began = time.perf_counter()
+    for _ in range(count):
+        state, counts = update(state, {}, fixed)
+    jax.block_until_ready(counts)
+    alone = time.perf_counter() - began
+    images = count * args.batch_size
+    return {"alone": images / alone, "with_loader": images / fed, "waiting": max(1 - alone / fed, 0.0)}
 
 
 def torchs(folder: Path, kind: str, args: argparse.Namespace) -> Feed:

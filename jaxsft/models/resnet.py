@@ -93,16 +93,18 @@ class ResNet(nn.Module):
     param_dtype: Any = jnp.float32
     axis_name: str | None = None  # share batch-norm statistics over this axis of devices
     frozen: tuple[str, ...] = ()  # patterns of paths whose batch norm stays on running statistics
+    remat: bool = False  # keep only the input of each block for the backward pass, and compute the block again there
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv = partial(Conv, param_dtype=self.param_dtype)
+        block = nn.remat(self.block, static_argnums=(2,)) if self.remat else self.block
         norm = partial(BatchNorm, axis_name=self.axis_name, frozen=self.frozen, param_dtype=self.param_dtype)
         x = conv(self.width, 7, 2, name="conv1")(x.astype(self.dtype))
         x = max_pool(nn.relu(norm(name="bn1")(x, train)))
         for stage, size in enumerate(self.stage_sizes):
             for index in range(size):
-                x = self.block(
+                x = block(
                     planes=self.width * 2**stage,
                     stride=2 if stage > 0 and index == 0 else 1,
                     conv=conv,
