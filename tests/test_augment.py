@@ -236,6 +236,7 @@ ALL = (
 DEVICES = f"""
 import jax, numpy as np, hashlib
 from jaxsft.data.augment import train_images
+from jaxsft.data.mix import mix
 from jaxsft.parallel import DataParallel
 from jaxsft.weights import Preprocessing
 images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
@@ -248,6 +249,15 @@ for names in ({ALL!r}, ("pad_crop", "flip")):
             return jax.lax.all_gather(x, "batch").reshape(16, 40, 40, 3)
         out = parallel.compile(body)(np.int32(7), {{"none": np.zeros(1)}}, parallel.split({{"image": images, "example": examples}}))
         print(hashlib.sha256(np.asarray(out).tobytes()).hexdigest())
+for alphas in ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6)):
+    for count in (1, 2, 8):
+        parallel = DataParallel(devices=jax.devices()[:count])
+        def body(seed, _, batch):
+            x, share = mix(jax.random.key(seed), batch["image"], batch["partner"], *alphas)
+            return jax.lax.all_gather(x, "batch").reshape(images.shape), share
+        batch = parallel.split({{"image": images / np.float32(255), "partner": images[::-1] / np.float32(255)}})
+        out, share = parallel.compile(body)(np.int32(7), {{"none": np.zeros(1)}}, batch)
+        print(hashlib.sha256(np.asarray(out).tobytes() + np.asarray(share).tobytes()).hexdigest())
 """
 
 
@@ -255,9 +265,10 @@ def test_the_same_pictures_on_any_number_of_devices(run):
     done = run("-c", DEVICES, devices=8)
     assert done.returncode == 0, done.stderr
     hashes = done.stdout.split()
-    assert len(set(hashes[:3])) == 1
-    assert len(set(hashes[3:])) == 1
-    assert hashes[0] != hashes[3]
+    assert len(hashes) == (2 + 3) * 3
+    kinds = [set(hashes[i : i + 3]) for i in range(0, len(hashes), 3)]
+    assert [len(kind) for kind in kinds] == [1] * 5  # the same on one, two and eight devices
+    assert len(set.union(*kinds)) == 5
 
 
 def test_a_picture_depends_on_key_and_example_alone():

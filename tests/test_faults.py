@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
+import PIL.Image
 import pytest
 
 from jaxsft import checkpoint, train, workdir
@@ -76,6 +78,32 @@ def test_a_cut_off_log_is_mended(finished: Path, tmp_path: Path) -> None:
     log.write_bytes(log.read_bytes()[:-30])
     run_here(path)
     assert small.outcome(path) == small.outcome(finished)
+
+
+def test_a_resumed_run_on_files_is_the_same(tmp_path: Path) -> None:
+    """Streamed by a worker, with random crops and mixing: resumed in the middle of an epoch, bit for bit."""
+    rng = np.random.default_rng(0)
+    for i in range(48):
+        file = tmp_path / "images" / ("train" if i < 40 else "val") / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(rng.integers(0, 256, (30 + i, 40, 3), np.uint8)).save(file)
+    files = (
+        f"--config.data.source=folder:{tmp_path / 'images'}",
+        "--config.data.train_split=train",
+        "--config.data.eval_split=val",
+        "--config.data.batch_size=8",
+        "--config.data.workers=1",
+        "--config.data.augment=('random_resized_crop', 'flip')",
+        "--config.train.cutmix=1.0",
+        "--config.train.mixup=0.2",
+        "--config.train.steps=11",
+    )
+    run_here(tmp_path / "whole", *files)
+    resumed = shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    unfinish(resumed)
+    shutil.rmtree(resumed / "checkpoints" / "11")
+    run_here(resumed, *files)
+    assert small.outcome(resumed) == small.outcome(tmp_path / "whole")
 
 
 FULL_DISK = """

@@ -1,14 +1,18 @@
-"""Two thousand steps with a checkpoint every fifty: neither memory nor open files grow."""
+"""Two thousand steps with a checkpoint every fifty, ten epochs from files: neither memory nor open files grow."""
 
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 
 from jaxsft import train
+from jaxsft.metrics import Evaluation
 from jaxsft.train import Trainer
 from tests import small
 
@@ -19,6 +23,15 @@ def resident_mb() -> float:
     """Memory of this process, in MB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def family_mb() -> float:
+    """Memory of this process and of its workers, in MB, what they share counted once (PSS)."""
+    total = 0
+    for pid in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
 
 
 def open_files() -> int:
@@ -51,3 +64,37 @@ def test_memory_and_open_files_stay_flat(tmp_path: Path, monkeypatch) -> None:
     # A state is 2 MB and a batch's arrays are less: one of either kept a checkpoint would be 70 MB by the end.
     assert max(memory[-5:]) < max(memory[:5]) + 20, memory
     assert max(files[-5:]) <= max(files[:5]), files
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="counts by Linux's /proc")
+def test_memory_stays_flat_over_ten_epochs_of_files(tmp_path: Path, monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(400):
+        file = tmp_path / "images" / ("train" if i < 320 else "val") / "ab"[i % 2] / f"{i}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        size = 300 + i % 200, 400 + i % 100
+        PIL.Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(file)
+    seen: list[float] = []
+    original = Trainer.evaluate
+
+    def evaluate(self: Trainer, step: int) -> Evaluation:
+        result = original(self, step)
+        gc.collect()
+        seen.append(family_mb())
+        return result
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    overrides = (
+        f"--config.data.source=folder:{tmp_path / 'images'}",
+        "--config.data.train_split=train",
+        "--config.data.eval_split=val",
+        "--config.data.image_size=64",
+        "--config.data.workers=2",
+        "--config.data.augment=('random_resized_crop', 'flip')",
+        "--config.train.epochs=11",
+    )
+    train.train(small.config(*overrides), tmp_path / "run")
+    print([round(megabytes) for megabytes in seen])
+    assert len(seen) == 10  # the eleventh evaluation is the last, by another way
+    assert max(seen[-3:]) <= 1.05 * max(seen[:3]), seen

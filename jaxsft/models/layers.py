@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsft.models.convolution import conv2d
+from jaxsft.models.pointwise import conv_norm
 
 # torch.nn.init.kaiming_normal_(mode="fan_out", nonlinearity="relu"), which torchvision applies to every convolution.
 kaiming_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -41,12 +42,14 @@ class Conv(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, only_kernel: bool = False) -> jax.Array:
+        """The convolution of `x`; or the kernel that it would take, for who does more than this."""
         k = self.kernel_size
         shape = (k, k, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", kaiming_normal_fan_out, shape, self.param_dtype)
+        kernel = kernel.astype(x.dtype)
         # Explicit padding: "SAME" pads (0, 1) at stride 2 where torch pads (1, 1).
-        return conv2d(x, kernel.astype(x.dtype), self.stride, k // 2, self.groups)
+        return kernel if only_kernel else conv2d(x, kernel, self.stride, k // 2, self.groups)
 
 
 class BatchNorm(nn.Module):
@@ -71,8 +74,9 @@ class BatchNorm(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        channels = (x.shape[-1],)
+    def __call__(self, x: jax.Array, train: bool, kernel: jax.Array | None = None, stride: int = 1) -> jax.Array:
+        """`x` normalised; with the `kernel` [1, 1, C', C] of a convolution what that makes of `x` [N, H, W, C']."""
+        channels = (x.shape[-1] if kernel is None else kernel.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, self.param_dtype)
@@ -84,19 +88,37 @@ class BatchNorm(nn.Module):
             mean, var = running_mean.value.astype(dtype), running_var.value.astype(dtype)
         else:
             axis_name = None if self.is_initializing() else self.axis_name
-            mean, var, size = batch_statistics(x, axis_name)
+            if kernel is not None:
+                y, mean, var = conv_norm(x, kernel, scale.astype(dtype), bias.astype(dtype), stride, self.epsilon)
+                size = y.size // y.shape[-1]
+            else:
+                mean, var, size = batch_statistics(x, axis_name)
             if size == 1:
                 raise ValueError(f"{'/'.join(self.path)}: one value per channel when training, input {x.shape}")
             if not self.is_initializing():
                 running_mean.value = self._move(running_mean.value, mean)
                 running_var.value = self._move(running_var.value, var * (size / (size - 1)))
                 count.value = count.value + 1
+            if kernel is not None:
+                return y
         factor = lax.rsqrt(var + self.epsilon) * scale.astype(dtype)
         # Centre first: x * factor - mean * factor loses every digit when the mean is large against the deviation.
         return ((x.astype(dtype) - mean) * factor + bias.astype(dtype)).astype(x.dtype)
 
+    def may_fuse(self, x: jax.Array, train: bool) -> bool:
+        """Whether a call with a kernel would do the same: in training, by this device's statistics, in bfloat16."""
+        own = self.axis_name is None and not is_frozen(self.path, self.frozen)
+        return train and own and x.dtype == jnp.bfloat16
+
     def _move(self, old: jax.Array, new: jax.Array) -> jax.Array:
         return ((1 - self.momentum) * old + self.momentum * new).astype(old.dtype)
+
+
+def pointwise(conv: Conv, norm: BatchNorm, x: jax.Array, train: bool) -> jax.Array:
+    """norm(conv(x)) of a 1x1 convolution, as one operation where that may be."""
+    if norm.may_fuse(x, train):
+        return norm(x, train, conv(x, only_kernel=True), conv.stride)
+    return norm(conv(x), train)
 
 
 def batch_statistics(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array, int]:

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxsft.models.layers import BatchNorm, Conv, Linear, global_average_pool, max_pool
+from jaxsft.models.layers import BatchNorm, Conv, Linear, global_average_pool, max_pool, pointwise
 
 Norm = Any  # partial(BatchNorm, ...)
 Convolution = Any  # partial(Conv, ...)
@@ -61,8 +61,7 @@ class Bottleneck(nn.Module):
         y = nn.relu(self.norm(name="bn1")(self.conv(width, 1, name="conv1")(x), train))
         y = self.conv(width, 3, self.stride, self.groups, name="conv2")(y)
         y = nn.relu(self.norm(name="bn2")(y, train))
-        y = self.conv(self.planes * self.expansion, 1, name="conv3")(y)
-        y = self.norm(name="bn3")(y, train)
+        y = pointwise(self.conv(self.planes * self.expansion, 1, name="conv3"), self.norm(name="bn3"), y, train)
         return nn.relu(y + shortcut(self, x, train))
 
 
@@ -71,8 +70,8 @@ def shortcut(block: BasicBlock | Bottleneck, x: jax.Array, train: bool) -> jax.A
     features = block.planes * block.expansion
     if block.stride == 1 and x.shape[-1] == features:
         return x
-    x = block.conv(features, 1, block.stride, name="downsample_conv")(x)
-    return block.norm(name="downsample_bn")(x, train)
+    conv = block.conv(features, 1, block.stride, name="downsample_conv")
+    return pointwise(conv, block.norm(name="downsample_bn"), x, train)
 
 
 class ResNet(nn.Module):

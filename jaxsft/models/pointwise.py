@@ -1,0 +1,98 @@
+"""A 1x1 convolution and the batch norm after it as one operation, whose backward pass does not need what lies between.
+
+On an accelerator the step of a ResNet is bound by bytes, and the widest array of a bottleneck is z = x * kernel, which
+batch norm's gradient reads again three times. But z is linear in x, and so all of it can be had from x, a quarter as
+wide, and from small matrices. With n values a channel and z normalised by its mean and rstd = 1 / sqrt(var + epsilon):
+
+    d scale   = rstd * (sum(dy * z) - mean * sum(dy)),  sum(dy * z) = diag(kernel^T (x^T dy))
+    dz        = factor * (dy - k * z + shift),          factor = rstd * scale, k = rstd * d scale / n,
+                                                        shift = k * mean - sum(dy) / n
+    d kernel  = x^T dz                                  x^T z = (x^T x) kernel
+    dx        = dz kernel^T                             z (k factor kernel)^T = x (kernel (k factor kernel^T))
+
+z is neither kept nor read: of a ResNet-50 in bfloat16 on a v5e that is a fourth of the memory and a twelfth of the
+bytes. The sums lose digits where the mean is large against the deviation, as E[x^2] - E[x]^2 does: right for bfloat16,
+which has fewer digits than that, and not for float32.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def conv_norm(
+    x: jax.Array, kernel: jax.Array, scale: jax.Array, bias: jax.Array, stride: int, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Batch norm in training of a 1x1 convolution. Reverse mode only.
+
+    Args:
+      x: [N, H, W, A].
+      kernel: [1, 1, A, B] of x's dtype.
+      scale, bias: [B], float32 at least: the dtype of all sums.
+      stride: of the convolution.
+      epsilon: added to the variance.
+
+    Returns:
+      [N, ceil(H / stride), ceil(W / stride), B] of x's dtype, and the mean and the biased variance [B] that it was
+      normalised by, which no gradient goes through.
+    """
+    return _forward(x, kernel, scale, bias, stride, epsilon)[0]
+
+
+def _forward(
+    x: jax.Array, kernel: jax.Array, scale: jax.Array, bias: jax.Array, stride: int, epsilon: float
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    z = _conv(x, kernel, stride).astype(scale.dtype)
+    mean = z.mean((0, 1, 2))
+    var = jnp.maximum(jnp.square(z).mean((0, 1, 2)) - jnp.square(mean), 0)
+    rstd = lax.rsqrt(var + epsilon)
+    y = (z - mean) * (rstd * scale) + bias
+    return (y.astype(x.dtype), mean, var), (x, kernel, scale, mean, rstd)
+
+
+def _backward(
+    stride: int, epsilon: float, saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
+    x, kernel, scale, mean, rstd = saved
+    dy, dtype = cotangents[0], scale.dtype
+    seen, matrix = x[:, ::stride, ::stride], kernel[0, 0].astype(dtype)
+    n = dy.size // dy.shape[-1]
+    sum_dy, sum_x = (array.sum((0, 1, 2), dtype=dtype) for array in (dy, seen))
+    x_dy, x_x = _products(seen, dy, dtype), _products(seen, seen, dtype)
+    dscale = rstd * ((matrix * x_dy).sum(0) - mean * sum_dy)
+    factor, k = rstd * scale, rstd * dscale / n
+    shift = k * mean - sum_dy / n
+    small = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    dkernel = factor * (x_dy - k * small(x_x, matrix) + sum_x[:, None] * shift)
+    of_dy = _conv(dy, (matrix * factor).T.astype(x.dtype)[None, None])
+    of_x = _conv(seen, small(matrix * (k * factor), matrix.T).astype(x.dtype)[None, None])
+    dx = (of_dy.astype(dtype) - of_x + small(matrix, factor * shift)).astype(x.dtype)
+    return _spread(dx, x.shape, stride), dkernel[None, None].astype(kernel.dtype), dscale, sum_dy
+
+
+conv_norm.defvjp(_forward, _backward)
+
+
+def _conv(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+    """[N, H, W, A] by [1, 1, A, B]."""
+    return lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _products(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x^T y over all pixels: [N, H, W, A] and [N, H, W, B] to [A, B] of `dtype`."""
+    pixels = (0, 1, 2)
+    return lax.dot_general(x, y, ((pixels, pixels), ((), ())), preferred_element_type=dtype)
+
+
+def _spread(dx: jax.Array, shape: tuple[int, ...], stride: int) -> jax.Array:
+    """The pixels of `dx` a stride apart in an image of `shape`, zeros between: the gradient of x[:, ::s, ::s]."""
+    grow = [(0, 0, 0)] * 4
+    for axis in (1, 2):
+        last = (dx.shape[axis] - 1) * stride
+        grow[axis] = (0, shape[axis] - 1 - last, stride - 1)
+    return lax.pad(dx, jnp.zeros((), dx.dtype), grow)
