@@ -26,7 +26,8 @@ TARGET = Path(__file__).parent / "PARITY.md"
 HEAD = """# Parity with PyTorch
 
 `python -m jaxsft.parity --arch ARCH --dtype DTYPE` on torchvision's own initialisation, batch statistics randomised:
-the largest |ours - torch's| of any tensor over the largest |torch's| of that tensor. "Activations": every convolution,
+the largest |ours - torch's| of any tensor over the largest |torch's| of that tensor (float32 gradients and momentum: of
+all tensors). "Activations": every convolution,
 batch norm and block, in evaluation and in training. "Training": the worst after any step of two runs of SGD, with and
 without Nesterov: loss, parameters, momentum, running statistics. Counters, accuracy and the weights' round trip are
 equal, bit for bit. In float32 a gradient jumps where ReLU decides a rounding of zero in the other way; float64 shows

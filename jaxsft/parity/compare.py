@@ -111,7 +111,8 @@ def train_rows(options: Options, model: ResNet, values: dict, torch_model: nn.Mo
     yield from state_rows("train", found_buffers, {k: buffers[k] for k in found_buffers}, "", options.dtype)
     plain = oracle.loss(logits, batch.labels, 0.0, ())
     expected = oracle.gradients(torch_model, plain)
-    yield from rows("train/gradient", found_gradients, expected, tolerance("gradient", options.dtype))
+    allowed, coarse = tolerance("gradient", options.dtype), options.dtype == "float32"
+    yield from rows("train/gradient", found_gradients, expected, allowed, together=coarse)
 
 
 def activation_rows(phase: str, found: Arrays, expected: Arrays, dtype: str) -> Iterator[Row]:
@@ -125,10 +126,11 @@ def activation_rows(phase: str, found: Arrays, expected: Arrays, dtype: str) -> 
             yield compared(f"{phase}/activation/{name}", found[name], value, tolerance(kind, dtype))
 
 
-def rows(prefix: str, found: Arrays, expected: Arrays, allowed: float) -> Iterator[Row]:
-    """One row a tensor, in torch's order."""
+def rows(prefix: str, found: Arrays, expected: Arrays, allowed: float, together: bool = False) -> Iterator[Row]:
+    """One row a tensor, in torch's order; `together` relative to the largest value of all of them."""
+    largest = max(float(np.abs(value).max(initial=0)) for value in expected.values()) if together else None
     for name, value in expected.items():
-        yield compared(f"{prefix}/{name}", found[name], value, allowed)
+        yield compared(f"{prefix}/{name}", found[name], value, allowed, largest)
 
 
 def state_rows(phase: str, found: Arrays, expected: Arrays, when: str, dtype: str) -> Iterator[Row]:
@@ -154,7 +156,8 @@ def step_rows(
         yield compared(f"{phase}/loss", found.loss, expected.loss, tolerance("step loss", dtype))
         parameters = {name: expected.state[name] for name in expected.momentum}
         yield from rows(f"{phase}/parameter", found.state, parameters, tolerance("step parameter", dtype))
-        yield from rows(f"{phase}/momentum", found.momentum, expected.momentum, tolerance("step momentum", dtype))
+        allowed, coarse = tolerance("step momentum", dtype), dtype == "float32"
+        yield from rows(f"{phase}/momentum", found.momentum, expected.momentum, allowed, together=coarse)
         yield from state_rows(phase, found.state, expected.state, "step ", dtype)
 
     # Evaluation by running statistics that have seen a few batches only: on the first batch that was trained on.
