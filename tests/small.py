@@ -19,6 +19,7 @@ ARGUMENTS = (
     "--config.data.image_size=32",
     "--config.data.batch_size=16",
     f"--config.train.epochs={STEPS / 4}",
+    "--config.eval.every_epochs=1",
     "--config.optim.lr=0.05",
     "--config.optim.warmup_epochs=0.5",
     "--config.train.log_every_steps=2",

@@ -19,6 +19,7 @@ from torchvision.transforms.functional import center_crop, normalize, resize
 from convert import names
 from jaxsft import config as config_module
 from jaxsft.data.augment import preprocess
+from jaxsft.data.base import Options
 from jaxsft.data.sources import open_source
 from jaxsft.job import prepare
 from jaxsft.parity import oracle
@@ -125,7 +126,7 @@ def check_reference(config: ConfigDict, model: nn.Module) -> None:
         oracle.load(model, names.to_torch(jax.device_get(job.state.variables())))
         sums = [jax.device_get(job.update(range(step, step + 1))) for step in range(1, 21)]
     found = [float(s["loss"] / s["count"]) for s in sums]
-    source = open_source(config.data.source, config.data.train_split, config.data.data_dir)
+    source = open_source(config.data.source, config.data.train_split, Options.of(config))
     batches = ((source.images[job.order[step]], source.labels[job.order[step]]) for step in range(20))
     # Ours does not round the resized image to whole grey levels, the script does: 1e-3 of a loss in 20 steps.
     np.testing.assert_allclose(found, pytorch_script(model, config, batches), rtol=1e-3)

@@ -12,7 +12,6 @@ import PIL.Image
 import pytest
 
 from jaxsft import train
-from jaxsft.metrics import Evaluation
 from jaxsft.train import Trainer
 from tests import small
 
@@ -66,35 +65,47 @@ def test_memory_and_open_files_stay_flat(tmp_path: Path, monkeypatch) -> None:
     assert max(files[-5:]) <= max(files[:5]), files
 
 
+TEN_EPOCHS = """
+import gc, sys
+from pathlib import Path
+from jaxsft import train
+from tests import small
+from tests.test_soak import family_mb
+
+seen, original = [], train.Trainer.evaluate
+
+def evaluate(self, step):
+    result = original(self, step)
+    gc.collect()
+    seen.append(family_mb())
+    return result
+
+if __name__ == "__main__":
+    train.Trainer.evaluate = evaluate
+    place = Path(sys.argv[1])
+    config = small.config(
+        f"--config.data.source=folder:{place / 'images'}", "--config.data.train_split=train",
+        "--config.data.eval_split=val", "--config.data.image_size=64", "--config.data.workers=2",
+        "--config.data.augment=('random_resized_crop', 'flip')", "--config.train.epochs=11",
+        "--config.eval.every_epochs=1",
+    )
+    train.train(config, place / "run")
+    print(*seen)
+"""
+
+
 @pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="counts by Linux's /proc")
-def test_memory_stays_flat_over_ten_epochs_of_files(tmp_path: Path, monkeypatch) -> None:
+def test_memory_stays_flat_over_ten_epochs_of_files(run, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for i in range(400):
         file = tmp_path / "images" / ("train" if i < 320 else "val") / "ab"[i % 2] / f"{i}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         size = 300 + i % 200, 400 + i % 100
         PIL.Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(file)
-    seen: list[float] = []
-    original = Trainer.evaluate
-
-    def evaluate(self: Trainer, step: int) -> Evaluation:
-        result = original(self, step)
-        gc.collect()
-        seen.append(family_mb())
-        return result
-
-    monkeypatch.setattr(Trainer, "evaluate", evaluate)
-    overrides = (
-        f"--config.data.source=folder:{tmp_path / 'images'}",
-        "--config.data.train_split=train",
-        "--config.data.eval_split=val",
-        "--config.data.image_size=64",
-        "--config.data.workers=2",
-        "--config.data.augment=('random_resized_crop', 'flip')",
-        "--config.train.epochs=11",
-    )
-    train.train(small.config(*overrides), tmp_path / "run")
+    done = run("-c", TEN_EPOCHS, tmp_path)
+    assert done.returncode == 0, done.stderr
+    seen = [float(megabytes) for megabytes in done.stdout.splitlines()[-1].split()]
     print([round(megabytes) for megabytes in seen])
     assert len(seen) == 10  # the eleventh evaluation is the last, by another way
     assert max(seen[-3:]) <= 1.05 * max(seen[:3]), seen

@@ -74,7 +74,7 @@ class BatchNorm(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, kernel: jax.Array | None = None, stride: int = 1) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, kernel: jax.Array | None = None) -> jax.Array:
         """`x` normalised; with the `kernel` [1, 1, C', C] of a convolution what that makes of `x` [N, H, W, C']."""
         channels = (x.shape[-1] if kernel is None else kernel.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
@@ -89,7 +89,7 @@ class BatchNorm(nn.Module):
         else:
             axis_name = None if self.is_initializing() else self.axis_name
             if kernel is not None:
-                y, mean, var = conv_norm(x, kernel, scale.astype(dtype), bias.astype(dtype), stride, self.epsilon)
+                y, mean, var = conv_norm(x, kernel, scale.astype(dtype), bias.astype(dtype), self.epsilon)
                 size = y.size // y.shape[-1]
             else:
                 mean, var, size = batch_statistics(x, axis_name)
@@ -115,9 +115,9 @@ class BatchNorm(nn.Module):
 
 
 def pointwise(conv: Conv, norm: BatchNorm, x: jax.Array, train: bool) -> jax.Array:
-    """norm(conv(x)) of a 1x1 convolution, as one operation where that may be."""
-    if norm.may_fuse(x, train):
-        return norm(x, train, conv(x, only_kernel=True), conv.stride)
+    """norm(conv(x)) of a 1x1 convolution, as one operation where that may be and pays: not at stride 2."""
+    if conv.stride == 1 and norm.may_fuse(x, train):
+        return norm(x, train, conv(x, only_kernel=True))
     return norm(conv(x), train)
 
 

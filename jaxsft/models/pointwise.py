@@ -26,76 +26,62 @@ import jax.numpy as jnp
 from jax import lax
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def conv_norm(
-    x: jax.Array, kernel: jax.Array, scale: jax.Array, bias: jax.Array, stride: int, epsilon: float
+    x: jax.Array, kernel: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Batch norm in training of a 1x1 convolution. Reverse mode only.
+    """Batch norm in training of a 1x1 convolution of stride 1. Reverse mode only.
 
     Args:
       x: [N, H, W, A].
       kernel: [1, 1, A, B] of x's dtype.
       scale, bias: [B], float32 at least: the dtype of all sums.
-      stride: of the convolution.
       epsilon: added to the variance.
 
     Returns:
-      [N, ceil(H / stride), ceil(W / stride), B] of x's dtype, and the mean and the biased variance [B] that it was
-      normalised by, which no gradient goes through.
+      [N, H, W, B] of x's dtype, and the mean and the biased variance [B] that it was normalised by, which no gradient
+      goes through.
     """
-    return _forward(x, kernel, scale, bias, stride, epsilon)[0]
+    return _forward(x, kernel, scale, bias, epsilon)[0]
 
 
 def _forward(
-    x: jax.Array, kernel: jax.Array, scale: jax.Array, bias: jax.Array, stride: int, epsilon: float
+    x: jax.Array, kernel: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    seen, matrix, dtype = x[:, ::stride, ::stride], kernel[0, 0].astype(scale.dtype), scale.dtype
-    n = seen.size // seen.shape[-1]
-    sum_x, x_x = seen.sum((0, 1, 2), dtype=dtype), _products(seen, seen, dtype)
+    matrix, dtype, n = kernel[0, 0].astype(scale.dtype), scale.dtype, x.size // x.shape[-1]
+    sum_x, x_x = x.sum((0, 1, 2), dtype=dtype), _products(x, x, dtype)
     mean = _small(sum_x / n, matrix)
     var = jnp.maximum((matrix * _small(x_x / n - jnp.outer(sum_x / n, sum_x / n), matrix)).sum(0), 0)
     rstd = lax.rsqrt(var + epsilon)
-    y = (_conv(x, kernel, stride).astype(dtype) - mean) * (rstd * scale) + bias
+    y = (_conv(x, kernel).astype(dtype) - mean) * (rstd * scale) + bias
     return (y.astype(x.dtype), mean, var), (x, kernel, scale, mean, rstd, sum_x, x_x)
 
 
-def _backward(
-    stride: int, epsilon: float, saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, ...]
-) -> tuple[jax.Array, ...]:
+def _backward(epsilon: float, saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     x, kernel, scale, mean, rstd, sum_x, x_x = saved
     dy, dtype = cotangents[0], scale.dtype
-    seen, matrix = x[:, ::stride, ::stride], kernel[0, 0].astype(dtype)
-    n = dy.size // dy.shape[-1]
-    sum_dy, x_dy = dy.sum((0, 1, 2), dtype=dtype), _products(seen, dy, dtype)
+    matrix, n = kernel[0, 0].astype(dtype), dy.size // dy.shape[-1]
+    sum_dy, x_dy = dy.sum((0, 1, 2), dtype=dtype), _products(x, dy, dtype)
     dscale = rstd * ((matrix * x_dy).sum(0) - mean * sum_dy)
     factor, k = rstd * scale, rstd * dscale / n
     shift = k * mean - sum_dy / n
     dkernel = factor * (x_dy - k * _small(x_x, matrix) + sum_x[:, None] * shift)
     of_dy = _conv(dy, (matrix * factor).T.astype(x.dtype)[None, None])
-    of_x = _conv(seen, _small(matrix * (k * factor), matrix.T).astype(x.dtype)[None, None])
+    of_x = _conv(x, _small(matrix * (k * factor), matrix.T).astype(x.dtype)[None, None])
     dx = (of_dy.astype(dtype) - of_x + _small(matrix, factor * shift)).astype(x.dtype)
-    return _spread(dx, x.shape, stride), dkernel[None, None].astype(kernel.dtype), dscale, sum_dy
+    return dx, dkernel[None, None].astype(kernel.dtype), dscale, sum_dy
 
 
 _small = partial(jnp.matmul, precision=lax.Precision.HIGHEST)  # of statistics, a channel a row
 conv_norm.defvjp(_forward, _backward)
 
 
-def _conv(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+def _conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """[N, H, W, A] by [1, 1, A, B]."""
-    return lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def _products(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """x^T y over all pixels: [N, H, W, A] and [N, H, W, B] to [A, B] of `dtype`."""
     pixels = (0, 1, 2)
     return lax.dot_general(x, y, ((pixels, pixels), ((), ())), preferred_element_type=dtype)
-
-
-def _spread(dx: jax.Array, shape: tuple[int, ...], stride: int) -> jax.Array:
-    """The pixels of `dx` a stride apart in an image of `shape`, zeros between: the gradient of x[:, ::s, ::s]."""
-    grow = [(0, 0, 0)] * 4
-    for axis in (1, 2):
-        last = (dx.shape[axis] - 1) * stride
-        grow[axis] = (0, shape[axis] - 1 - last, stride - 1)
-    return lax.pad(dx, jnp.zeros((), dx.dtype), grow)
