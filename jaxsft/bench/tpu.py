@@ -11,10 +11,12 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsft import cli
 from jaxsft.bench import step
+from jaxsft.bench.plain import PlainResNet
 from jaxsft.parallel import AXIS, DataParallel
 
 
@@ -49,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench tpu`."""
     step.add_arguments(parser, arch="resnet50", batch_size=512, precision="bfloat16")
     parser.add_argument("--topology", default="v5e:2x2", help="CHIP:SHAPE, such as v5e:16x16; default: %(default)s")
+    parser.add_argument("--plain", action="store_true", help="the network written from Flax's own layers instead")
     parser.add_argument("--largest", action="store_true", help="find the largest batch a chip holds; compiles it too")
 
 
@@ -71,9 +74,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise step.missing("libtpu", "tpu")
     config = step.config_of(args)
     parallel = DataParallel(config.parallel.backend, topology(args.topology))
-    record = measure(config, parallel, chip)
+    model = PlainResNet(args.arch, step.CLASSES, jnp.dtype(args.precision)) if args.plain else None
+    record = measure(config, parallel, chip, model)
     if args.largest:
-        record["largest_batch_size"] = largest(config, parallel, chip, record)
+        record["largest_batch_size"] = largest(config, parallel, chip, record, model)
     tell(args, len(parallel.devices), record)
     return record
 
@@ -95,9 +99,8 @@ def topology(name: str) -> list[Any]:
         raise cli.UserError(f"--topology is {name!r}: {error}", "name a slice such as v5e:2x2 or v5e:16x16") from None
 
 
-def lowered(config: Any, parallel: DataParallel) -> Any:
+def lowered(steps: step.Steps, config: Any, parallel: DataParallel) -> Any:
     """The train step, traced for the devices of `parallel`."""
-    steps = step.make_steps(config, parallel)
     count = len(parallel.devices)
 
     def placed(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
@@ -111,15 +114,16 @@ def lowered(config: Any, parallel: DataParallel) -> Any:
     return steps.train.lower(state, {}, batch)
 
 
-def measure(config: Any, parallel: DataParallel, chip: Chip) -> dict[str, Any]:
-    """Compile the step and read what the compiler says of it.
+def measure(config: Any, parallel: DataParallel, chip: Chip, model: Any = None) -> dict[str, Any]:
+    """Compile the step (around `model`, where one is given) and read what the compiler says of it.
 
     Raises:
       UserError: a chip's memory does not hold it.
     """
+    steps = step.make_steps(config, parallel, model)
     began = time.perf_counter()
     try:
-        compiled = lowered(config, parallel).compile()
+        compiled = lowered(steps, config, parallel).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -130,7 +134,7 @@ def measure(config: Any, parallel: DataParallel, chip: Chip) -> dict[str, Any]:
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
     collectives = collectives_of(compiled.as_text())
-    params = jax.tree.leaves(step.make_steps(config, parallel).state.params)
+    params = jax.tree.leaves(steps.state.params)
     return {
         "flops_per_step": cost["flops"],
         "bytes_per_step": cost["bytes accessed"],
@@ -164,7 +168,7 @@ def bytes_of(kind: str) -> int:
     return max(int(bits[0]) // 8, 1) if bits else 1
 
 
-def largest(config: Any, parallel: DataParallel, chip: Chip, record: dict[str, Any]) -> int:
+def largest(config: Any, parallel: DataParallel, chip: Chip, record: dict[str, Any], model: Any) -> int:
     """The largest global batch that fits, to 1/32 of it: estimated from one compilation, then tried downwards."""
     chips = len(parallel.devices)
     per_image = record["temp_bytes"] / (config.data.batch_size / chips)
@@ -174,7 +178,7 @@ def largest(config: Any, parallel: DataParallel, chip: Chip, record: dict[str, A
         trial = config.copy_and_resolve_references()
         trial.data.batch_size = a_chip * chips
         try:
-            measure(trial, parallel, chip)
+            measure(trial, parallel, chip, model)
         except cli.UserError:
             a_chip -= step_down
         else:
