@@ -61,7 +61,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int, on_nan: str = "stop"):
         """Keep the last `keep` and the best; with `on_nan` "stop" a state that is not finite is never saved."""
-        self.workdir, self.on_nan = workdir, on_nan
+        self.workdir, self.on_nan, self._keep = workdir, on_nan, keep
         self._policy = LastAndBest(n=keep)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._policy,
@@ -104,6 +104,7 @@ class Checkpoints:
         """
         self._policy.best = best
         if step in self._manager.all_steps():
+            self._drop_overtaken(best)
             return
         arrays = on_host(state)
         if self.on_nan == "stop":
@@ -121,6 +122,13 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._unwritten(error) from None
+
+    def _drop_overtaken(self, best: int | None) -> None:
+        """Remove what was the best until an evaluation of the newest, saved before it, was better."""
+        for old in sorted(self._manager.all_steps())[: -self._keep]:
+            if old != best:
+                self.wait()
+                self._manager.delete(old)
 
     def _unwritten(self, error: Exception) -> Stop:
         whole = steps(self.workdir)

@@ -12,7 +12,6 @@ from safetensors.numpy import load_file
 from convert import checkpoints
 from convert.__main__ import to_flax
 from jaxsft import config as config_module
-from jaxsft import train
 from jaxsft.cli import UserError
 from jaxsft.initial import initial
 from jaxsft.weights import SAMPLE, port
@@ -102,7 +101,7 @@ def test_two_runs_are_bit_equal(run, tmp_path: Path) -> None:
         done = run(
             "-m", "jaxsft.train", "--config", f"{CONFIG}:sample", "--workdir", tmp_path / name,
             "--config.train.steps=4", "--config.data.train_split=train[:400]", "--config.data.eval_split=test[:50]",
-            "--config.optim.warmup_epochs=0",
+            "--config.optim.warmup_epochs=0", **small.ENVIRONMENT,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         found.append(load_run(tmp_path / name).variables)
@@ -190,13 +189,16 @@ def test_class_weights_are_one_a_class() -> None:
 
 
 @pytest.mark.parametrize("backend", ["pmap", pytest.param("shard_map", marks=pytest.mark.full)])
-def test_several_steps_a_call_are_the_same_steps(tmp_path: Path, backend: str) -> None:
+def test_several_steps_a_call_are_the_same_steps(run, tmp_path: Path, backend: str) -> None:
     """Three at a call where nothing falls between: 1, 2-4, 5, 6-8, ..., for a line is due at every fourth."""
-    options = (f"--config.parallel.backend={backend}", "--config.train.log_every_steps=4")
+    options = ("--config.train.log_every_steps=4", "--config.checkpoint.every_steps=8")
     found = []
     for several in (1, 3):
-        config = small.config(*options, "--config.checkpoint.every_steps=8", f"--config.train.steps_per_call={several}")
-        train.train(config, tmp_path / str(several))
+        done = run(
+            "-m", "jaxsft.train", *small.ARGUMENTS, *options, "--workdir", tmp_path / str(several),
+            f"--config.parallel.backend={backend}", f"--config.train.steps_per_call={several}", **small.ENVIRONMENT,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
         found.append(records(tmp_path / str(several)))
     assert [line["step"] for line in found[0]] == [line["step"] for line in found[1]]
     for one, three in zip(*found, strict=True):
