@@ -7,6 +7,11 @@ A source that a config file registers is known once that file is loaded: --confi
 
 from __future__ import annotations
 
+from jaxsft import memory
+
+if __name__ == "__main__":
+    memory.ask_for_huge_pages()  # before the imports below: it starts this command anew
+
 import argparse
 import dataclasses
 from collections.abc import Callable
@@ -23,7 +28,7 @@ from jaxsft.data.reading import EvalPlan, in_memory
 from jaxsft.data.sources import open_source, with_classes
 from jaxsft.log import IN_FLIGHT
 from jaxsft.metrics import Evaluation
-from jaxsft.parallel import DataParallel
+from jaxsft.parallel import all_devices
 from jaxsft.steps import make_eval_step
 from jaxsft.workdir import load_run
 
@@ -71,7 +76,7 @@ def main() -> None:
     if run.card.class_names is not None:
         source = with_classes(source, run.card.class_names, name, "the model")
     source = in_memory(source, options)
-    parallel = DataParallel(run.config.parallel.backend)
+    parallel = all_devices(run.config)
     parallel.check_batch(data.batch_size)
     loader = make_loader(
         source,

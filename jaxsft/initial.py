@@ -24,14 +24,14 @@ EVERYWHERE = ("",)  # the pattern that every path contains
 def make_model(config: ConfigDict, num_classes: int, axis_name: str | None = None) -> ResNet:
     """The network to train, as the config wants it; parameters are float32 whatever its precision.
 
-    `axis_name` is that of the devices over which synchronised batch norm takes its statistics.
+    `axis_name` is that of the devices over which batch norm takes its statistics; None: each its own.
     """
     frozen = EVERYWHERE if config.model.batch_norm == "frozen" else tuple(config.model.freeze)
     return ARCHITECTURES[config.model.arch](
         num_classes=num_classes,
         head_init=config.model.head_init,
         dtype=jnp.dtype(config.train.precision),
-        axis_name=axis_name if config.parallel.batch_norm == "sync" else None,
+        axis_name=axis_name,
         frozen=frozen,
         remat=config.train.remat,
     )

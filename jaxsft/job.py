@@ -24,7 +24,7 @@ from jaxsft.evaluate import evaluate
 from jaxsft.initial import initial, make_model
 from jaxsft.metrics import Evaluation
 from jaxsft.models.resnet import variable_shapes
-from jaxsft.parallel import DataParallel
+from jaxsft.parallel import DataParallel, all_devices
 from jaxsft.state import TrainState
 from jaxsft.steps import make_eval_step, make_several, make_train_step
 from jaxsft.weights import ModelCard, Preprocessing
@@ -170,13 +170,14 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     Raises:
       UserError: the data, the weights or the config do not allow it.
     """
-    parallel = DataParallel(config.parallel.backend)
+    parallel = all_devices(config)
     parallel.check_batch(config.data.batch_size, config.optim.accumulate)
     optim.check_patterns(config, variable_shapes(make_model(config, 2))["params"])  # before anything is fetched
     train_source, eval_source = open_data(config)
     order = order_of(config, train_source, parallel)
     total_steps = config.train.steps or max(round(config.train.epochs * order.steps_per_epoch), 1)
-    model, variables, card, said = initial(config, train_source.class_names, parallel.axis_name)
+    statistics_axis = parallel.statistics_axis(config.parallel.batch_norm)
+    model, variables, card, said = initial(config, train_source.class_names, statistics_axis)
     rate = optim.schedule(config, order.steps_per_epoch, total_steps)
     optimizer = optim.make(config, variables["params"], rate)
     bad_files = BadFiles(config.data.on_error)

@@ -7,6 +7,7 @@ same body: `jax.pmap` with `in_axes` / `out_axes` None for what is replicated, o
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,18 +15,52 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from jaxsft.cli import UserError
 
 AXIS = "batch"
+MOST_CORES = 16  # as devices: each has the whole state
+IMAGES_A_CORE = 4  # at least
+
+
+@functools.cache
+def cores_are_devices() -> bool:
+    """Make each core of the CPU a JAX device, and whether that was done: not where the user says how many there are.
+
+    XLA:CPU divides one operation after the other between its threads, and a third of the time some of them wait (a
+    convolution to 64 channels runs in one thread, whatever there are). Devices divide the batch once, for all of them.
+    Has an effect only before JAX first looks for devices; other kinds of devices are left as they are.
+    """
+    said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if said or jax.config.values["jax_num_cpu_devices"] > 0 or jax.distributed.is_initialized():
+        return False
+    try:
+        jax.config.update("jax_num_cpu_devices", min(len(os.sched_getaffinity(0)), MOST_CORES))
+    except RuntimeError:  # too late
+        return False
+    return True
+
+
+def all_devices(config: ConfigDict) -> DataParallel:
+    """What a run of `config` computes on: all devices, or as many cores of a CPU as its batches split over."""
+    are_cores = cores_are_devices() and jax.devices()[0].platform == "cpu"
+    devices = jax.devices()
+    if are_cores:
+        rows = config.data.batch_size // config.optim.accumulate
+        most = min(len(devices), rows // IMAGES_A_CORE) if config.data.last_batch == "drop" else 1
+        devices = devices[: max((n for n in range(1, most + 1) if rows % n == 0), default=1)]
+    return DataParallel(config.parallel.backend, devices, are_cores)
 
 
 class DataParallel:
-    """All devices, and how a step body runs on them."""
+    """The devices of a run, and how a step body runs on them."""
 
-    def __init__(self, backend: str = "pmap", devices: Any = None):
+    def __init__(self, backend: str = "pmap", devices: Any = None, are_cores: bool = False):
+        """With `are_cores` the devices are the cores of one CPU: one device to whom only the numbers matter."""
         self.backend = backend
         self.devices = list(jax.devices() if devices is None else devices)
+        self.are_cores = are_cores
         self.mesh = Mesh(np.array(self.devices), (AXIS,))
         # One device needs no collectives: the same body without them is the same step, compiled simpler.
         self.axis_name = AXIS if len(self.devices) > 1 else None
@@ -33,9 +68,16 @@ class DataParallel:
         self.process_count = len({device.process_index for device in self.devices})
 
     def __str__(self) -> str:
-        kind = self.devices[0].device_kind
+        kind = "cpu core" if self.are_cores else self.devices[0].device_kind
         processes = f" in {self.process_count} processes" if self.process_count > 1 else ""
         return f"{len(self.devices)} x {kind}{processes}, {self.backend}"
+
+    def statistics_axis(self, batch_norm: str) -> str | None:
+        """The axis over which batch norm takes its statistics: `batch_norm` is 'local' (None) or 'sync' (all devices).
+
+        The cores of a CPU share theirs in any case: to torch, too, they are one device.
+        """
+        return self.axis_name if batch_norm == "sync" or self.are_cores else None
 
     @property
     def is_main(self) -> bool:

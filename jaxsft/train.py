@@ -9,6 +9,11 @@ Several machines, one process each: TPU pods and Slurm are recognised; elsewhere
 
 from __future__ import annotations
 
+from jaxsft import memory
+
+if __name__ == "__main__":
+    memory.ask_for_huge_pages()  # before the imports below: it starts this command anew
+
 import logging
 import os
 import sys

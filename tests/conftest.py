@@ -15,6 +15,8 @@ REAL_DATA = ROOT.parent / "shared" / "realdata"
 
 # The oracle comparisons are float32 on the CPU; an accelerator would round differently.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# In this process the CPU stays one device; a test that wants several says how many.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,11 @@ python -m jaxsft.bench tpu   [--topology v5e:2x2] [--arch resnet50] [--batch-siz
 
 from __future__ import annotations
 
+from jaxsft import memory
+
+if __name__ == "__main__":
+    memory.ask_for_huge_pages()  # before the imports below: it starts this command anew
+
 import argparse
 from pathlib import Path
 

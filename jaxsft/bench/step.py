@@ -68,7 +68,7 @@ def make_steps(c: ConfigDict, parallel: DataParallel, model: nn.Module | None = 
       UserError: the batch does not split over the devices.
     """
     parallel.check_batch(c.data.batch_size)
-    model = model or make_model(c, CLASSES, parallel.axis_name)
+    model = model or make_model(c, CLASSES, parallel.statistics_axis(c.parallel.batch_norm))
     shapes = variable_shapes(model)
     optimizer = optim.make(c, shapes["params"], optim.schedule(c, 1000, 10_000))
     size = c.data.image_size

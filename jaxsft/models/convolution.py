@@ -147,7 +147,7 @@ def _is_tiny(x_shape: Sequence[int], k_shape: Sequence[int]) -> bool:
 
 
 def _forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    if _winograd_pays(x.shape, kernel.shape, stride, padding, channels=128):
+    if _winograd_pays(x.shape, kernel.shape, stride, padding, channels=64):
         return _winograd(x, kernel)
     if kernel.shape[0] == 1 or _is_tiny(x.shape, kernel.shape):
         return _dots(x, kernel, stride, ((padding, padding),) * 2)
@@ -155,7 +155,7 @@ def _forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.
 
 
 def _gradient_by_image(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, padding: int) -> jax.Array:
-    if _winograd_pays(x.shape, kernel.shape, stride, padding, channels=128):
+    if _winograd_pays(x.shape, kernel.shape, stride, padding, channels=64):
         return _winograd(dy, kernel, transposed=True)
     if kernel.shape[0] == 1:
         return jax.linear_transpose(lambda x: _dots(x, kernel, stride, ((padding, padding),) * 2), x)(dy)[0]
