@@ -7,10 +7,10 @@ A source that a config file registers is known once that file is loaded: --confi
 
 from __future__ import annotations
 
-from jaxsft import memory
+from jaxsft import machine
 
 if __name__ == "__main__":
-    memory.ask_for_huge_pages()  # before the imports below: it starts this command anew
+    machine.ask_for_huge_pages()  # before the imports below: it starts this command anew
 
 import argparse
 import dataclasses

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxsft.cli import UserError
+from jaxsft.machine import cores
 
 AXIS = "batch"
 MOST_CORES = 16  # as devices: each has the whole state
@@ -36,7 +37,7 @@ def cores_are_devices() -> bool:
     if said or jax.config.values["jax_num_cpu_devices"] > 0 or jax.distributed.is_initialized():
         return False
     try:
-        jax.config.update("jax_num_cpu_devices", min(len(os.sched_getaffinity(0)), MOST_CORES))
+        jax.config.update("jax_num_cpu_devices", min(cores(), MOST_CORES))
     except RuntimeError:  # too late
         return False
     return True

@@ -9,10 +9,10 @@ Several machines, one process each: TPU pods and Slurm are recognised; elsewhere
 
 from __future__ import annotations
 
-from jaxsft import memory
+from jaxsft import machine
 
 if __name__ == "__main__":
-    memory.ask_for_huge_pages()  # before the imports below: it starts this command anew
+    machine.ask_for_huge_pages()  # before the imports below: it starts this command anew
 
 import logging
 import os

@@ -8,10 +8,10 @@ python -m jaxsft.bench tpu   [--topology v5e:2x2] [--arch resnet50] [--batch-siz
 
 from __future__ import annotations
 
-from jaxsft import memory
+from jaxsft import machine
 
 if __name__ == "__main__":
-    memory.ask_for_huge_pages()  # before the imports below: it starts this command anew
+    machine.ask_for_huge_pages()  # before the imports below: it starts this command anew
 
 import argparse
 from pathlib import Path

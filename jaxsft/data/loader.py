@@ -21,7 +21,8 @@ from jaxsft.data.augment import RANDOM_CROP
 from jaxsft.data.base import Arrays, Source
 from jaxsft.data.folder import broken
 from jaxsft.data.pipeline import Pipeline
-from jaxsft.data.reading import LONGEST, Layout, Plan, Reader, cores
+from jaxsft.data.reading import LONGEST, Layout, Plan, Reader
+from jaxsft.machine import cores
 from jaxsft.weights import Preprocessing
 
 MOST_WORKERS = 16  # by default; more seldom decode faster than one device trains

@@ -6,7 +6,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import multiprocessing
-import os
 import signal
 import sys
 import threading
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from jaxsft.data import decode
 from jaxsft.data.base import Arrays, Image, Options, Source
 from jaxsft.data.order import Order
+from jaxsft.machine import cores
 
 Numbers = dict[str, np.ndarray]
 LONGEST = 1.5  # of a canvas: long side / short side, that of most photographs; longer pictures are squeezed
@@ -183,8 +183,3 @@ def in_memory(source: Source, options: Options) -> Source:
     named = tuple((source.name(number), reason) for number, reason in sorted(bad.items()))
     arrays = Arrays(images, source.labels, source.class_names, source.bad + named)
     return arrays.take(np.setdiff1d(np.arange(len(source)), list(bad))) if bad else arrays
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,106 @@
+"""A CPU's cores are devices that compute one device's numbers; a command asks for huge pages once, where it may."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxsft import machine
+from tests import small
+from tests.conftest import ROOT
+from tests.test_parallel import assert_same_run
+
+CORES = """
+import os
+if hasattr(os, "sched_getaffinity"):
+    os.sched_getaffinity = lambda pid: range(6)
+else:
+    os.cpu_count = lambda: 6
+from jaxsft.config import default
+from jaxsft.parallel import all_devices
+for batch_size, accumulate, last_batch, count in (
+    (48, 1, "drop", 6),
+    (64, 1, "drop", 4),   # 6 and 5 do not divide it
+    (64, 16, "drop", 1),  # micro-batches of 4: too little for two
+    (31, 1, "drop", 1),
+    (64, 1, "keep", 1),   # the last batch is of any size
+):
+    config = default()
+    config.data.batch_size, config.optim.accumulate, config.data.last_batch = batch_size, accumulate, last_batch
+    parallel = all_devices(config)
+    assert len(parallel.devices) == count, (batch_size, accumulate, last_batch, len(parallel.devices))
+    assert parallel.statistics_axis("local") == parallel.axis_name, "cores share their statistics"
+print(parallel)
+"""
+
+
+def python(*arguments: object, cache: Path, **environment: str) -> subprocess.CompletedProcess:
+    """A command as a user types it: nothing said of devices or of huge pages."""
+    hidden = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", machine.VARIABLE)
+    env = {k: v for k, v in os.environ.items() if k not in hidden}
+    env |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache), **environment}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, check=False, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_as_many_cores_as_the_batch_splits_over(cache: Path) -> None:
+    done = python("-c", CORES, cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "1 x cpu core, pmap\n"
+
+
+def test_who_says_how_many_devices_has_them_as_devices(cache: Path) -> None:
+    """Each of its own statistics, as on accelerators."""
+    program = "from jaxsft.config import default\nfrom jaxsft.parallel import all_devices\n"
+    program += "parallel = all_devices(default())\nprint(parallel, parallel.statistics_axis('local'))"
+    done = python("-c", program, cache=cache, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert (done.returncode, done.stdout) == (0, "2 x cpu, pmap None\n"), done.stderr
+
+
+@pytest.mark.skipif(machine.cores() < 2, reason="one core is one device")
+def test_a_run_on_cores_is_the_run_on_one_device(run, cache: Path, tmp_path: Path) -> None:
+    """With batch norm 'local': to it the cores are one device."""
+    one, split = tmp_path / "one", tmp_path / "split"
+    done = run("-m", "jaxsft.train", *small.ARGUMENTS, "--config.checkpoint.keep=9", "--workdir", one,
+               **small.ENVIRONMENT)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = python("-m", "jaxsft.train", *small.ARGUMENTS, "--config.checkpoint.keep=9", "--workdir", split,
+                  cache=cache, **small.ENVIRONMENT)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "x cpu core, pmap" in done.stdout and "1 x cpu core" not in done.stdout
+    assert_same_run(one, split)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "said", "expected"),
+    [
+        ("always [madvise] never\n", None, "glibc.malloc.hugetlb=1"),
+        ("always [madvise] never\n", "glibc.malloc.check=1", "glibc.malloc.check=1:glibc.malloc.hugetlb=1"),
+        ("always [madvise] never\n", "glibc.malloc.hugetlb=0", None),  # the user's will
+        ("[always] madvise never\n", None, None),
+        ("always madvise [never]\n", None, None),
+        (None, None, None),  # no such kernel
+    ],
+)
+def test_huge_pages_are_asked_for_once(monkeypatch, tmp_path: Path, kernel, said, expected) -> None:
+    started: list[tuple] = []
+    enabled = tmp_path / "enabled"
+    if kernel is not None:
+        enabled.write_text(kernel)
+    monkeypatch.setattr(machine, "ENABLED", enabled)
+    monkeypatch.setattr(os, "execv", lambda path, command: started.append((path, command)))
+    monkeypatch.delenv(machine.VARIABLE, raising=False)
+    if said is not None:
+        monkeypatch.setenv(machine.VARIABLE, said)
+    machine.ask_for_huge_pages()
+    if expected is None:
+        assert started == []
+        return
+    assert started == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])]
+    assert os.environ[machine.VARIABLE] == expected
+    machine.ask_for_huge_pages()
+    assert len(started) == 1, "a command that has been started anew goes on"
