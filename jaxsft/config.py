@@ -25,8 +25,8 @@ SCHEDULES = ("constant", "cosine", "linear", "step")
 OPTIMIZERS = ("sgd", "adamw")
 BEST_METRICS = ("", "accuracy", "top5", "loss")
 # Keys by which a resumed run may differ from what it was: they change how it is computed, not what.
-FREE = ("checkpoint.", "parallel.backend", "parallel.timeout_seconds", "data.data_dir", "data.workers", "train.on_nan",
-        "train.steps_per_call")  # fmt: skip
+FREE = ("checkpoint.", "parallel.backend", "parallel.timeout_seconds", "data.data_dir", "data.workers")
+FREE += ("train.on_nan", "train.steps_per_call")
 
 
 def default() -> ConfigDict:
@@ -105,8 +105,8 @@ def default() -> ConfigDict:
     config.eval = ConfigDict({"every_epochs": 1.0})
     # best_metric: keep the best by it too: '' = off | 'accuracy' | 'top5' | 'loss' of an evaluation
     config.checkpoint = ConfigDict({"every_steps": 500, "keep": 2, "best_metric": ""})
-    # backend: 'pmap' | 'shard_map'; batch_norm: 'local' (each device its own statistics) | 'sync' (over all devices);
-    # timeout_seconds: how long the processes of a run wait for each other
+    # backend: 'pmap' | 'shard_map'; batch_norm: 'local' (each device its own statistics, a whole CPU being one) | 'sync'
+    # (over all devices); timeout_seconds: how long the processes of a run wait for each other
     config.parallel = ConfigDict({"backend": "pmap", "batch_norm": "local", "timeout_seconds": 300})
     return config
 
@@ -156,7 +156,7 @@ CHECKS: tuple[tuple[str, str, Any], ...] = (
     ("seed", "0 or more", lambda v: v >= 0),
     ("model.num_classes", "None or 1 and more", lambda v: v is None or v >= 1),
     ("model.head_init", "'torch' or 'zeros'", lambda v: v in ("torch", "zeros")),
-    ("model.freeze", "a tuple of regular expressions", lambda v: all(is_pattern(p) for p in v)),
+    ("model.freeze", "a tuple of regular expressions", lambda v: all(map(is_pattern, v))),
     ("model.batch_norm", "'train' or 'frozen'", lambda v: v in ("train", "frozen")),
     ("data.source", "'tfds:NAME', 'folder:PATH', 'csv:FILE', 'hf:NAME' or 'sample'", bool),
     ("data.train_split", "a split such as train[:90%]", bool),

@@ -17,6 +17,10 @@ GFLOP/s of the direct sum; `winograd` does 2.25 times fewer products, so that it
 | 16, 14, 256 -> 512, 2         | 112,   -, 128                | 112,   -, 125                      | 131, 133 (phases)       |
 | 64, 4, 256 -> 512, 2          |  86,   -, 125                | 114,   -, 126                      |   2, 126 (phases)       |
 
+XLA takes its plain convolution from YNNPACK, which divides it by 64 output channels: with 64 of them it runs in one
+thread (98 GFLOP/s on two cores as on one; winograd 170), which is why winograd is taken there where one core alone
+would gain little.
+
 Tried and dropped: im2col (never ahead of dots by more than noise), Winograd with 4x4 tiles (ten times the rounding
 error, and its longer transforms eat the gain), one batched product instead of sixteen (XLA copies its operands).
 """
@@ -134,11 +138,9 @@ def _wide(function: Callable[..., jax.Array], dtype: Any, stride: int, padding: 
 # The rule (numbers above)
 
 
-def _winograd_pays(x_shape: Sequence[int], k_shape: Sequence[int], stride: int, padding: int, channels: int) -> bool:
-    """Its transforms cost as much as `channels` channels of products save; a tiny image has no other fast way."""
-    if k_shape[0] != 3 or stride != 1 or padding != 1:
-        return False
-    return min(k_shape[2:]) >= (64 if _is_tiny(x_shape, k_shape) else channels)
+def _winograd_pays(k_shape: Sequence[int], stride: int, padding: int) -> bool:
+    """Its transforms cost as much as 64 channels of products save."""
+    return k_shape[0] == 3 and stride == 1 and padding == 1 and min(k_shape[2:]) >= 64
 
 
 def _is_tiny(x_shape: Sequence[int], k_shape: Sequence[int]) -> bool:
@@ -147,7 +149,7 @@ def _is_tiny(x_shape: Sequence[int], k_shape: Sequence[int]) -> bool:
 
 
 def _forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    if _winograd_pays(x.shape, kernel.shape, stride, padding, channels=64):
+    if _winograd_pays(kernel.shape, stride, padding):
         return _winograd(x, kernel)
     if kernel.shape[0] == 1 or _is_tiny(x.shape, kernel.shape):
         return _dots(x, kernel, stride, ((padding, padding),) * 2)
@@ -155,7 +157,7 @@ def _forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.
 
 
 def _gradient_by_image(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, padding: int) -> jax.Array:
-    if _winograd_pays(x.shape, kernel.shape, stride, padding, channels=64):
+    if _winograd_pays(kernel.shape, stride, padding):
         return _winograd(dy, kernel, transposed=True)
     if kernel.shape[0] == 1:
         return jax.linear_transpose(lambda x: _dots(x, kernel, stride, ((padding, padding),) * 2), x)(dy)[0]
@@ -168,7 +170,7 @@ def _gradient_by_image(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: i
 
 
 def _gradient_by_kernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, padding: int) -> jax.Array:
-    if _winograd_pays(x.shape, kernel.shape, stride, padding, channels=64):
+    if _winograd_pays(kernel.shape, stride, padding):
         return _winograd_by_kernel(x, dy)
     if kernel.shape[0] == 1 or x.shape[3] >= 16 or _is_tiny(x.shape, kernel.shape):
         return jax.linear_transpose(lambda kernel: _dots(x, kernel, stride, ((padding, padding),) * 2), kernel)(dy)[0]
