@@ -105,7 +105,7 @@ def default() -> ConfigDict:
     config.eval = ConfigDict({"every_epochs": 1.0})
     # best_metric: keep the best by it too: '' = off | 'accuracy' | 'top5' | 'loss' of an evaluation
     config.checkpoint = ConfigDict({"every_steps": 500, "keep": 2, "best_metric": ""})
-    # backend: 'pmap' | 'shard_map'; batch_norm: 'local' (each device its own statistics, a whole CPU being one) | 'sync'
+    # backend: 'pmap' | 'shard_map'; batch_norm: 'local' (each device its own statistics, a CPU being one) | 'sync'
     # (over all devices); timeout_seconds: how long the processes of a run wait for each other
     config.parallel = ConfigDict({"backend": "pmap", "batch_norm": "local", "timeout_seconds": 300})
     return config

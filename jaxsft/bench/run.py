@@ -58,9 +58,9 @@ def first_step_seconds(flags: list[str], place: Path, name: str) -> float:
     """From the start of the command to the line of the log about its first step."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(place / "cache")}
     workdir = place / name
-    command = [sys.executable, "-m", "jaxsft.train", *flags, "--config.train.steps=1", "--config.optim.warmup_epochs=0"]
+    one_step = ["--config.train.steps=1", "--config.optim.warmup_epochs=0", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "jaxsft.train", *flags, *one_step]
     began = time.time()
-    command.append(f"--workdir={workdir}")
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise cli.UserError(f"the run ended with {done.returncode}: {done.stderr.strip()[-300:]}", "mend the config")
