@@ -25,8 +25,8 @@ SCHEDULES = ("constant", "cosine", "linear", "step")
 OPTIMIZERS = ("sgd", "adamw")
 BEST_METRICS = ("", "accuracy", "top5", "loss")
 # Keys by which a resumed run may differ from what it was: they change how it is computed, not what.
-FREE = ("checkpoint.", "parallel.backend", "parallel.timeout_seconds", "data.data_dir", "data.workers")
-FREE += ("train.on_nan", "train.steps_per_call")
+FREE = ("checkpoint.", "parallel.backend", "parallel.timeout_seconds", "data.data_dir", "data.workers", "train.on_nan",
+        "train.steps_per_call")  # fmt: skip
 
 
 def default() -> ConfigDict:
