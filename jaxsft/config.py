@@ -156,7 +156,7 @@ CHECKS: tuple[tuple[str, str, Any], ...] = (
     ("seed", "0 or more", lambda v: v >= 0),
     ("model.num_classes", "None or 1 and more", lambda v: v is None or v >= 1),
     ("model.head_init", "'torch' or 'zeros'", lambda v: v in ("torch", "zeros")),
-    ("model.freeze", "a tuple of regular expressions", lambda v: all(map(is_pattern, v))),
+    ("model.freeze", "a tuple of regular expressions", lambda v: all(is_pattern(p) for p in v)),
     ("model.batch_norm", "'train' or 'frozen'", lambda v: v in ("train", "frozen")),
     ("data.source", "'tfds:NAME', 'folder:PATH', 'csv:FILE', 'hf:NAME' or 'sample'", bool),
     ("data.train_split", "a split such as train[:90%]", bool),

@@ -1,9 +1,9 @@
 """What the machine offers to a run on its CPU: cores, and memory in huge pages.
 
 XLA:CPU takes the temporary memory of a step from malloc and gives it back after the step, and a block of that size
-comes from the kernel, which clears each page when it is first touched. In pages of 4 KB that took up to a quarter of a
-train step (75,000 pages for ResNet-18 on 64 images of 64 px); in pages of 2 MB a tenth. glibc asks for them where the
-environment says so at the start of the process, which is why a command starts itself anew.
+comes from the kernel, which clears each page when it is first touched. In pages of 4 KB that took a fifth of the
+processor time of a train step (75,000 pages, ResNet-18 on 64 images of 64 px); in pages of 2 MB 4 to 8 %. glibc asks
+for them where the environment says so at the start of the process, which is why a command starts itself anew.
 """
 
 from __future__ import annotations

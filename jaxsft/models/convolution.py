@@ -7,19 +7,19 @@ GFLOP/s of the direct sum; `winograd` does 2.25 times fewer products, so that it
 
 | batch, side, channels, stride | forward: xla, winograd, dots | by the kernel: xla, winograd, dots | by the image: xla, ours |
 |---|---|---|---|
-| 16, 56, 64 -> 64, 1           | 140, 134,  36                |  30,  41, 27                       |  98,  98 (xla)          |
+| 16, 56, 64 -> 64, 1           | 140, 134,  36                |  30,  41, 27                       |  98,   - (winograd)     |
 | 16, 28, 128 -> 128, 1         | 144, 193,  59                |  33, 118, 52                       | 145, 172 (winograd)     |
 | 16, 14, 256 -> 256, 1         | 147, 239,  88                | 120, 176, 79                       | 141, 227 (winograd)     |
 | 16, 7, 512 -> 512, 1          | 125, 173, 104                | 126, 168, 127                      | 113, 162 (winograd)     |
-| 64, 16, 64 -> 64, 1           | 163, 132,  83                |  36,  65, 45                       | 164, 164 (xla)          |
+| 64, 16, 64 -> 64, 1           | 163, 132,  83                |  36,  65, 45                       | 164,   - (winograd)     |
 | 64, 2, 512 -> 512, 1          |   1, 132, 134                | 146, 155, 126                      |   1, 127 (winograd)     |
 | 16, 56, 64 -> 128, 2          | 127,   -,  77                |  29,   -, 62                       | 114, 107 (phases)       |
 | 16, 14, 256 -> 512, 2         | 112,   -, 128                | 112,   -, 125                      | 131, 133 (phases)       |
 | 64, 4, 256 -> 512, 2          |  86,   -, 125                | 114,   -, 126                      |   2, 126 (phases)       |
 
-XLA takes its plain convolution from YNNPACK, which divides it by 64 output channels: with 64 of them it runs in one
-thread (98 GFLOP/s on two cores as on one; winograd 170), which is why winograd is taken there where one core alone
-would gain little.
+jaxlib 0.10.2 takes its plain convolution from YNNPACK, which with 64 output channels runs in one thread (another
+machine: 98 GFLOP/s on two cores as on one, with 128 channels 188 against 101). On one core of that machine winograd
+made 120 to 161 with 64 channels against 96 to 102, so that it is taken there too.
 
 Tried and dropped: im2col (never ahead of dots by more than noise), Winograd with 4x4 tiles (ten times the rounding
 error, and its longer transforms eat the gain), one batched product instead of sixteen (XLA copies its operands).
