@@ -36,8 +36,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
-
 # Winograd's F(2x2, 3x3), Lavin & Gray 2015 (arXiv:1509.09308): a 2x2 tile of outputs from a 4x4 tile of inputs by 16
 # products for each pair of channels instead of 36, y = AT [(G g G^T) * (BT d BT^T)] AT^T. All entries are 0, 1, 1/2, so
 # that the error stays that of the direct sum: 5e-7 of the largest value in float32 (direct: 3e-7), 1e-15 in float64.
@@ -46,6 +44,7 @@ G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 AT = ((1, 1, 1, 0), (0, 1, -1, -1))
 TILE = 2
 CACHED = 400_000  # values of an input that are transformed at a time
+KERNEL_TRANSFORM = 800  # products, for each pair of channels, that take as long as the transform of the kernel
 
 
 def conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int = 1) -> jax.Array:
@@ -138,9 +137,14 @@ def _wide(function: Callable[..., jax.Array], dtype: Any, stride: int, padding: 
 # The rule (numbers above)
 
 
-def _winograd_pays(k_shape: Sequence[int], stride: int, padding: int) -> bool:
-    """Its transforms cost as much as 64 channels of products save."""
-    return k_shape[0] == 3 and stride == 1 and padding == 1 and min(k_shape[2:]) >= 64
+def _winograd_pays(x_shape: Sequence[int], k_shape: Sequence[int], stride: int, padding: int) -> bool:
+    """Where it multiplies less: of a small image the direct sum need not look at the border, which a tile does."""
+    if k_shape[0] != 3 or stride != 1 or padding != 1 or min(k_shape[2:]) < 64:
+        return False
+    n, h, w, _ = x_shape
+    direct, tiles = (3 * h - 2) * (3 * w - 2), -(-h // TILE) * -(-w // TILE)
+    saved = direct - 16 * tiles  # products an image, for each pair of channels
+    return saved > 0 if not isinstance(n, int) else n * saved > KERNEL_TRANSFORM
 
 
 def _is_tiny(x_shape: Sequence[int], k_shape: Sequence[int]) -> bool:
@@ -149,20 +153,18 @@ def _is_tiny(x_shape: Sequence[int], k_shape: Sequence[int]) -> bool:
 
 
 def _forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    if _winograd_pays(kernel.shape, stride, padding):
+    if _winograd_pays(x.shape, kernel.shape, stride, padding):
         return _winograd(x, kernel)
-    if kernel.shape[0] == 1 or _is_tiny(x.shape, kernel.shape):
-        return _dots(x, kernel, stride, ((padding, padding),) * 2)
+    if kernel.shape[0] == 1 or x.shape[3] >= 128 or _is_tiny(x.shape, kernel.shape):
+        return _dots(x, kernel, stride, padding)
     return _plain(x, kernel, stride, padding)
 
 
 def _gradient_by_image(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, padding: int) -> jax.Array:
-    if _winograd_pays(kernel.shape, stride, padding):
+    if _winograd_pays(x.shape, kernel.shape, stride, padding):
         return _winograd(dy, kernel, transposed=True)
-    if kernel.shape[0] == 1:
-        return jax.linear_transpose(lambda x: _dots(x, kernel, stride, ((padding, padding),) * 2), x)(dy)[0]
-    if (stride > 1 and x.shape[3] >= 16) or _is_tiny(x.shape, kernel.shape):
-        return _phases(x.shape, kernel, dy, stride, padding)
+    if kernel.shape[0] == 1 or (stride > 1 and x.shape[3] >= 16) or _is_tiny(x.shape, kernel.shape):
+        return jax.linear_transpose(lambda x: _dots(x, kernel, stride, padding), x)(dy)[0]
     if stride == 1 and padding < kernel.shape[0]:
         # A convolution again, and said so: XLA's own transpose is as fast, but in a lax.scan eight times slower.
         return _plain(dy, kernel[::-1, ::-1].swapaxes(2, 3), 1, kernel.shape[0] - 1 - padding)
@@ -170,10 +172,10 @@ def _gradient_by_image(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: i
 
 
 def _gradient_by_kernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, padding: int) -> jax.Array:
-    if _winograd_pays(kernel.shape, stride, padding):
+    if _winograd_pays(x.shape, kernel.shape, stride, padding):
         return _winograd_by_kernel(x, dy)
     if kernel.shape[0] == 1 or x.shape[3] >= 16 or _is_tiny(x.shape, kernel.shape):
-        return jax.linear_transpose(lambda kernel: _dots(x, kernel, stride, ((padding, padding),) * 2), kernel)(dy)[0]
+        return jax.linear_transpose(lambda kernel: _dots(x, kernel, stride, padding), kernel)(dy)[0]
     return _planes_by_kernel(x, kernel.shape[0], dy, stride, padding)
 
 
@@ -186,51 +188,28 @@ def _window(x: jax.Array, top: int, left: int, height: int, width: int, stride: 
     return lax.slice(x, (0, top, left, 0), stop, (1, stride, stride, 1))
 
 
-def _dots(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
-    """One matrix product for each tap of the kernel, [pixels, C_in] @ [C_in, C_out]; a tap that sees only zeros is
-    left out. Negative padding crops. Any kernel height and width."""
-    (top, bottom), (left, right) = padding
-    k_height, k_width, c_in, c_out = kernel.shape
+def _dots(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    """One matrix product for each tap of the kernel, [pixels, C_in] @ [C_in, C_out], of the pixels that it sees: what
+    it sees of the padding is zero, and of 2x2 images a 3x3 kernel sees more padding than image."""
+    k, c_in, c_out = kernel.shape[0], *kernel.shape[2:]
     n, h, w, _ = x.shape
-    height, width = (h + top + bottom - k_height) // stride + 1, (w + left + right - k_width) // stride + 1
-    x = lax.pad(x, np.zeros((), x.dtype), ((0, 0, 0), (top, bottom, 0), (left, right, 0), (0, 0, 0)))
-    total = jnp.zeros((n * height * width, c_out), x.dtype)
-    for i in range(k_height):
-        for j in range(k_width):
-            if top - (height - 1) * stride <= i < top + h and left - (width - 1) * stride <= j < left + w:
-                total += _window(x, i, j, height, width, stride).reshape(-1, c_in) @ kernel[i, j]
-    return total.reshape(n, height, width, c_out)
+    height, width = (h + 2 * padding - k) // stride + 1, (w + 2 * padding - k) // stride + 1
 
+    def seen(tap: int, size: int, outputs: int) -> tuple[int, int]:
+        """The first output whose tap lies in the image, and how many do."""
+        first = max(-((tap - padding) // stride), 0)
+        return first, min((size - 1 + padding - tap) // stride + 1, outputs) - first
 
-def _phases(x_shape: Sequence[int], kernel: jax.Array, dy: jax.Array, stride: int, padding: int) -> jax.Array:
-    """The gradient by the image: pixels a stride apart see the same taps, so each such phase is a `_dots` of stride 1.
-
-    Pixel stride * u + phase is reached by tap i from output u + (phase + padding - i) / stride, where that is whole.
-    """
-    k, (n, h, w, c) = kernel.shape[0], x_shape
-    kernel = kernel.swapaxes(2, 3)
-    tall, wide = -(-h // stride), -(-w // stride)
-    taps = [[i for i in reversed(range(k)) if (phase + padding - i) % stride == 0] for phase in range(stride)]
-
-    def pads(phase: int, size: int, outputs: int) -> tuple[int, int]:
-        first, last = ((phase + padding - taps[phase][end]) // stride for end in (0, -1))
-        return -first, size - 1 + last - (outputs - 1)
-
-    def image(row: int, column: int) -> jax.Array:
-        if not taps[row] or not taps[column]:  # the kernel is smaller than the stride: nothing looks here
-            return jnp.zeros((n, tall, wide, c), dy.dtype)
-        part = kernel[np.array(taps[row])][:, np.array(taps[column])]
-        return _dots(dy, part, 1, (pads(row, tall, dy.shape[1]), pads(column, wide, dy.shape[2])))
-
-    return _interleave([[image(row, column) for column in range(stride)] for row in range(stride)], h, w)
-
-
-def _interleave(images: Sequence[Sequence[jax.Array]], height: int, width: int) -> jax.Array:
-    """The [N, height, width, C] whose pixel (s * u + i, s * v + j) is images[i][j][:, u, v]."""
-    n, h, w, c = images[0][0].shape
-    s = len(images)
-    x = jnp.stack([jnp.stack(row, 3) for row in images], 2)
-    return x.reshape(n, s * h, s * w, c)[:, :height, :width]
+    zero, total = np.zeros((), x.dtype), jnp.zeros((n, height, width, c_out), x.dtype)
+    for i in range(k):
+        for j in range(k):
+            (row, rows), (column, columns) = seen(i, h, height), seen(j, w, width)
+            if rows > 0 and columns > 0:
+                top, left = row * stride + i - padding, column * stride + j - padding
+                part = _window(x, top, left, rows, columns, stride).reshape(-1, c_in) @ kernel[i, j]
+                border = (row, height - row - rows, 0), (column, width - column - columns, 0)
+                total += lax.pad(part.reshape(n, rows, columns, c_out), zero, ((0, 0, 0), *border, (0, 0, 0)))
+    return total
 
 
 # Few channels in, as in the stem
@@ -291,6 +270,14 @@ def _input_tiles(x: jax.Array) -> tuple[list[list[jax.Array]], int, int]:
     rows = lax.optimization_barrier(_combine(BT, rows))
     cut = lambda row, j: lax.slice(row, (0, 0, j, 0), (n, tall, j + TILE * wide - 1, c), (1, 1, TILE, 1))
     return [_combine(BT, [cut(row, j) for j in range(4)]) for row in rows], tall, wide
+
+
+def _interleave(images: Sequence[Sequence[jax.Array]], height: int, width: int) -> jax.Array:
+    """The [N, height, width, C] whose pixel (s * u + i, s * v + j) is images[i][j][:, u, v]."""
+    n, h, w, c = images[0][0].shape
+    s = len(images)
+    x = jnp.stack([jnp.stack(row, 3) for row in images], 2)
+    return x.reshape(n, s * h, s * w, c)[:, :height, :width]
 
 
 def _winograd(x: jax.Array, kernel: jax.Array, transposed: bool = False) -> jax.Array:
