@@ -91,13 +91,14 @@ def same_padding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def biased_variance(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = layers.batch_statistics
+    real = layers.batch_norm
 
-    def biased(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array, Any]:
-        mean, var, _ = real(x, axis_name)
-        return mean, var, 1e18  # n / (n - 1) is 1 then
+    def biased(x: jax.Array, *rest: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        y, mean, var = real(x, *rest)
+        n = x.size // x.shape[-1]
+        return y, mean, var * (n - 1) / n
 
-    monkeypatch.setattr(layers, "batch_statistics", biased)
+    monkeypatch.setattr(layers, "batch_norm", biased)
 
 
 def momentum_in_the_wrong_sense(monkeypatch: pytest.MonkeyPatch) -> None:
