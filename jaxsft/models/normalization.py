@@ -57,8 +57,12 @@ def _backward(
     epsilon: float, axis_name: str | None, saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, ...]:
     x, scale, mean, rstd = saved
-    dy, centred = cotangents[0].astype(scale.dtype), x.astype(scale.dtype) - mean
-    dbias, dscale = dy.sum(PIXELS), rstd * (dy * centred).sum(PIXELS)
+    dy = cotangents[0].astype(scale.dtype)
+    dbias = dy.sum(PIXELS)
+    # Bound to dy by a zero on the CPU: XLA there takes x - mean early, and stores it all through the forward pass.
+    bound = lax.platform_dependent(mean, dbias, cpu=lambda mean, dbias: mean + 0 * dbias, default=lambda mean, _: mean)
+    centred = x.astype(scale.dtype) - bound
+    dscale = rstd * (dy * centred).sum(PIXELS)
     of_dy, of_centred = mean_over(axis_name, (dbias / _count(x), rstd * dscale / _count(x)))
     dx = rstd * scale * (dy - of_dy - centred * of_centred)
     return dx.astype(x.dtype), dscale, dbias
