@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from jaxsft.models import convolution
 from jaxsft.models.convolution import conv2d
 from jaxsft.models.layers import max_pool
 
@@ -27,11 +28,13 @@ TOLERANCES = {"float64": 2e-14, "float32": 3e-6, "bfloat16": 8e-3}
 SHAPES = {
     "plain 3x3": (2, 9, 11, 8, 6, 3, 1, 1, 1),
     "plain 3x3, dots by the kernel": (2, 9, 11, 20, 16, 3, 1, 1, 1),
-    "winograd by the kernel only": (2, 9, 7, 64, 66, 3, 1, 1, 1),
-    "winograd": (2, 8, 13, 128, 130, 3, 1, 1, 1),
+    "winograd": (3, 8, 13, 128, 130, 3, 1, 1, 1),
     "winograd in parts": (6, 29, 31, 128, 128, 3, 1, 1, 1),
-    "winograd, 2x2": (3, 2, 2, 64, 64, 3, 1, 1, 1),
-    "winograd, 1x1": (1, 1, 1, 64, 64, 3, 1, 1, 1),
+    "winograd, 4x4": (24, 4, 4, 64, 64, 3, 1, 1, 1),
+    "too few images for winograd": (2, 9, 7, 64, 66, 3, 1, 1, 1),
+    "wide, 2x2": (3, 2, 2, 64, 64, 3, 1, 1, 1),
+    "wide, 1x1": (1, 1, 1, 64, 64, 3, 1, 1, 1),
+    "wide, fewer channels out": (2, 6, 5, 136, 72, 3, 2, 1, 1),
     "tiny 3x3": (2, 2, 3, 16, 16, 3, 1, 1, 1),
     "tiny 3x3, few channels": (2, 1, 2, 3, 4, 3, 1, 1, 1),
     "strided 3x3": (2, 12, 14, 16, 20, 3, 2, 1, 1),
@@ -100,6 +103,13 @@ def test_values_and_gradients_are_the_plain_ones(name: str, dtype: str) -> None:
         np.testing.assert_allclose(a.astype("float64"), b, rtol=0, atol=TOLERANCES[dtype] * abs(b).max(), err_msg=what)
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_is_named_winograd_runs_winograd(name: str) -> None:
+    n, h, w, c_in, c_out, k, stride, padding, _ = SHAPES[name]
+    pays = convolution._winograd_pays((n, h, w, c_in), (k, k, c_in, c_out), stride, padding)
+    assert pays == name.startswith("winograd")
+
+
 def test_the_same_bits_every_time() -> None:
     x, kernel, geometry = draw("winograd in parts", "float32")
     by_kernel = jax.jit(jax.grad(lambda kernel: jnp.tanh(conv2d(x, kernel, *geometry)).sum()))
@@ -118,8 +128,9 @@ def test_inside_scan_and_checkpoint() -> None:
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12 * abs(expected).max())
 
 
-def test_second_derivatives_are_right_or_refused() -> None:
-    x, kernel, geometry = draw("winograd, 2x2")
+@pytest.mark.parametrize("name", ["winograd, 4x4", "wide, fewer channels out"])
+def test_second_derivatives_are_right_or_refused(name: str) -> None:
+    x, kernel, geometry = draw(name)
 
     def curvature(convolve):
         slope = jax.grad(lambda kernel: jnp.tanh(convolve(x, kernel, *geometry)).sum())
@@ -173,6 +184,7 @@ import os
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
+from jaxsft.models import convolution
 from jaxsft.models.convolution import conv2d
 from jaxsft.models.layers import max_pool
 jax.config.update("jax_enable_x64", True)

@@ -12,14 +12,23 @@ GFLOP/s of the direct sum; `winograd` does 2.25 times fewer products, so that it
 | 16, 14, 256 -> 256, 1         | 147, 239,  88                | 120, 176, 79                       | 141, 227 (winograd)     |
 | 16, 7, 512 -> 512, 1          | 125, 173, 104                | 126, 168, 127                      | 113, 162 (winograd)     |
 | 64, 16, 64 -> 64, 1           | 163, 132,  83                |  36,  65, 45                       | 164,   - (winograd)     |
-| 64, 2, 512 -> 512, 1          |   1, 132, 134                | 146, 155, 126                      |   1, 127 (winograd)     |
-| 16, 56, 64 -> 128, 2          | 127,   -,  77                |  29,   -, 62                       | 114, 107 (phases)       |
-| 16, 14, 256 -> 512, 2         | 112,   -, 128                | 112,   -, 125                      | 131, 133 (phases)       |
-| 64, 4, 256 -> 512, 2          |  86,   -, 125                | 114,   -, 126                      |   2, 126 (phases)       |
 
-jaxlib 0.10.2 takes its plain convolution from YNNPACK, which with 64 output channels runs in one thread (another
-machine: 98 GFLOP/s on two cores as on one, with 128 channels 188 against 101). On one core of that machine winograd
-made 120 to 161 with 64 channels against 96 to 102, so that it is taken there too.
+On one core of another machine (about 105 at its peak), where dots, which sees the image only, meets the other two:
+
+| batch, side, channels, stride | forward: xla, winograd, dots | by the kernel: xla, winograd, dots | by the image: xla, winograd, dots |
+|---|---|---|---|
+| 16, 7, 512 -> 512, 1          |  90, 144, 119                |  92, 131, 95                       |  77, 138, 115                     |
+| 32, 4, 256 -> 256, 1          |   -, 186, 135                |   -, 162, 116                      |   -, 192, 143                     |
+| 32, 2, 512 -> 512, 1          |   -,  90, 142                |   -,  74, 164                      |   -,  82, 160                     |
+| 16, 56, 64 -> 128, 2          |  90,   -,  41                |  59,   -, 42                       |  77,   -,  61                     |
+| 16, 28, 128 -> 256, 2         |  72,   -,  81                |  65,   -, 84                       |  86,   -,  91                     |
+| 16, 14, 256 -> 512, 2         |  82,   -, 101                |  83,   -, 102                      |  79,   -, 109                     |
+| 32, 4, 256 -> 512, 2          |   -,   -, 114                |   -,   -, 113                      |   -,   -, 112                     |
+
+In a whole step winograd loses more on small images than here: the transformed kernels, 17 MB for 512 channels, come
+from fresh memory. jaxlib 0.10.2 takes its plain convolution from YNNPACK, which with 64 output channels runs in one
+thread (98 GFLOP/s on two cores as on one, with 128 channels 188 against 101); on one core winograd made 120 to 161
+with 64 channels against 96 to 102, so that it is taken there too.
 
 Tried and dropped: im2col (never ahead of dots by more than noise), Winograd with 4x4 tiles (ten times the rounding
 error, and its longer transforms eat the gain), one batched product instead of sixteen (XLA copies its operands).
