@@ -147,8 +147,10 @@ def steps(workdir: Path) -> list[int]:
         return []
 
 
-def newest(workdir: Path, like: Callable[[dict[str, Any]], Any], *, set_aside: bool) -> Restored | None:
-    """The newest intact checkpoint, None where there is none.
+def newest(
+    workdir: Path, like: Callable[[dict[str, Any]], Any], *, set_aside: bool, only: int | None = None
+) -> Restored | None:
+    """The newest intact checkpoint, or `only` that of one step; None where there is none.
 
     A damaged one is named on stderr and the one before it is taken; with `set_aside` it is moved to WORKDIR/damaged/.
 
@@ -161,6 +163,8 @@ def newest(workdir: Path, like: Callable[[dict[str, Any]], Any], *, set_aside: b
       UserError: it was written by versions of this program or its libraries that keep something else.
     """
     for step in reversed(steps(workdir)):
+        if only is not None and step != only:
+            continue
         path = workdir / FOLDER / str(step)
         try:
             record = read_record(path)

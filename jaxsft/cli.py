@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,9 +47,39 @@ class Preempted(Stop):
         super().__init__(f"{signal.Signals(signal_number).name} {where}", what_to_do, 128 + signal_number)
 
 
+def printable(text: object) -> str:
+    """`text` as one line without control characters, for names of files and classes are data of strangers.
+
+    Control and format characters (Unicode's Cc, Cf, line separators) and bytes that are no UTF-8 are written as
+    escapes: a terminal obeys none of them.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+
+
+def say(text: object) -> None:
+    """Print a line on stdout."""
+    print(printable(text), flush=True)
+
+
+def warn(text: object) -> None:
+    """Print `warning: text` as one line on stderr."""
+    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def local_path(text: str | Path) -> Path:
+    """What a user typed for a file or folder: `~` is expanded; argparse's `type` for all of them.
+
+    Raises:
+      UserError: it is an address such as gs://bucket/run, not a path of this machine.
+    """
+    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://?", str(text)):
+        raise UserError(f"{text} can't be used: {scheme[1]}:// is not known", "name a file or folder of this machine")
+    return Path(text).expanduser()
+
+
 def complain(stop: Stop) -> int:
     """Print `error: what; what to do` as one line on stderr and return the exit status."""
-    print(f"{stop.label}: {' '.join(str(stop).split())}", file=sys.stderr, flush=True)
+    print(f"{stop.label}: {printable(' '.join(str(stop).split()))}", file=sys.stderr, flush=True)
     return stop.status
 
 

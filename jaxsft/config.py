@@ -25,7 +25,8 @@ SCHEDULES = ("constant", "cosine", "linear", "step")
 OPTIMIZERS = ("sgd", "adamw")
 BEST_METRICS = ("", "accuracy", "top5", "loss")
 # Keys by which a resumed run may differ from what it was: they change how it is computed, not what.
-FREE = ("checkpoint.", "parallel.backend", "parallel.timeout_seconds", "data.data_dir", "data.workers", "train.on_nan",
+FREE = ("checkpoint.", "parallel.backend", "parallel.timeout_seconds", "data.data_dir", "data.workers",
+        "data.on_error", "data.check_overlap", "train.on_nan", "train.on_changed_data", "train.log_every_steps",
         "train.steps_per_call")  # fmt: skip
 
 
@@ -38,7 +39,10 @@ def default() -> ConfigDict:
     model.arch = "resnet18"
     # '' = from scratch | 'sample' | a torchvision name (IMAGENET1K_V1) | .pth | .safetensors | a ported directory
     model.weights = "IMAGENET1K_V1"
+    model.checkpoint = "last"  # of a run given as weights: 'last' | 'best' | a step
     model.num_classes = placeholder(int)  # None: as many as the data has
+    # 'auto': the weights' own where its class names are the data's, else a fresh one | 'keep' | 'replace'
+    model.head = "auto"
     model.head_init = "torch"  # 'torch': U(+-1/sqrt(fan_in)) | 'zeros'
     model.freeze = ()  # regular expressions searched in parameter paths such as 'layer1_0/conv1/kernel'
     model.batch_norm = "train"  # 'train' | 'frozen': running statistics everywhere; frozen layers always use them
@@ -51,6 +55,7 @@ def default() -> ConfigDict:
     data.eval_fraction = 0.1  # of each class, to evaluate on where the files have no split of their own
     data.fraction = 1.0  # of each class to train on, for low-data work
     data.per_class = placeholder(int)  # not None: instead of fraction, so many training images of each class
+    data.class_order = "text"  # of folders and lists: 'text' as torchvision's ImageFolder (10 before 2) | 'numeric'
     data.on_error = "raise"  # at a broken image: 'raise' | 'skip' (listed in bad_files.txt)
     data.exif_orientation = True  # turn pictures upright as their EXIF tag says; torchvision's ImageFolder does not
     data.check_overlap = False  # warn of images that are both trained and evaluated on; decodes all of them
@@ -101,6 +106,7 @@ def default() -> ConfigDict:
     train.steps_per_call = 1  # updates that the device makes at one call of the host, where a step takes milliseconds
     train.log_every_steps = 50
     train.on_nan = "stop"  # at a loss or parameter that is NaN or infinite: 'stop' | 'ignore'
+    train.on_changed_data = "stop"  # a resumed run finds other classes, images or order: 'stop' | 'continue'
 
     config.eval = ConfigDict({"every_epochs": 1.0})
     # best_metric: keep the best by it too: '' = off | 'accuracy' | 'top5' | 'loss' of an evaluation
@@ -155,6 +161,8 @@ def are_multipliers(value: Any) -> bool:
 CHECKS: tuple[tuple[str, str, Any], ...] = (
     ("seed", "0 or more", lambda v: v >= 0),
     ("model.num_classes", "None or 1 and more", lambda v: v is None or v >= 1),
+    ("model.checkpoint", "'last', 'best' or a step", lambda v: v in ("last", "best") or v.isdecimal()),
+    ("model.head", "'auto', 'keep' or 'replace'", lambda v: v in ("auto", "keep", "replace")),
     ("model.head_init", "'torch' or 'zeros'", lambda v: v in ("torch", "zeros")),
     ("model.freeze", "a tuple of regular expressions", lambda v: all(is_pattern(p) for p in v)),
     ("model.batch_norm", "'train' or 'frozen'", lambda v: v in ("train", "frozen")),
@@ -163,6 +171,7 @@ CHECKS: tuple[tuple[str, str, Any], ...] = (
     ("data.eval_fraction", "above 0, below 1", lambda v: 0 < v < 1),
     ("data.fraction", "above 0, at most 1", lambda v: 0 < v <= 1),
     ("data.per_class", "None or 1 and more", lambda v: v is None or v >= 1),
+    ("data.class_order", "'text' or 'numeric'", lambda v: v in ("text", "numeric")),
     ("data.on_error", "'raise' or 'skip'", lambda v: v in ("raise", "skip")),
     ("data.resident_mb", "0 or more", lambda v: v >= 0),
     ("data.workers", "None or 0 to 256", lambda v: v is None or 0 <= v <= 256),
@@ -202,6 +211,7 @@ CHECKS: tuple[tuple[str, str, Any], ...] = (
     ("train.steps_per_call", "1 to 1000", lambda v: 1 <= v <= 1000),
     ("train.log_every_steps", "1 or more", lambda v: v >= 1),
     ("train.on_nan", "'stop' or 'ignore'", lambda v: v in ("stop", "ignore")),
+    ("train.on_changed_data", "'stop' or 'continue'", lambda v: v in ("stop", "continue")),
     ("eval.every_epochs", "above 0", lambda v: 0 < v < float("inf")),
     ("checkpoint.every_steps", "1 or more", lambda v: v >= 1),
     ("checkpoint.keep", "1 or more", lambda v: v >= 1),

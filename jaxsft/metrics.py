@@ -26,19 +26,21 @@ def count(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Arr
     Returns:
       "loss" float, "top1", "top5" and "count" int32 scalars, and "confusion" int32 [K, K] (row: label, column: the
       class predicted). A class counts as ranked before the label's when its logit is larger, or equal at a smaller
-      index: ties are broken in one way only.
+      index: ties are broken in one way only. A row with a NaN ranks nothing: it counts as wrong for top1 and top5, and
+      in `count`, and has no prediction to stand in `confusion`.
     """
     classes = logits.shape[-1]
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     earlier = jnp.arange(classes) < labels[:, None]
+    ranked = mask & ~jnp.isnan(logits).any(1) & (labels >= 0) & (labels < classes)
     rank = ((logits > own) | ((logits == own) & earlier)).sum(1)
     predicted = logits.argmax(1)  # the first of equals, as above
     return {
         "loss": jnp.where(mask, losses, 0).sum(),
-        "top1": (mask & (rank < 1)).sum(dtype=jnp.int32),
-        "top5": (mask & (rank < 5)).sum(dtype=jnp.int32),
+        "top1": (ranked & (rank < 1)).sum(dtype=jnp.int32),
+        "top5": (ranked & (rank < 5)).sum(dtype=jnp.int32),
         "count": mask.sum(dtype=jnp.int32),
-        "confusion": jnp.zeros((classes, classes), jnp.int32).at[labels, predicted].add(mask.astype(jnp.int32)),
+        "confusion": jnp.zeros((classes, classes), jnp.int32).at[labels, predicted].add(ranked.astype(jnp.int32)),
     }
 
 

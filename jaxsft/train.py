@@ -33,8 +33,8 @@ from jaxsft.interrupts import Interrupted, Interrupts
 from jaxsft.job import Job, prepare
 from jaxsft.log import Log, Meter, NotFinite, Speed, progress
 from jaxsft.metrics import Evaluation
+from jaxsft.runs import Best
 from jaxsft.weights import cache_dir
-from jaxsft.workdir import Best
 
 IN_REPORT = 32  # images of the first batch
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import json
-import math
 import os
 import socket
 import tempfile
@@ -17,15 +15,16 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from jaxsft import checkpoint
 from jaxsft import config as config_module
+from jaxsft import runs
 from jaxsft.cli import UserError
 from jaxsft.initial import make_model
 from jaxsft.log import records
-from jaxsft.models.resnet import ResNet, variable_shapes
+from jaxsft.models.resnet import ResNet
+from jaxsft.runs import CONFIG, read_json
 from jaxsft.weights import ModelCard
 
-CONFIG, LOCK = "config.json", "lock"
+LOCK = "lock"
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
@@ -128,32 +127,6 @@ def final_record(workdir: Path) -> dict[str, Any] | None:
     return lines[-1] if lines and lines[-1].get("final") else None
 
 
-@dataclasses.dataclass
-class Best:
-    """The best evaluation so far by one metric, the first of equals; a `metric` of '' has none."""
-
-    metric: str
-    step: int | None = None
-    value: float = math.nan
-
-    @classmethod
-    def of(cls, workdir: Path, metric: str, up_to: float = math.inf) -> Best:
-        """The best that metrics.jsonl knows up to a step."""
-        best = cls(metric)
-        for record in records(workdir):
-            if record.get("split") == "eval" and record["step"] <= up_to:
-                best.offer(record["step"], record)
-        return best
-
-    def offer(self, step: int, values: dict[str, Any]) -> None:
-        """Take the evaluation of `step` where it is better."""
-        value = values.get(self.metric)
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            return
-        if self.step is None or (value < self.value if self.metric == "loss" else value > self.value):
-            self.step, self.value = step, value
-
-
 class Run(NamedTuple):
     """A run read back: what evaluate, predict and export work with."""
 
@@ -164,42 +137,12 @@ class Run(NamedTuple):
     step: int
 
 
-def load_run(workdir: Path) -> Run:
-    """The newest checkpoint of a run: the moving average where it has one.
+def load_run(workdir: Path, which: str = "last") -> Run:
+    """A run at its newest intact checkpoint ('last'), its 'best', or the one of a step, on this process's first device.
 
     Raises:
-      UserError: there is no run, or no checkpoint of it yet.
+      UserError: as `runs.read`.
     """
-    if not (workdir / CONFIG).exists():
-        raise UserError(f"{workdir} holds no run", "give the --workdir of `python -m jaxsft.train`")
-    read_json(workdir / CONFIG)
-    config = config_module.from_json((workdir / CONFIG).read_text())
-    card = ModelCard.load(workdir)
-    model = make_model(config, card.num_classes)
-    shapes = variable_shapes(model)
-    restored = checkpoint.newest(workdir, lambda record: evaluated(record, shapes), set_aside=False)
-    if restored is None:
-        raise UserError(f"{workdir} has no checkpoint yet", "train longer")
-    variables = restored.state.get("average", restored.state)
-    return Run(config, card, model, jax.device_put(variables, jax.local_devices()[0]), restored.step)
-
-
-def evaluated(record: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
-    """What `TrainState.evaluated` is in the checkpoint of `record`: the moving average where it holds one."""
-    averaged = any(name.startswith("average/") for name in record["arrays"])
-    return {"average": shapes} if averaged else shapes
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-      UserError: it is none.
-    """
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} can't be read: {error}", "remove the run and start it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no object", "remove the run and start it again")
-    return value
+    saved = runs.read(workdir, which)
+    model = make_model(saved.config, saved.card.num_classes)
+    return Run(saved.config, saved.card, model, jax.device_put(saved.variables, jax.local_devices()[0]), saved.step)

@@ -20,7 +20,7 @@ import pytest
 from jaxsft import checkpoint, train, workdir
 from jaxsft.cli import Stop, UserError
 from jaxsft.log import Log, records
-from jaxsft.workdir import Best
+from jaxsft.runs import Best
 from tests import small
 
 

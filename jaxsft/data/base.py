@@ -24,6 +24,8 @@ class Options:
     on_error: str = "raise"  # 'raise' | 'skip'
     upright: bool = True  # turn pictures as their EXIF orientation says
     resident_mb: int = 1024  # sets of one image size up to this are held as an array
+    class_order: str = "text"  # 'text', torchvision's | 'numeric'
+    divide: bool = True  # data without splits is divided into 'train' and 'val'; else it is one split, 'all'
 
     @classmethod
     def of(cls, config: Any) -> Options:
@@ -36,6 +38,7 @@ class Options:
             data.on_error,
             data.exif_orientation,
             data.resident_mb,
+            data.class_order,
         )
 
     def fits(self, count: int, size: tuple[int, int]) -> bool:
@@ -53,6 +56,8 @@ class Source(abc.ABC):
     labels: np.ndarray  # int32 [N]
     size: tuple[int, int] | None = None  # (height, width) in px where all images have one, else None
     bad: tuple[tuple[str, str], ...] = ()  # (file, reason) of what was left out
+    split: str = ""  # what it is a part of, as the data calls it: "val", "train+test"
+    listing: str = ""  # sha256 of the list of names and labels before anything was left out; '': it has no list
 
     def __len__(self) -> int:
         return len(self.labels)

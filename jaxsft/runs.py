@@ -1,0 +1,144 @@
+"""A run read back from its directory: its config, its card, and the variables of one of its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from jaxsft import checkpoint
+from jaxsft import config as config_module
+from jaxsft.cli import UserError
+from jaxsft.log import records
+from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
+from jaxsft.weights import ModelCard
+
+CONFIG = "config.json"
+
+
+class Saved(NamedTuple):
+    """What a run has on disk at `step`: the moving average of its variables where it keeps one."""
+
+    config: ConfigDict
+    card: ModelCard
+    variables: dict[str, Any]  # {"params", "batch_stats"} of numpy arrays
+    step: int
+
+
+def is_run(directory: Path) -> bool:
+    """Whether `directory` holds a run, finished or not."""
+    return (directory / CONFIG).exists() or (directory / checkpoint.FOLDER).is_dir()
+
+
+def read(workdir: Path, which: str = "last") -> Saved:
+    """A run at its newest intact checkpoint, its best, or the one of a step.
+
+    Args:
+      workdir: of the run.
+      which: 'last', 'best' (by the run's checkpoint.best_metric), or a step.
+
+    Raises:
+      UserError: there is no run, or no such checkpoint of it.
+    """
+    if not is_run(workdir):
+        raise UserError(f"{workdir} holds no run", "give the --workdir of `python -m jaxsft.train`")
+    config = read_config(workdir)
+    card = ModelCard.load(workdir)
+    shapes = variable_shapes(ARCHITECTURES[card.arch](num_classes=card.num_classes))
+    step = chosen_step(workdir, config, which)
+    restored = checkpoint.newest(workdir, lambda record: evaluated(record, shapes), set_aside=False, only=step)
+    if restored is None:
+        what = f"intact checkpoint of step {step}" if step is not None else "checkpoint yet"
+        raise UserError(f"{workdir} has no {what}", "name another --checkpoint" if step is not None else "train longer")
+    return Saved(config, card, restored.state.get("average", restored.state), restored.step)
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """A run's config, over today's defaults.
+
+    Raises:
+      UserError: it can't be read, or has a key that is not known.
+    """
+    path = workdir / CONFIG
+    values = read_json(path)
+    try:
+        return config_module.from_json(json.dumps(values))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no config of this program: {error}", "use the version that wrote it") from None
+
+
+def chosen_step(workdir: Path, config: ConfigDict, which: str) -> int | None:
+    """The step that `which` means; None: the newest.
+
+    Raises:
+      UserError: the run keeps no best, or `which` is no step.
+    """
+    if which == "last":
+        return None
+    if which.isdecimal():
+        return int(which)
+    if which != "best":
+        raise UserError(f"--checkpoint is {which!r}", "it must be last, best or a step")
+    metric = config.checkpoint.best_metric
+    best = Best.of(workdir, metric).step if metric else None
+    if best is None:
+        raise UserError(
+            f"{workdir} keeps no best checkpoint", "train with --config.checkpoint.best_metric=accuracy, or take last"
+        )
+    return best
+
+
+def evaluated(record: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
+    """What `TrainState.evaluated` is in the checkpoint of `record`: the moving average where it holds one."""
+    averaged = any(name.startswith("average/") for name in record["arrays"])
+    return {"average": shapes} if averaged else shapes
+
+
+@dataclasses.dataclass
+class Best:
+    """The best evaluation so far by one metric, the first of equals; a `metric` of '' has none."""
+
+    metric: str
+    step: int | None = None
+    value: float = math.nan
+
+    @classmethod
+    def of(cls, workdir: Path, metric: str, up_to: float = math.inf) -> Best:
+        """The best that metrics.jsonl knows up to a step."""
+        best = cls(metric)
+        for record in records(workdir):
+            if record.get("split") == "eval" and record["step"] <= up_to:
+                best.offer(record["step"], record)
+        return best
+
+    def offer(self, step: int, values: dict[str, Any]) -> None:
+        """Take the evaluation of `step` where it is better; never one whose loss is not finite."""
+        value = values.get(self.metric)
+        if value is None or not is_finite(value) or not is_finite(values.get("loss", 0.0)):
+            return
+        if self.step is None or (value < self.value if self.metric == "loss" else value > self.value):
+            self.step, self.value = step, value
+
+
+def is_finite(value: Any) -> bool:
+    """Whether `value` is a number, neither NaN nor infinite."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+      UserError: it is none.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} can't be read: {error}", "remove the run and start it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no object", "remove the run and start it again")
+    return value
