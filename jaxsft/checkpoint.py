@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import re
-import sys
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from jaxsft.cli import Stop, UserError
+from jaxsft.cli import Stop, UserError, warn
 from jaxsft.log import NotFinite
 from jaxsft.state import TrainState
 
@@ -35,6 +34,10 @@ YEARS = 10**9  # seconds
 
 class Damaged(Exception):
     """A checkpoint can't be read, or is not what was written; the message says how."""
+
+
+class Unwritten(Stop):
+    """A checkpoint can't be written."""
 
 
 class Restored(NamedTuple):
@@ -130,10 +133,10 @@ class Checkpoints:
                 self.wait()
                 self._manager.delete(old)
 
-    def _unwritten(self, error: Exception) -> Stop:
+    def _unwritten(self, error: Exception) -> Unwritten:
         whole = steps(self.workdir)
         left = f"intact: step {', '.join(map(str, whole))}" if whole else "there is no earlier one"
-        return Stop(
+        return Unwritten(
             f"a checkpoint can't be written to {self.workdir / FOLDER}: {first_line(error)}; {left}",
             "make room or mend the disk; the same command then resumes",
         )
@@ -173,7 +176,7 @@ def newest(
             said = f"the checkpoint {path} is damaged ({damage})"
         if set_aside:
             said += f" and now lies in {move_aside(workdir, path)}"
-        print(f"{said}; the one before it is used", file=sys.stderr, flush=True)
+        warn(f"{said}; the one before it is used")
     return None
 
 
@@ -212,9 +215,10 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads((path / "host" / "metadata").read_text())
         checksum = record.pop("crc32")
+        is_ours = isinstance(record["arrays"], dict) and isinstance(record["versions"], dict)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"its record can't be read: {first_line(error)}") from None
-    if seal(record)["crc32"] != checksum:
+    if not is_ours or seal(record)["crc32"] != checksum:
         raise Damaged("its record is not what was written")
     return record
 

@@ -1,8 +1,9 @@
 """Evaluate a finished or running run: every example once.
 
-python -m jaxsft.evaluate --workdir DIR [--data SOURCE --split SPLIT] [--data-dir DIR] [--json FILE]
+python -m jaxsft.evaluate --workdir DIR [--checkpoint best] [--data SOURCE --split SPLIT --data-dir DIR] [--json FILE]
 
-A source that a config file registers is known once that file is loaded: --config FILE.
+Of another source (--data) without splits of its own every image is evaluated. A source that a config file registers is
+known once that file is loaded: --config FILE.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ if __name__ == "__main__":
     machine.ask_for_huge_pages()  # before the imports below: it starts this command anew
 
 import argparse
+import collections
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 from jaxsft import cli
 from jaxsft.config import parse_flags
-from jaxsft.data.base import Options
+from jaxsft.data.base import Options, Source
 from jaxsft.data.loader import BadFiles, Loader, make_loader
 from jaxsft.data.reading import EvalPlan, in_memory
 from jaxsft.data.sources import open_source, with_classes
-from jaxsft.log import IN_FLIGHT
+from jaxsft.machine import keep_compilations
 from jaxsft.metrics import Evaluation
-from jaxsft.parallel import all_devices
+from jaxsft.parallel import IN_FLIGHT, all_devices
 from jaxsft.steps import make_eval_step
 from jaxsft.workdir import load_run
 
@@ -44,37 +45,53 @@ def evaluate(
     The next batches are dispatched while the counts of the last ones are on their way to the host. After each one
     `between` is called; it may raise to end the evaluation.
     """
-    counts: list[Any] = []
-    for batch in loader.batches():
-        counts.append(eval_step(variables, loader.dataset, batch))
-        if len(counts) > IN_FLIGHT:
-            jax.block_until_ready(counts[-1 - IN_FLIGHT])  # not further ahead: `between` is to be heard in time
-        between()
-    return Evaluation.of(jax.device_get(counts))
+
+    def counts() -> Iterator[dict[str, Any]]:
+        queue: collections.deque[Any] = collections.deque()
+        for batch in loader.batches():
+            queue.append(eval_step(variables, loader.dataset, batch))
+            between()
+            if len(queue) > IN_FLIGHT:
+                yield jax.device_get(queue.popleft())
+        yield from map(jax.device_get, queue)
+
+    return Evaluation.of(counts())
+
+
+def of_split(source: Source) -> str:
+    """What its split is called, in brackets, where it has a name."""
+    return f" ({source.split})" if source.split else ""
 
 
 def main() -> None:
     parser = cli.Parser(
         prog="python -m jaxsft.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, type=Path)
+    parser.add_argument("--workdir", required=True, type=cli.local_path)
+    parser.add_argument("--checkpoint", default="last", help="last, best or a step; default: %(default)s")
     parser.add_argument("--data", default="", help="another source than the run's, such as tfds:cifar10")
     parser.add_argument("--split", default="", help="another split than the run's eval_split")
     parser.add_argument("--data-dir", default="", help="of TFDS")
     parser.add_argument("--config", default="", help="a config file that registers the source")
-    parser.add_argument("--json", type=Path, help="write the result, per class and confusion too")
+    parser.add_argument("--json", type=cli.local_path, help="write the result, per class and confusion too")
     args = parser.parse_args()
 
     if args.config:
         parse_flags([f"--config={args.config}"], "", {})
-    run = load_run(args.workdir)
+    keep_compilations()
+    run = load_run(args.workdir, args.checkpoint)
     data, options = run.config.data, Options.of(run.config)
+    if args.data:
+        options = dataclasses.replace(options, divide=bool(args.split))
     if args.data_dir:
         options = dataclasses.replace(options, data_dir=args.data_dir)
     name = args.data or data.source
     source = open_source(name, args.split or ("" if args.data else data.eval_split), options)
     if run.card.class_names is not None:
         source = with_classes(source, run.card.class_names, name, "the model")
+    elif source.labels.max() >= run.card.num_classes:
+        what = f"{name} has the label {source.labels.max()}, the model {run.card.num_classes} outputs"
+        raise cli.UserError(what, "name the data that it was trained for")
     source = in_memory(source, options)
     parallel = all_devices(run.config)
     parallel.check_batch(data.batch_size)
@@ -91,7 +108,7 @@ def main() -> None:
     result = evaluate(eval_step, parallel.replicate(run.variables), loader)
     if args.json:
         cli.write_json(args.json, {"step": run.step, **result.record(run.card.names)})
-    print(f"{args.workdir} at step {run.step}: {result.summary()}")
+    cli.say(f"{args.workdir} at step {run.step}: {result.summary()}{of_split(source)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Hand a run's weights on: to PyTorch, or as a compiled function for any JAX runtime.
 
-python -m jaxsft.export --workdir DIR --format torch|safetensors|stablehlo --out FILE
+python -m jaxsft.export --workdir DIR --format torch|safetensors|stablehlo --out FILE [--checkpoint best]
 
 torch (.pth) and safetensors hold torchvision's names: torchvision.models.ARCH(num_classes=K).load_state_dict takes them
 strictly. stablehlo is `jax.export`'s form, weights included: uint8 images [N, S, S, 3] of any N, S the run's image
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from convert import checkpoints, names
 from jaxsft import cli
 from jaxsft.data.augment import preprocess
+from jaxsft.machine import keep_compilations
 from jaxsft.workdir import Run, load_run
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -86,17 +87,19 @@ def main() -> None:
     parser = cli.Parser(
         prog="python -m jaxsft.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, type=Path)
+    parser.add_argument("--workdir", required=True, type=cli.local_path)
+    parser.add_argument("--checkpoint", default="last", help="last, best or a step; default: %(default)s")
     parser.add_argument("--format", required=True, help=", ".join(FORMATS))
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=cli.local_path)
     args = parser.parse_args()
     if args.format not in FORMATS:
         raise cli.UserError(f"--format {args.format} is not supported", f"known: {', '.join(FORMATS)}")
     suffix, write = FORMATS[args.format]
     if args.out.suffix != suffix:
         raise cli.UserError(f"--out {args.out} is no name for --format {args.format}", f"let it end in {suffix}")
-    run = load_run(args.workdir)
-    print(f"{args.out}: {run.card.arch} at step {run.step}; {write(run, args.out)}")
+    keep_compilations()
+    run = load_run(args.workdir, args.checkpoint)
+    cli.say(f"{args.out}: {run.card.arch} at step {run.step}; {write(run, args.out)}")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,15 @@ from ml_collections import ConfigDict
 from jaxsft import cli, optim
 from jaxsft.data.augment import Amounts
 from jaxsft.data.base import Source
+from jaxsft.data.fingerprint import fingerprint
 from jaxsft.data.loader import BadFiles, Loader, make_loader
 from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, TrainPlan
 from jaxsft.data.sources import open_splits
-from jaxsft.evaluate import evaluate
+from jaxsft.evaluate import evaluate, of_split
 from jaxsft.initial import initial, make_model
 from jaxsft.metrics import Evaluation
+from jaxsft.models.layers import OneValueError
 from jaxsft.models.resnet import variable_shapes
 from jaxsft.parallel import DataParallel, all_devices
 from jaxsft.state import TrainState
@@ -36,6 +38,7 @@ class Job:
 
     config: ConfigDict
     card: ModelCard
+    data: dict[str, Any]  # the fingerprint of both splits
     parallel: DataParallel
     train_source: Source
     order: Order
@@ -113,9 +116,14 @@ def open_data(config: ConfigDict) -> tuple[Source, Source]:
     """The train and eval splits.
 
     Raises:
-      UserError: they can't be had, or there are fewer training images than one batch takes.
+      UserError: they can't be had, there are fewer training images than one batch takes, or a single class.
     """
     train_source, eval_source = open_splits(config)
+    if len(train_source.class_names) == 1:
+        raise cli.UserError(
+            f"{config.data.source} has a single class, {train_source.class_names[0]!r}: nothing to tell apart",
+            "name the folder that holds the classes, or data of two classes and more",
+        )
     if len(train_source) < config.data.batch_size:
         raise cli.UserError(
             f"config.data.batch_size {config.data.batch_size} is more than the {len(train_source)} training images",
@@ -136,6 +144,30 @@ def order_of(config: ConfigDict, source: Source, parallel: DataParallel) -> Orde
         parallel.check_batch(len(source) % data.batch_size, config.optim.accumulate, "the last batch of an epoch,")
     labels = source.labels if data.sampling == "balanced" else None
     return Order(len(source), data.batch_size, config.seed, keep_last, labels)
+
+
+def check_batch_norm(config: ConfigDict, parallel: DataParallel, order: Order) -> None:
+    """Find out whether batch norm has more than one value a channel to train on, in the last batch too.
+
+    Raises:
+      UserError: it has not, with one image a device (or micro-batch) that the network shrinks to one pixel.
+    """
+    last = len(order[order.steps_per_epoch - 1])
+    parts = config.optim.accumulate
+    if parallel.statistics_axis(config.parallel.batch_norm) is None:
+        parts *= len(parallel.devices)
+    for rows, what in ((config.data.batch_size, "a batch"), (last, "the last batch of an epoch")):
+        if rows // parts != 1:
+            continue
+        model, size = make_model(config, 2), config.data.image_size
+        shapes, image = variable_shapes(model), jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+        try:
+            jax.eval_shape(lambda v, x, m=model: m.apply(v, x, train=True, mutable=["batch_stats"]), shapes, image)
+        except OneValueError:
+            raise cli.UserError(
+                f"{what} leaves one image of {size} px to batch norm: one value a channel, whose variance is undefined",
+                "take another --config.data.batch_size, --config.data.last_batch=drop, or larger images",
+            ) from None
 
 
 def train_step_of(
@@ -165,7 +197,7 @@ def train_step_of(
 
 
 def prepare(config: ConfigDict) -> tuple[Job, str]:
-    """Open the data, port the weights, build the steps; and a line that says what will be trained.
+    """Open the data, port the weights, build the steps, saying so; and a line that says what will be trained.
 
     Raises:
       UserError: the data, the weights or the config do not allow it.
@@ -173,10 +205,16 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     parallel = all_devices(config)
     parallel.check_batch(config.data.batch_size, config.optim.accumulate)
     optim.check_patterns(config, variable_shapes(make_model(config, 2))["params"])  # before anything is fetched
+    tell = cli.say if parallel.is_main else lambda text: None
+    tell(f"reading {config.data.source} ...")
     train_source, eval_source = open_data(config)
     order = order_of(config, train_source, parallel)
+    check_batch_norm(config, parallel, order)
     total_steps = config.train.steps or max(round(config.train.epochs * order.steps_per_epoch), 1)
     statistics_axis = parallel.statistics_axis(config.parallel.batch_norm)
+    tell(
+        f"making {config.model.arch} of {config.model.weights} ..." if config.model.weights else "making the model ..."
+    )
     model, variables, card, said = initial(config, train_source.class_names, statistics_axis)
     rate = optim.schedule(config, order.steps_per_epoch, total_steps)
     optimizer = optim.make(config, variables["params"], rate)
@@ -192,6 +230,7 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     job = Job(
         config=config,
         card=card,
+        data=fingerprint(train_source, eval_source),
         parallel=parallel,
         train_source=train_source,
         order=order,
@@ -205,4 +244,5 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
         eval_loader=eval_loader,
         bad_files=bad_files,
     )
-    return job, f"{said}; {len(train_source)} training and {len(eval_source)} test images; {parallel}"
+    images = f"{len(train_source)} images to train on{of_split(train_source)}, {len(eval_source)} to evaluate on"
+    return job, f"{said}; {images}{of_split(eval_source)}; {parallel}"

@@ -8,12 +8,16 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
+
+from jaxsft.cli import Stop
+from jaxsft.parallel import IN_FLIGHT
 
 # tensorboardX imports torch where it is installed, and does without where it is not. Training never loads torch: it is
 # hidden for as long as the import takes.
@@ -28,7 +32,6 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 METRICS = "metrics.jsonl"
-IN_FLIGHT = 2  # calls dispatched beyond the one whose numbers the host reads
 ZERO = {"loss": 0.0, "top1": 0, "count": 0}
 
 
@@ -50,6 +53,7 @@ class Meter:
 
     def __init__(self, sums: dict[str, Any] | None = None, finite: bool = False):
         self.sums = dict(sums or ZERO)
+        self.epoch, self.loss = dict(ZERO), math.nan  # since the last line on the terminal; of the last step
         self._finite = finite
         self._queue: list[tuple[range, dict[str, jax.Array]]] = []
 
@@ -72,6 +76,11 @@ class Meter:
         sums, self.sums = self.settle(), dict(ZERO)
         return sums
 
+    def take_epoch(self) -> dict[str, Any]:
+        """The sums since it was last asked, of what has left the queue."""
+        sums, self.epoch = self.epoch, dict(ZERO)
+        return sums
+
     def _drain(self, keep: int) -> None:
         while len(self._queue) > keep:
             steps, queued = self._queue.pop(0)
@@ -80,6 +89,8 @@ class Meter:
                 if self._finite and not math.isfinite(counts["loss"][i]):
                     raise NotFinite(step, f"the loss is {counts['loss'][i]}")
                 self.sums = {key: self.sums[key] + counts[key][i] for key in self.sums}
+                self.epoch = {key: self.epoch[key] + counts[key][i] for key in self.epoch}
+                self.loss = counts["loss"][i] / max(counts["count"][i], 1)
 
 
 class Speed:
@@ -117,14 +128,16 @@ class Log:
         if not enabled:
             return
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines(keepends=True) if is_up_to(line, step)]
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(kept))
-            partial.replace(self.path)
+            lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+            with told(self.path):
+                partial = self.path.with_suffix(".partial")
+                partial.write_text("".join(line for line in lines if is_up_to(line, step)))
+                partial.replace(self.path)
         # The writer itself, not SummaryWriter: that one hands events to a thread, and waits for ever once it has died
         # of a full disk.
-        self._events = EventsWriter(str(workdir / "events"))
-        self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+        with told(workdir / "events"):
+            self._events = EventsWriter(str(workdir / "events"))
+            self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, split: str, step: int, **values: Any) -> None:
         """Append a line; None values are left out, NaN and infinity are null, and the time is added."""
@@ -133,13 +146,14 @@ class Log:
         now = time.time()
         values = {name: value for name, value in values.items() if value is not None}
         line = {"step": step, "split": split, **{k: None if is_nan(v) else v for k, v in values.items()}, "time": now}
-        with self.path.open("a") as file:
+        with told(self.path), self.path.open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
-        for name, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                summary = scalar(f"{split}/{name}", value)
-                self._events.write_event(Event(step=step, wall_time=now, summary=summary))
-        self._events.flush()
+        with told(self.path.with_name("events")):
+            for name, value in values.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    summary = scalar(f"{split}/{name}", value)
+                    self._events.write_event(Event(step=step, wall_time=now, summary=summary))
+            self._events.flush()
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the file has the line of this evaluation; asked before the first write, in any process."""
@@ -148,7 +162,7 @@ class Log:
     def sync(self) -> None:
         """Put metrics.jsonl on the disk itself: a checkpoint that outlives a power cut must not be ahead of it."""
         if self._events is not None and self.path.exists():
-            with self.path.open("rb") as file:
+            with told(self.path), self.path.open("rb") as file:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
@@ -164,6 +178,16 @@ class Log:
             self.close()
 
 
+@contextlib.contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Let a failure to write `path` end the run in one line. Raises Stop."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{path} can't be written: {error.strerror or error}"
+        raise Stop(what, "make room or mend the disk; the same command then resumes") from error
+
+
 def is_nan(value: Any) -> bool:
     """Whether `value` is a number that JSON can't hold."""
     return isinstance(value, float) and not math.isfinite(value)
@@ -174,9 +198,9 @@ def records(workdir: Path) -> list[dict[str, Any]]:
     lines = []
     try:
         for line in (workdir / METRICS).read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
-                lines += [record] if isinstance(record, dict) and "step" in record else []
+                lines += [record] if isinstance(record, dict) and isinstance(record.get("step"), int) else []
     except OSError:
         pass
     return lines
@@ -186,7 +210,7 @@ def is_up_to(line: str, step: int) -> bool:
     """Whether a line of metrics.jsonl is whole and of a step up to `step`."""
     try:
         return json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -8,8 +8,10 @@ for them where the environment says so at the start of the process, which is why
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 VARIABLE, TUNABLE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
@@ -19,6 +21,31 @@ ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def greet() -> None:
+    """Say on stdout that the command has begun, for the imports that come take seconds."""
+    if not {"-h", "--help"} & set(sys.argv):
+        with contextlib.suppress(OSError, ValueError):  # of a terminal that is gone
+            print("starting ...", flush=True)
+
+
+def keep_compilations() -> None:
+    """Let JAX keep compiled programs in the user's cache, so that the next command of the kind starts faster.
+
+    Not where the user says where they go, or the cache can't be written: JAX would warn of every program.
+    """
+    import jax
+
+    from jaxsft.weights import cache_dir
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = cache_dir() / "compiled"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def ask_for_huge_pages() -> None:

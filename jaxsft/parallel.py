@@ -6,10 +6,11 @@ same body: `jax.pmap` with `in_axes` / `out_axes` None for what is replicated, o
 
 from __future__ import annotations
 
+import collections
 import functools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,33 @@ from jaxsft.machine import cores
 
 AXIS = "batch"
 MOST_CORES = 16  # as devices: each has the whole state
+IN_FLIGHT = 2  # calls dispatched beyond the one that is waited for: enough to keep a device busy
 IMAGES_A_CORE = 4  # at least: each core also updates all parameters; where that ceases to pay was not measured
+
+
+class Bounded:
+    """A compiled function of which at most IN_FLIGHT calls run ahead of the host, counted over all such functions.
+
+    The host may not run ahead without end. XLA:CPU executes for all devices on one pool of as many threads as there
+    are cores or devices; once 32 computations of a device are in flight, the launch of the next keeps its thread until
+    one ends. If that one waits in a collective for another device, whose half has no thread left to start on, all wait
+    for ever, and XLA ends the process after a minute ("Termination timeout for all reduce"). A few calls never come
+    near the 32, so no launch ever waits. The pool is the process's, and so is the count.
+    """
+
+    _dispatched: ClassVar[collections.deque[Any]] = collections.deque()
+
+    def __init__(self, function: Any, donates: bool):
+        """`function` is jitted or pmapped; with `donates` its first output goes to the next call, unawaited."""
+        self._function, self._donates = function, donates
+        self.lower = function.lower
+
+    def __call__(self, *args: Any) -> Any:
+        result = self._function(*args)
+        self._dispatched.append(result[1:] if self._donates else result)
+        while len(self._dispatched) > IN_FLIGHT:
+            jax.block_until_ready(self._dispatched.popleft())
+        return result
 
 
 @functools.cache
@@ -137,16 +164,18 @@ class DataParallel:
     def compile(self, body: Callable[..., Any], *, donate_first: bool = False) -> Callable[..., Any]:
         """`body(replicated, replicated dataset, split batch)` on all devices; what it returns must be replicated.
 
-        With `donate_first` the memory of the first argument is given to the result.
+        With `donate_first` the memory of the first argument is given to the first of the results. The host waits in a
+        call while more than IN_FLIGHT earlier ones are on their way (see `Bounded`).
         """
         donate = (0,) if donate_first else ()
         if self.backend == "pmap":
-            return jax.pmap(
+            mapped = jax.pmap(
                 body, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=donate, devices=self.devices
             )
+            return Bounded(mapped, donate_first)
         everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
         # check_vma off: the body averages gradients itself, exactly as under pmap.
         mapped = jax.shard_map(
             body, mesh=self.mesh, in_specs=(everywhere, everywhere, split), out_specs=everywhere, check_vma=False
         )
-        return jax.jit(mapped, donate_argnums=donate)
+        return Bounded(jax.jit(mapped, donate_argnums=donate), donate_first)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
 import numpy as np
+from ml_collections import ConfigDict
 
+from jaxsft import config as config_module
+from jaxsft.cli import printable
+from jaxsft.log import records as read_records
 from jaxsft.metrics import Evaluation
 from jaxsft.weights import ModelCard
 
@@ -21,28 +25,32 @@ table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .15rem .8r
 td.number { text-align: right; font-variant-numeric: tabular-nums } img { max-width: 100% } h1 { font-size: 1.4rem }
 """
 MOST_CLASSES = 100  # beyond that a confusion matrix is a grey square
+FEW_POINTS = 30  # of a curve: each is marked, so that a single one is seen, too
 
 
-def write(workdir: Path, card: ModelCard, result: Evaluation, batch: matplotlib.figure.Figure) -> None:
-    """Write `workdir`/report.html from the run's metrics.jsonl, config.json, its last evaluation, and a picture of a
+def write(
+    workdir: Path, card: ModelCard, config: ConfigDict, result: Evaluation, batch: matplotlib.figure.Figure
+) -> None:
+    """Write `workdir`/report.html from the run's metrics.jsonl and config, its last evaluation, and a picture of a
     batch as the model sees it."""
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    names = card.names
+    records = read_records(workdir)
+    names = tuple(map(printable, card.names))
     parts = [
         f"<!doctype html><meta charset=utf-8><title>{html.escape(workdir.name)}</title><style>{STYLE}</style>",
         f"<h1>{html.escape(workdir.name)}: {html.escape(result.summary())}</h1>",
         table([(key, value) for key, value in facts(card, records)]),
-        picture(curves(records)),
+        picture(curves(records, training_loss(config))),
         "<h2>By class</h2>",
         table([(names[k], percent(value)) for k, value in by_accuracy(result)]),
     ]
     if card.num_classes <= MOST_CLASSES:
-        parts += ["<h2>Confusions</h2>", picture(confusion(result.confusion, names))]
+        with matplotlib.rc_context({"text.parse_math": False}):  # what stands between two $ of a name is no formula
+            parts += ["<h2>Confusions</h2>", picture(confusion(result.confusion, names))]
     parts += ["<h2>Of the first batch</h2>", picture(batch)]
-    configuration = html.escape((workdir / "config.json").read_text())
+    configuration = html.escape(config_module.to_json(config))
     parts.append(f"<h2>Config</h2><pre>{configuration}</pre>")
     partial = workdir / "report.html.partial"
-    partial.write_text("\n".join(parts))
+    partial.write_text("\n".join(parts), encoding="utf-8", errors="replace")
     partial.replace(workdir / "report.html")
 
 
@@ -62,18 +70,38 @@ def facts(card: ModelCard, records: list[dict[str, Any]]) -> list[tuple[str, str
     ]
 
 
-def curves(records: list[dict[str, Any]]) -> matplotlib.figure.Figure:
-    """Loss and accuracy over the epochs, in training and in evaluation."""
+def training_loss(config: ConfigDict) -> str:
+    """What the loss of training is, where it is not the plain cross-entropy that evaluation has; else ''."""
+    train = config.train
+    parts = {"label smoothing": train.label_smoothing, "mixup": train.mixup, "cutmix": train.cutmix}
+    said = [f"{name} {value:g}" for name, value in parts.items() if value]
+    return ", ".join([*said, *(["class weights"] if len(train.class_weights) else [])])
+
+
+def curves(records: list[dict[str, Any]], other_loss: str = "") -> matplotlib.figure.Figure:
+    """Loss and accuracy over the epochs, in training and in evaluation.
+
+    Where the loss of training is an `other_loss` than evaluation's, its curve says so: the two have no common scale.
+    """
     figure = matplotlib.figure.Figure(figsize=(9, 3.2), layout="constrained")
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for split, style in (("train", "-"), ("eval", "o-")):
-            points = [(r["epoch"], r[quantity]) for r in records if r["split"] == split]
+        for split in ("train", "eval"):
+            points = [(r["epoch"], r[quantity]) for r in records if r["split"] == split and is_point(r, quantity)]
+            is_other = split == "train" and quantity == "loss" and other_loss
+            label = f"train, with {other_loss}" if is_other else split
+            style = "o-" if split == "eval" or len(points) <= FEW_POINTS else "-"
             if points:
-                axes.plot(*zip(*points, strict=True), style, label=split, markersize=4, linewidth=1.2)
+                axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
         axes.set(xlabel="epoch", ylabel=quantity)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        if axes.lines:
+            axes.legend(frameon=False)
     return figure
+
+
+def is_point(record: dict[str, Any], quantity: str) -> bool:
+    """Whether a line of the log has a place on a curve: NaN is null there."""
+    return all(isinstance(record.get(name), int | float) for name in ("epoch", quantity))
 
 
 def confusion(counts: np.ndarray, names: tuple[str, ...]) -> matplotlib.figure.Figure:
@@ -113,5 +141,7 @@ def table(rows: list[tuple[str, str]]) -> str:
 def picture(figure: matplotlib.figure.Figure) -> str:
     """A figure as an inline PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box stands for it
+        figure.savefig(buffer, format="png", dpi=130)
     return f"<img src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -63,12 +64,29 @@ def read_config(workdir: Path) -> ConfigDict:
     Raises:
       UserError: it can't be read, or has a key that is not known.
     """
-    path = workdir / CONFIG
-    values = read_json(path)
+    values = config_record(workdir)
     try:
         return config_module.from_json(json.dumps(values))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no config of this program: {error}", "use the version that wrote it") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = f"{workdir / CONFIG} is no config of this program: {error}"
+        raise UserError(what, "use the version that wrote it") from None
+
+
+def config_record(workdir: Path) -> dict[str, Any]:
+    """What config.json says, or where it is damaged what the newest checkpoint does.
+
+    Raises:
+      UserError: neither can be read.
+    """
+    try:
+        return read_json(workdir / CONFIG)
+    except UserError:
+        for step in reversed(checkpoint.steps(workdir)):
+            with contextlib.suppress(checkpoint.Damaged):
+                found = checkpoint.read_record(workdir / checkpoint.FOLDER / str(step)).get("config")
+                if isinstance(found, dict):
+                    return found
+        raise
 
 
 def chosen_step(workdir: Path, config: ConfigDict, which: str) -> int | None:

@@ -13,28 +13,31 @@ from jaxsft import machine
 
 if __name__ == "__main__":
     machine.ask_for_huge_pages()  # before the imports below: it starts this command anew
+    machine.greet()
 
+import contextlib
+import json
 import logging
-import os
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from jaxsft import checkpoint, cli, processes
 from jaxsft import config as config_module
 from jaxsft import workdir as workdir_module
-from jaxsft.checkpoint import Checkpoints
+from jaxsft.checkpoint import Checkpoints, Unwritten
 from jaxsft.interrupts import Interrupted, Interrupts
 from jaxsft.job import Job, prepare
 from jaxsft.log import Log, Meter, NotFinite, Speed, progress
 from jaxsft.metrics import Evaluation
 from jaxsft.runs import Best
-from jaxsft.weights import cache_dir
 
 IN_REPORT = 32  # images of the first batch
 
@@ -48,24 +51,27 @@ class Trainer:
         self.job, self.start, self.meter, self.best = job, start, meter, best
         self.checkpoints, self.interrupts, self.log = checkpoints, interrupts, log
         self.speed = Speed()
+        self.began = self.epoch_began = time.perf_counter()
 
     def run(self) -> Evaluation:
         """Train to the end; the last evaluation, whose line of the log is written when all else is on disk."""
         job, total, every = self.job, self.job.total_steps, self.job.config.checkpoint.every_steps
         batch_size = job.config.data.batch_size
-        with progress(total * batch_size, self.start * batch_size, job.parallel.is_main) as bar:
+        with progress(total * batch_size, self.start * batch_size, job.parallel.is_main) as self.bar:
+            self.tell("compiling ...")
             job.compile_evaluation()
             if 0 < self.start < total and job.is_evaluated(self.start) and not self.log.has_evaluation(self.start):
                 self.evaluate(self.start)  # a signal came before its end
             for steps in job.calls(self.start):
                 self.update(steps)
-                bar.update(len(steps) * batch_size)
+                self.bar.set_postfix_str(f"epoch {job.epoch(steps[-1]):.2f}, loss {self.meter.loss:.4f}", refresh=False)
+                self.bar.update(len(steps) * batch_size)
                 step = steps[-1]
-                if step < total and job.is_evaluated(step):
-                    summary = self.evaluate(step).summary()
-                    if job.parallel.is_main:
-                        bar.write(f"epoch {job.epoch(step):g}: {summary}")
-                if step % every == 0 or step in (total, self.best.step):
+                is_evaluated = step < total and job.is_evaluated(step)
+                result = self.evaluate(step) if is_evaluated else None
+                if step < total and (result or int(job.epoch(step)) > int(job.epoch(steps[0] - 1))):
+                    self.tell_epoch(step, result)
+                if step % every == 0 or step == total or is_evaluated:
                     self.save(step)
             return self.finish(total)
 
@@ -77,10 +83,29 @@ class Trainer:
         if step == self.start + 1:
             self.interrupts.begin()
             self.meter.settle()
+            self.tell(f"compiled in {time.perf_counter() - self.began:.0f} s")
             self.speed.restart()  # what came so far was mostly compilation
+            self.epoch_began = time.perf_counter()
         if step % self.job.config.train.log_every_steps == 0 or step == self.job.total_steps:
             self.write_train_line(step, self.meter.take(), self.speed.take())
         self.interrupts.poll(step)
+
+    def tell(self, text: str) -> None:
+        """Print a line above the bar, once a run."""
+        if self.job.parallel.is_main:
+            self.bar.write(cli.printable(text))
+            sys.stdout.flush()
+
+    def tell_epoch(self, step: int, result: Evaluation | None) -> None:
+        """The line of an epoch: what it has learnt, and how long it took with its evaluation."""
+        sums, now = self.meter.take_epoch(), time.perf_counter()
+        epochs = f"{self.job.epoch(step):g} of {self.job.epoch(self.job.total_steps):g}"
+        trained = f"training loss {sums['loss'] / sums['count']:.4f}" if sums["count"] else ""
+        evaluated = f"evaluation {result.summary()}" if result else ""
+        rate = f"lr {self.job.rates[step - 1]:.3g}"
+        parts = (trained, evaluated, rate, f"{now - self.epoch_began:.0f} s")
+        self.tell(f"epoch {epochs}: {', '.join(filter(None, parts))}")
+        self.epoch_began = now
 
     def evaluate(self, step: int) -> Evaluation:
         """Evaluate, write the line of the log, and note whether this is the best so far."""
@@ -94,6 +119,7 @@ class Trainer:
         """The last evaluation, the last checkpoint, and only then the line that says that the run is finished."""
         result = self.job.evaluate(between=lambda: self.interrupts.poll(total))
         self.best.offer(total, result.scalars())
+        self.tell_epoch(total, result)
         self.save(total)
         self.checkpoints.wait()
         by_name = result.record(self.job.card.names)["per_class"]
@@ -106,6 +132,14 @@ class Trainer:
         host = {"meter": self.meter.settle(), "config": self.job.config.to_dict()}
         self.log.sync()
         self.checkpoints.save(self.job.state, step, host, best=self.best.step)
+
+    def save_now(self) -> int:
+        """Save the state as it is, to the disk itself; its step. At 0 there is nothing to save."""
+        step = int(jax.device_get(self.job.state.step))
+        if step:
+            self.save(step)
+            self.checkpoints.wait()
+        return step
 
     def write_train_line(self, step: int, sums: dict[str, Any], images_per_sec: float | None) -> None:
         """One line of the log about the steps since the last one."""
@@ -137,17 +171,19 @@ def fit(job: Job, workdir: Path) -> Evaluation:
             with jax.transfer_guard("disallow"):
                 return trainer.run()
         except Interrupted as interrupted:
-            step = int(jax.device_get(job.state.step))
-            trainer.save(step)
-            checkpoints.wait()
+            step = trainer.save_now()
             where = f"at step {step} of {job.total_steps}, saved in {checkpoints.path(step)}"
             raise cli.Preempted(interrupted.number, where, "the same command resumes") from None
         except NotFinite as found:
             checkpoints.wait()
             raise advise(found, checkpoints) from None
-        except OSError as error:
-            what = f"{workdir} can't be written: {error.strerror}"
-            raise cli.Stop(what, "make room or mend the disk; the same command then resumes") from error
+        except Unwritten:
+            raise
+        except cli.Stop:  # such as a picture that can't be read any more
+            with contextlib.suppress(cli.Stop, NotFinite):  # what ended the run is told, whatever else there is
+                if job.parallel.process_count == 1 and (step := trainer.save_now()):
+                    cli.warn(f"the run ends at step {step} of {job.total_steps}, saved in {checkpoints.path(step)}")
+            raise
         finally:
             job.close()
 
@@ -158,17 +194,27 @@ def resume(job: Job, workdir: Path) -> tuple[int, Meter]:
     restored = checkpoint.newest(workdir, lambda record: job.state, set_aside=job.parallel.is_main)
     if restored is None:
         return 0, Meter(finite=finite)
-    if job.parallel.process_count > 1:
-        multihost_utils.assert_equal(restored.step, "the processes see different checkpoints: is --workdir shared?")
+    must_agree(job, restored.step, "the processes see different checkpoints", "let all see one --workdir")
     job.state = job.parallel.replicate(restored.state)
     say(job, f"resuming at step {restored.step} of {job.total_steps}")
     return restored.step, Meter(restored.record["meter"], finite)
 
 
+def must_agree(job: Job, value: Any, what: str, what_to_do: str) -> None:
+    """Raise a Stop in every process of a run where `value`, of JSON, is not the same in all of them."""
+    if job.parallel.process_count == 1:
+        return
+    number = zlib.crc32(json.dumps(value).encode())
+    try:
+        multihost_utils.assert_equal(np.uint32(number), what)
+    except AssertionError:
+        raise cli.Stop(what, what_to_do) from None
+
+
 def say(job: Job, text: str) -> None:
     """Print a line, once a run: in the process that writes."""
     if job.parallel.is_main:
-        print(text, flush=True)
+        cli.say(text)
 
 
 def advise(found: NotFinite, checkpoints: Checkpoints) -> cli.Stop:
@@ -192,11 +238,12 @@ def train(config: ConfigDict, workdir: Path) -> None:
     began = time.perf_counter()
     finished = workdir_module.final_record(workdir)
     if finished:
-        print(f"{workdir}: finished at step {finished['step']}, accuracy {finished['accuracy']:.4f}")
+        cli.say(f"{workdir}: finished at step {finished['step']}, accuracy {finished['accuracy']:.4f}")
         return
     job, said = prepare(config)
+    must_agree(job, job.data, "the processes see different data", "give all of them the same images")
     with workdir_module.lock(workdir, job.parallel.is_main):
-        workdir_module.create(workdir, config, job.card, job.parallel.is_main)
+        workdir_module.create(workdir, config, job.card, job.data, job.parallel.is_main)
         say(job, said)
         if job.parallel.is_main:
             job.bad_files.write_to(workdir)
@@ -207,30 +254,34 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
 
 def write_report(job: Job, workdir: Path, result: Evaluation) -> None:
-    """Leave report.html in the run's directory."""
+    """Leave report.html in the run's directory. Whatever its drawing comes to grief of, the run is whole without it."""
     from jaxsft import report  # here: a start need not wait for matplotlib
     from jaxsft.data import show
 
-    images, labels = show.batch_of(job.config, job.train_source, job.card.preprocessing, IN_REPORT)
-    report.write(workdir, job.card, result, show.grid(images, labels, job.train_source.class_names))
-
-
-def keep_compilations() -> None:
-    """Let JAX keep compiled programs in the user's cache, so that the same command starts faster the next time."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    try:
+        images, labels = show.batch_of(job.config, job.train_source, job.card.preprocessing, IN_REPORT)
+        batch = show.grid(images, labels, job.train_source.class_names)
+        report.write(workdir, job.card, job.config, result, batch)
+    except Exception as error:
+        cli.warn(f"no report.html could be made: {type(error).__name__}: {error}")
 
 
 def main() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises too, and that is ours to tell
     sys.unraisablehook = checkpoint.but_closed_loops(sys.unraisablehook)
-    options = {"workdir": "where the run lies; default runs/<config file>[-<variant>]", **processes.OPTIONS}
+    options = {
+        "workdir": "where the run lies; default runs/<config file>[-<variant>]",
+        "checkpoint": "of a run given as config.model.weights: last, best or a step",
+        **processes.OPTIONS,
+    }
     assert __doc__ is not None
     config, values, config_flag = config_module.parse_flags(sys.argv[1:], __doc__, options)
-    workdir = Path(values["workdir"] or Path("runs") / config_module.run_name(config_flag))
+    workdir = cli.local_path(values["workdir"] or Path("runs") / config_module.run_name(config_flag))
+    if values["checkpoint"]:
+        config.model.checkpoint = values["checkpoint"]
     config_module.check(config)
     workdir_module.check(workdir, config)
-    keep_compilations()
+    machine.keep_compilations()
     with processes.join(values, config.parallel.timeout_seconds):
         train(config, workdir)
 

@@ -1,4 +1,4 @@
-"""A run's directory: config.json, model.json, metrics.jsonl, checkpoints/, events.* and its lock."""
+"""A run's directory: config.json, model.json, data.json, metrics.jsonl, checkpoints/, events/ and its lock."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from jaxsft import checkpoint, runs
 from jaxsft import config as config_module
-from jaxsft import runs
 from jaxsft.cli import UserError
+from jaxsft.data.fingerprint import classes_difference, difference
 from jaxsft.initial import make_model
 from jaxsft.log import records
 from jaxsft.models.resnet import ResNet
 from jaxsft.runs import CONFIG, read_json
 from jaxsft.weights import ModelCard
 
-LOCK = "lock"
+LOCK, DATA = "lock", "data.json"
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
@@ -51,16 +52,63 @@ def check(workdir: Path, config: ConfigDict) -> None:
 
 def check_config(workdir: Path, config: ConfigDict) -> None:
     """Raise a UserError where `workdir` holds a run of another config, or something that is no run."""
-    if not (workdir / CONFIG).exists():
+    if not runs.is_run(workdir):
         if workdir.exists() and any(path.name != LOCK for path in workdir.iterdir()):
             raise UserError(f"{workdir} is not empty and holds no run", "give another --workdir")
         return
-    there = settings(read_json(workdir / CONFIG))
+    there = settings(runs.config_record(workdir))
     here = settings(json.loads(config_module.to_json(config)))
     differing = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
     if differing:
         listed = ", ".join(f"{key} ({there.get(key)!r} there, {here.get(key)!r} here)" for key in differing)
-        raise UserError(f"{workdir} holds a run of another config: {listed}", "give another --workdir")
+        raise UserError(
+            f"{workdir} holds a run of another config: {listed}",
+            f"give another --workdir; there --config.model.weights={workdir} goes on from what this run has learnt",
+        )
+
+
+def check_data(workdir: Path, card: ModelCard, data: dict[str, Any], on_changed: str) -> None:
+    """Find out before anything is written whether a run that is to be resumed finds the data that it began with.
+
+    Args:
+      workdir: of the run.
+      card: what the model would be now.
+      data: the fingerprint of the data now.
+      on_changed: 'stop', or 'continue' with other data of as many classes.
+
+    Raises:
+      UserError: the classes, the number of images, their names, labels or order differ; or the model has another head.
+    """
+    if not checkpoint.steps(workdir):
+        return
+    before = known_card(workdir)
+    if before and before.num_classes != card.num_classes:
+        changed = classes_difference(before.names, card.names)
+        raise UserError(
+            f"{workdir} holds a model of {before.num_classes} classes, the data have {card.num_classes}: {changed}",
+            f"give another --workdir; there --config.model.weights={workdir} goes on from what this run has learnt",
+        )
+    if on_changed == "continue":
+        return
+    if (workdir / DATA).exists():
+        there = read_json(workdir / DATA)
+    elif before and before.class_names:  # a run of before there was such a file
+        there = {**data, "classes": list(before.class_names)}
+    else:
+        return
+    if found := difference(there, data):
+        raise UserError(
+            f"{workdir} began with other data: {found}",
+            "give another --workdir, or --config.train.on_changed_data=continue if this is meant",
+        )
+
+
+def known_card(workdir: Path) -> ModelCard | None:
+    """The card in `workdir`, None where it is missing or damaged: it is then written anew."""
+    try:
+        return ModelCard.load(workdir)
+    except UserError:
+        return None
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -103,28 +151,30 @@ def lock(workdir: Path, enabled: bool = True) -> Iterator[None]:
         yield
 
 
-def create(workdir: Path, config: ConfigDict, card: ModelCard, enabled: bool = True) -> None:
-    """Write config and card into the directory, which is locked; each appears whole or not at all.
+def create(workdir: Path, config: ConfigDict, card: ModelCard, data: dict[str, Any], enabled: bool = True) -> None:
+    """Write config, card and the fingerprint of the data into the directory, which is locked; each whole or not at all.
 
     Raises:
-      UserError: meanwhile another run has begun here, or it can't be written.
+      UserError: meanwhile another run has begun here, it began with other data, or it can't be written.
     """
     if not enabled:
         return
     check_config(workdir, config)
+    check_data(workdir, card, data, config.train.on_changed_data)
     try:
         card.save(workdir)
-        partial = workdir / (CONFIG + ".partial")
-        partial.write_text(config_module.to_json(config))
-        partial.replace(workdir / CONFIG)
+        for name, text in ((DATA, json.dumps(data, indent=2) + "\n"), (CONFIG, config_module.to_json(config))):
+            partial = workdir / (name + ".partial")
+            partial.write_text(text)
+            partial.replace(workdir / name)
     except OSError as error:
         raise UserError(f"{workdir} can't be written: {error.strerror}", "give another --workdir") from None
 
 
 def final_record(workdir: Path) -> dict[str, Any] | None:
     """The last line of metrics.jsonl where the run is finished, else None."""
-    lines = records(workdir)
-    return lines[-1] if lines and lines[-1].get("final") else None
+    last = (records(workdir) or [{}])[-1]
+    return last if last.get("final") and runs.is_finite(last.get("accuracy")) else None
 
 
 class Run(NamedTuple):

@@ -65,7 +65,7 @@ def grid(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -
         axis.set_axis_off()
     for axis, image, label in zip(axes.flat, images, labels, strict=False):
         axis.imshow(image, interpolation="nearest")
-        axis.set_title(class_names[label], fontsize=8, pad=2)
+        axis.set_title(cli.printable(class_names[label]), fontsize=8, pad=2, parse_math=False)
     figure.tight_layout(pad=0.3)
     return figure
 

@@ -53,6 +53,10 @@ class Conv(nn.Module):
         return kernel if only_kernel else conv2d(x, kernel, self.stride, k // 2, self.groups)
 
 
+class OneValueError(ValueError):
+    """Batch norm is to train on a single value a channel."""
+
+
 class BatchNorm(nn.Module):
     """`torch.nn.BatchNorm2d` over N, H and W of [N, H, W, C].
 
@@ -65,7 +69,8 @@ class BatchNorm(nn.Module):
     int32 scalar that torch calls num_batches_tracked. Statistics are taken in float32 at least.
 
     Raises:
-      ValueError: in training, when each channel has a single value (torch refuses it too: its variance is undefined).
+      OneValueError: in training, when each channel has a single value, whose variance is undefined (torch refuses it
+        too).
     """
 
     momentum: float = 0.1
@@ -96,7 +101,7 @@ class BatchNorm(nn.Module):
             y, mean, var = conv_norm(x, kernel, scale, bias, self.epsilon)
         size = y.size // y.shape[-1] * (1 if axis_name is None else lax.axis_size(axis_name))
         if size == 1:
-            raise ValueError(f"{'/'.join(self.path)}: one value per channel when training, input {x.shape}")
+            raise OneValueError(f"{'/'.join(self.path)}: one value per channel when training, input {x.shape}")
         if not self.is_initializing():
             running_mean.value = self._move(running_mean.value, mean)
             running_var.value = self._move(running_var.value, var * (size / (size - 1)))

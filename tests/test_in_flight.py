@@ -1,0 +1,43 @@
+"""Calls that nobody waits for do not hang the CPU's devices in a collective."""
+
+from __future__ import annotations
+
+import pytest
+
+# Time limits of XLA's own, short, so that a hang ends the process instead of the patience.
+FLAGS = "--xla_cpu_collective_call_warn_stuck_timeout_seconds=10 --xla_cpu_collective_call_terminate_timeout_seconds=20"
+SCRIPT = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax import lax
+from jaxsft import parallel
+
+devices = parallel.DataParallel(sys.argv[1])
+
+def train(state, data, batch):
+    for _ in range(4):
+        state = state - 1e-3 * lax.pmean(jnp.tanh(state @ state) * batch["x"].mean(), "batch")
+    return state, {"loss": state.sum()}
+
+def evaluate(state, data, batch):
+    return {"loss": lax.psum((state * batch["x"].mean()).sum(), "batch")}
+
+train, evaluate = devices.compile(train, donate_first=True), devices.compile(evaluate)
+state, batch = devices.replicate(np.eye(4, dtype=np.float32)), devices.split({"x": np.ones(4, np.float32)})
+most = 0
+for call in range(int(sys.argv[2])):
+    state, counts = train(state, {}, batch)
+    if call % 10 == 0:  # two programs, one bound
+        evaluate(state, {}, batch)
+    most = max(most, len(parallel.Bounded._dispatched))
+jax.block_until_ready(state)
+print("most in flight:", most)
+"""
+
+
+@pytest.mark.parametrize(("backend", "calls"), [("pmap", 20_000), ("shard_map", 2_000)])
+def test_twenty_thousand_calls_without_waiting(run, backend: str, calls: int) -> None:
+    # Without the bound XLA ends the process here, with either back end.
+    done = run("-c", SCRIPT, backend, calls, devices=2, XLA_FLAGS=FLAGS, timeout=300)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert done.stdout == "most in flight: 2\n"

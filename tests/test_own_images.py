@@ -1,0 +1,287 @@
+"""A run on images in folders, as a lab has them: what changes between two starts is noticed, what is odd is said."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+from jaxsft import checkpoint, evaluate, report, runs, train, workdir
+from jaxsft.cli import Stop, UserError
+from jaxsft.config import parse_flags
+from jaxsft.data.fingerprint import difference
+from jaxsft.log import records
+from jaxsft.weights import ModelCard
+
+CLASSES = ("ant", "bee", "$_$")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _keep_compilations(cache: Path):
+    """All runs here compile the same programs."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", str(cache / "jaxsft" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def picture(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 32, 3), np.uint8)).save(path)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("own") / "images"
+    for k, label in enumerate(CLASSES):
+        for i in range(8):
+            picture(root / ("train" if i < 6 else "val") / label / f"{i}.png", 10 * k + i)
+    return root
+
+
+def run_here(path: Path, images: Path, *overrides: str) -> None:
+    """A run of four steps of four pictures."""
+    config, _, _ = parse_flags(
+        [
+            "--config=configs/folder.py:resnet10_w16", "--config.model.weights=", "--config.data.image_size=32",
+            "--config.data.batch_size=4", "--config.train.steps=6", "--config.optim.warmup_epochs=0",
+            "--config.data.workers=0", "--config.checkpoint.every_steps=2", "--config.checkpoint.keep=9",
+            f"--config.data.source=folder:{images}", *overrides,
+        ], "", {},
+    )  # fmt: skip
+    workdir.check(path, config)
+    train.train(config, path)
+
+
+@pytest.fixture(scope="module")
+def finished(images: Path, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("finished") / "run"
+    run_here(path, images)
+    return path
+
+
+@pytest.fixture
+def stopped(finished: Path, images: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A copy of the run, stopped after two steps, and one of its images."""
+    path, own = shutil.copytree(finished, tmp_path / "run"), shutil.copytree(images, tmp_path / "images")
+    for step in checkpoint.steps(path)[1:]:
+        shutil.rmtree(path / "checkpoints" / str(step))
+    log = path / "metrics.jsonl"
+    log.write_text("".join(line for line in log.read_text().splitlines(True) if json.loads(line)["step"] <= 2))
+    config = json.loads((path / "config.json").read_text())
+    config["data"]["source"] = f"folder:{own}"
+    (path / "config.json").write_text(json.dumps(config))
+    return path, own
+
+
+def rename(root: Path) -> None:
+    for part in ("train", "val"):
+        (root / part / "bee").rename(root / part / "aardvark")
+
+
+def add_class(root: Path) -> None:
+    picture(root / "train" / "cat" / "0.png", 99)
+
+
+CHANGES = {
+    "a class has another name": (rename, r"other classes: no longer 'bee', newly 'aardvark'"),
+    "a class more": (add_class, r"holds a model of 3 classes, the data have 4: newly 'cat'; give another --workdir"),
+    "a picture fewer": (
+        lambda root: (root / "train" / "bee" / "1.png").unlink(),
+        r"18 images in its train split there, 17 here",
+    ),
+    "another order": (
+        lambda root: (root / "train" / "bee" / "1.png").rename(root / "train" / "bee" / "a.png"),
+        r"the 18 images of its train split have other names or labels, or another order",
+    ),
+    "evaluated on others": (
+        lambda root: (root / "val" / "bee" / "6.png").rename(root / "val" / "bee" / "9.png"),
+        r"the 6 images of its eval split have other names",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_run_is_bound_to_its_data(stopped: tuple[Path, Path], what: str) -> None:
+    path, own = stopped
+    change, said = CHANGES[what]
+    change(own)
+    before = {file: file.read_bytes() for file in path.glob("*.json*")}
+    with pytest.raises(UserError, match=said):
+        run_here(path, own)
+    assert {file: file.read_bytes() for file in path.glob("*.json*")} == before
+
+
+def test_who_means_it_goes_on_with_other_data(stopped: tuple[Path, Path]) -> None:
+    path, own = stopped
+    rename(own)
+    run_here(path, own, "--config.train.on_changed_data=continue")
+    assert records(path)[-1]["final"]
+    assert ModelCard.load(path).class_names == ("$_$", "aardvark", "ant")
+
+
+def test_the_same_data_elsewhere_are_the_same(finished: Path) -> None:
+    data = json.loads((finished / "data.json").read_text())
+    assert data["classes"] == sorted(CLASSES)
+    assert (data["train"]["images"], data["eval"]["images"]) == (18, 6)
+    assert difference(data, json.loads(json.dumps(data))) == ""
+
+
+def test_names_with_dollars_are_drawn_as_they_are(finished: Path) -> None:
+    assert "$_$" in (finished / "report.html").read_text()
+
+
+def test_a_report_that_fails_costs_no_run(images: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def fail(*args):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(report, "write", fail)
+    run_here(tmp_path / "run", images)
+    said = capsys.readouterr()
+    assert "no report.html could be made: RuntimeError: no font" in said.err
+    assert records(tmp_path / "run")[-1]["final"]
+
+
+def test_every_evaluation_leaves_a_checkpoint(images: Path, tmp_path: Path) -> None:
+    run_here(tmp_path / "run", images, "--config.checkpoint.every_steps=500", "--config.eval.every_epochs=0.5")
+    evaluated = [line["step"] for line in records(tmp_path / "run") if line["split"] == "eval"]
+    assert evaluated == [2, 4, 6]
+    assert checkpoint.steps(tmp_path / "run") == [2, 4, 6]
+
+
+def test_the_terminal_says_what_goes_on(images: Path, tmp_path: Path, capsys) -> None:
+    run_here(tmp_path / "run", images)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"reading folder:{images} ..."
+    assert "18 images to train on" in lines[2] and "6 to evaluate on" in lines[2]
+    assert lines[3] == "compiling ..."
+    assert re.fullmatch(r"compiled in \d+ s", lines[4])
+    line = r"epoch (1|1.5) of 1.5: training loss \d\.\d{4}, evaluation accuracy .+ \(\d of 6\), loss .+, lr .+, \d+ s"
+    assert [bool(re.fullmatch(line, text)) for text in lines[5:7]] == [True, True], lines
+    assert lines[7].startswith(f"{tmp_path / 'run'}: accuracy ")
+
+
+def test_a_cut_config_and_a_byte_that_is_no_utf8_cost_nothing(stopped: tuple[Path, Path], finished: Path) -> None:
+    path, own = stopped
+    source = (path / "config.json").read_text()
+    (path / "config.json").write_text(source[:40])
+    with (path / "metrics.jsonl").open("ab") as log:
+        log.write(b'{"step": 1, "split": "\xff"}\n')
+    assert runs.read(path).step == 2
+    # The checkpoint's own record names the images of the run that it was copied from.
+    with pytest.raises(UserError, match="holds a run of another config: data.source"):
+        run_here(path, own)
+    (path / "config.json").write_text(source)
+    run_here(path, own)
+    assert records(path)[-1]["loss"] == records(finished)[-1]["loss"]
+
+
+def test_a_picture_that_breaks_meanwhile_costs_no_step(
+    stopped: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    path, own = stopped
+    update = train.Trainer.update
+
+    def broken(self, steps):
+        if steps[0] == 6:
+            raise UserError("a.png: image file is truncated", "remove it")
+        update(self, steps)
+
+    monkeypatch.setattr(train.Trainer, "update", broken)
+    with pytest.raises(Stop, match=r"a.png: image file is truncated; remove it"):
+        run_here(path, own)
+    assert checkpoint.steps(path)[-1] == 5
+    assert "the run ends at step 5 of 6, saved in" in capsys.readouterr().err
+    monkeypatch.undo()
+    run_here(path, own, "--config.data.on_error=skip")  # the way out that such a message names: the same run still
+    assert records(path)[-1]["final"]
+
+
+def test_a_single_class_is_refused(tmp_path: Path) -> None:
+    for i in range(8):
+        picture(tmp_path / "images" / "all" / f"{i}.png", i)
+    with pytest.raises(UserError, match="has a single class, 'all': nothing to tell apart"):
+        run_here(tmp_path / "run", tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("--config.data.batch_size=16", "--config.data.last_batch=keep"), "the last batch of an epoch leaves one"),
+        (("--config.data.batch_size=1",), "a batch leaves one image of 32 px to batch norm"),
+        (("--config.optim.accumulate=4",), "a batch leaves one image of 32 px to batch norm"),
+    ],
+)
+def test_batch_norm_over_one_value_is_refused_before_the_start(tmp_path: Path, overrides, said: str) -> None:
+    for i in range(19):
+        picture(tmp_path / "images" / ("train" if i < 17 else "val") / "ab"[i % 2] / f"{i}.png", i)
+    with pytest.raises(UserError, match=said):
+        run_here(tmp_path / "run", tmp_path / "images", *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_nan_is_never_right(images: Path, tmp_path: Path) -> None:
+    run_here(tmp_path / "run", images, "--config.optim.lr=1e30", "--config.train.on_nan=ignore",
+             "--config.checkpoint.best_metric=accuracy")  # fmt: skip
+    last = records(tmp_path / "run")[-1]
+    assert (last["accuracy"], last["count"], last["loss"]) == (0.0, 6, None)
+    assert set(last["per_class"].values()) == {0.0}
+    with pytest.raises(UserError, match="keeps no best checkpoint"):
+        runs.read(tmp_path / "run", "best")
+
+
+def test_an_evaluation_of_many_classes_holds_one_matrix() -> None:
+    """Of 1,000 classes and 100 batches: 8 MB, not 100 times 4."""
+    import tracemalloc
+
+    def counts():
+        for _ in range(100):
+            yield {"loss": np.float32(1), "top1": np.int32(1), "top5": np.int32(1), "count": np.int32(2),
+                   "per_label": np.ones(1000, np.int32), "confusion": np.ones((1000, 1000), np.int32)}  # fmt: skip
+
+    class Loader:
+        dataset = None
+
+        def batches(self):
+            return counts()
+
+    tracemalloc.start()
+    result = evaluate.evaluate(lambda variables, dataset, batch: batch, None, Loader())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert result.count == 200 and result.confusion.sum() == 100 * 1000**2
+    assert peak < 40e6  # the sum in int64, and what is in flight
+
+
+def test_a_training_loss_of_another_kind_says_so_and_one_point_is_seen() -> None:
+    lines = [{"split": s, "epoch": 1.0, "loss": 0.5, "accuracy": 0.5} for s in ("train", "eval")]
+    config, _, _ = parse_flags(["--config=configs/folder.py", "--config.train.mixup=0.2"], "", {})
+    assert report.training_loss(config) == "label smoothing 0.1, mixup 0.2"
+    loss, accuracy = report.curves(lines, report.training_loss(config)).axes
+    assert loss.get_legend_handles_labels()[1] == ["train, with label smoothing 0.1, mixup 0.2", "eval"]
+    assert accuracy.get_legend_handles_labels()[1] == ["train", "eval"]
+    assert all(line.get_marker() == "o" for line in (*loss.lines, *accuracy.lines))
+
+
+def test_best_is_by_the_metric_and_named_to_the_commands(finished: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((path / "config.json").read_text())
+    config["checkpoint"]["best_metric"] = "loss"
+    (path / "config.json").write_text(json.dumps(config))
+    lines = [{"step": step, "split": "eval", "loss": loss} for step, loss in ((2, 0.3), (4, 0.2), (6, 0.4))]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert runs.read(path).step == 6
+    assert runs.read(path, "best").step == 4
+    assert runs.read(path, "2").step == 2
+    for which, said in (("3", "has no intact checkpoint of step 3"), ("first", "it must be last, best or a step")):
+        with pytest.raises(UserError, match=said):
+            runs.read(path, which)
