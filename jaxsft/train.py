@@ -192,9 +192,10 @@ def resume(job: Job, workdir: Path) -> tuple[int, Meter]:
     """Put the newest intact checkpoint into `job.state`; its step (0: none) and the sums of the metrics."""
     finite = job.config.train.on_nan == "stop"
     restored = checkpoint.newest(workdir, lambda record: job.state, set_aside=job.parallel.is_main)
+    step = restored.step if restored else 0
+    must_agree(job, step, "the processes see different checkpoints", "let all of them see one --workdir")
     if restored is None:
         return 0, Meter(finite=finite)
-    must_agree(job, restored.step, "the processes see different checkpoints", "let all see one --workdir")
     job.state = job.parallel.replicate(restored.state)
     say(job, f"resuming at step {restored.step} of {job.total_steps}")
     return restored.step, Meter(restored.record["meter"], finite)

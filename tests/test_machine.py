@@ -107,3 +107,21 @@ def test_huge_pages_are_asked_for_once(monkeypatch, tmp_path: Path, kernel, said
     assert os.environ[machine.VARIABLE] == expected
     machine.ask_for_huge_pages()
     assert len(started) == 1, "a command that has been started anew goes on"
+
+
+def test_compiled_programs_are_kept_where_they_can_be(tmp_path: Path, cache: Path) -> None:
+    ask = "import jax; from jaxsft.machine import keep_compilations as keep; keep(); "
+    ask += "print(jax.config.jax_compilation_cache_dir)"
+    for place, said in ((tmp_path, f"{tmp_path}/jaxsft/compiled"), (Path("/proc/nowhere"), "None")):
+        done = python("-W", "error", "-c", ask, cache=cache, XDG_CACHE_HOME=str(place))
+        assert (done.returncode, done.stdout.strip()) == (0, said), done.stderr
+
+
+def test_a_command_says_at_once_that_it_has_begun(cache: Path) -> None:
+    """Before the imports that take seconds, and also where nobody reads it any more."""
+    script = "import os, sys\nfrom jaxsft.machine import greet\n{}greet()\nprint(sorted(sys.modules), file=sys.stderr)"
+    done = python("-c", script.format(""), cache=cache)
+    assert done.stdout == "starting ...\n"
+    assert "'jax'" not in done.stderr and "'numpy'" not in done.stderr
+    done = python("-c", script.format("os.close(1)\n"), cache=cache)
+    assert "Traceback" not in done.stderr
