@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import re
 import tempfile
 import urllib.error
 import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsft.cli import OFFLINE, UserError, nearest
-from jaxsft.models.resnet import ARCHITECTURES
-from jaxsft.weights import ModelCard, Preprocessing, file_sha256
+from convert import layouts, names
+from convert.tensors import checked
+from jaxsft.cli import OFFLINE, UserError, local_path, nearest
+from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
+from jaxsft.weights import ModelCard, Preprocessing, file_sha256, is_registry_name
 
-TORCH_SUFFIXES = (".pth", ".pt")
+TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".bin")
 NEEDS_TORCH = "install the extra: pip install 'jaxsft[torch]'"
 
 
@@ -31,39 +33,69 @@ class Weights(NamedTuple):
 
 
 def read(weights: str, arch: str) -> Weights:
-    """Read a registry name (IMAGENET1K_V1, DEFAULT), a .pth/.pt or a .safetensors file.
+    """Read one of torchvision's weights by name (IMAGENET1K_V1, ResNet18_Weights.DEFAULT, in any case), or a file.
 
-    Half-precision tensors come back as float32; .safetensors files need no torch.
+    A file is known by its content, not by its ending: `torch.save`'s, or safetensors, which needs no torch. Narrow
+    floats come back as float32. Weights without a head have a card of 0 classes.
 
     Raises:
       UserError: unknown arch or name, no network, wrong hash, or a file that is missing, damaged or not weights.
     """
     if arch not in ARCHITECTURES:
         raise UserError(f"unknown arch {arch!r}", nearest(arch, list(ARCHITECTURES)))
-    path = Path(weights).expanduser()
-    if not path.suffix and not path.exists():
+    path = local_path(weights)
+    if not path.exists() and is_registry_name(weights):
         return read_registry(weights, arch)
     if not path.is_file():
         raise UserError(f"no file {weights}", "name a .pth or .safetensors file or one of `python -m convert list`")
-    readers: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
-        ".safetensors": read_safetensors,
-        **dict.fromkeys(TORCH_SUFFIXES, read_torch),
-    }
-    if path.suffix not in readers:
-        raise UserError(f"{weights} is no known kind of file", f"give one of {', '.join(readers)}")
-    tensors = unwrap(readers[path.suffix](path), path)
+    tensors = own_tensors(reader_of(path)(path), arch, path)
     return Weights(tensors, ModelCard(arch, head_classes(tensors, path), None, path.name, file_sha256(path)))
 
 
-def head_classes(tensors: dict[str, np.ndarray], path: Path) -> int:
-    """How many classes the head in `tensors` has, by the length of fc.bias.
+def reader_of(path: Path) -> Callable[[Path], dict[str, Any]]:
+    """What reads a file, by its first bytes; by its ending where they say nothing, for that reader's complaint.
 
     Raises:
-      UserError: there is no head.
+      UserError: it is of neither kind, or can't be read.
     """
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}", "name a file of weights") from None
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):  # a zip, a pickle
+        return read_torch
+    if start[8:9] == b"{" or path.suffix.lower() == ".safetensors":
+        return read_safetensors
+    if path.suffix.lower() in TORCH_SUFFIXES:
+        return read_torch
+    raise UserError(f"{path} is no known kind of file", "give one that torch.save wrote, or a .safetensors file")
+
+
+def own_tensors(loaded: dict[str, Any], arch: str, path: Path) -> dict[str, np.ndarray]:
+    """The tensors of `arch` in a loaded file by torchvision's names, each checked.
+
+    Raises:
+      UserError: as `layouts.state_dict` and `tensors.checked`.
+    """
+    shapes = variable_shapes(ARCHITECTURES[arch]())
+    expected = {names.torch_name(flax_path)[0] for flax_path in names.flatten(shapes)}
+    found = layouts.state_dict(loaded, expected, path)
+    return {name: checked(name, value, path) for name, value in found.items()}
+
+
+def head_classes(tensors: dict[str, np.ndarray], path: Path) -> int:
+    """How many classes the head in `tensors` has, by the length of fc.bias; 0: there is no head.
+
+    Raises:
+      UserError: there is half a head.
+    """
+    head = {name for name in tensors if name.startswith("fc.")}
+    if not head:
+        return 0
     bias = tensors.get("fc.bias")
     if bias is None or bias.ndim != 1 or not bias.size:
-        raise UserError(f"{path} has no head fc.bias", "give the weights of a whole torchvision ResNet")
+        raise UserError(f"{path} has no whole head fc", "give the weights of a whole torchvision ResNet, or no head")
     return int(bias.size)
 
 
@@ -74,16 +106,9 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     try:
-        tensors = load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        return load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a whole .safetensors file: {error}", "fetch or write it again") from None
-    return {name: as_float32(tensor) for name, tensor in tensors.items()}
-
-
-def as_float32(array: np.ndarray) -> np.ndarray:
-    """Half precision widened; float32, float64 and integers as they are."""
-    narrow = array.dtype.itemsize < 4 and array.dtype.kind not in "iub"
-    return array.astype(np.float32) if narrow else array
 
 
 def import_torch() -> Any:
@@ -95,41 +120,32 @@ def import_torch() -> Any:
     return torch
 
 
+def plain_data() -> list[Any]:
+    """What a file may name beside tensors and containers: a script's arguments, and numpy's numbers. None runs code."""
+    dtypes = [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"]
+    scalar = np._core.multiarray.scalar
+    return [argparse.Namespace, scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes]
+
+
 def read_torch(path: Path) -> dict[str, Any]:
-    """A torch.save file through `weights_only=True`: tensors and plain containers, never code."""
+    """A torch.save file through `weights_only=True`: tensors and plain data, never code."""
     torch = import_torch()
     try:
-        with warnings.catch_warnings(action="ignore"):  # of odd pickles, which are refused anyway
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(plain_data()):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # Only the cause: what torch says first is how to run the file's code nevertheless.
-        found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-        reason = found[1] if found else str(error).splitlines()[0]
+        # What it names, no more: the rest of what torch says is how to run the file's code nevertheless.
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it names {found[1]}" if found else "its content is no plain data"
         raise UserError(
             f"{path} is refused, it is damaged or holds more than weights: {reason}", "save its state_dict() alone"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # on a damaged file torch raises nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is not a whole PyTorch file: {reason}", "fetch or write it again") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds a {type(loaded).__name__}, not a state_dict", "save its state_dict() alone")
     return loaded
-
-
-def unwrap(loaded: dict[str, Any], path: Path) -> dict[str, np.ndarray]:
-    """The state_dict inside what training scripts save: under "model" or "state_dict", names perhaps with "module."."""
-    for key in ("model", "state_dict"):
-        if isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    tensors: dict[str, np.ndarray] = {}
-    for name, value in loaded.items():
-        if not hasattr(value, "shape"):
-            raise UserError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor", "save a state_dict() alone")
-        if not isinstance(value, np.ndarray):
-            value = value.detach().to("cpu")
-            value = (value.float() if value.is_floating_point() and value.element_size() < 4 else value).numpy()
-        tensors[str(name).removeprefix("module.")] = value
-    return tensors
 
 
 def registry(arch: str) -> dict[str, Any]:
@@ -145,9 +161,14 @@ def registry(arch: str) -> dict[str, Any]:
 def read_registry(name: str, arch: str) -> Weights:
     """Download (once, into torch's own cache) one of torchvision's weights and check its sha256."""
     known = registry(arch)
-    if name not in known:
-        raise UserError(f"{arch} has no weights {name!r}", nearest(name, list(known)))
-    entry = known[name]
+    enum, _, member = name.rpartition(".")
+    if member.upper() not in known:
+        raise UserError(f"{arch} has no weights {name!r}", nearest(member.upper(), list(known)))
+    entry = known[member.upper()]
+    if enum and enum.lower() != type(entry).__name__.lower():
+        raise UserError(
+            f"{name} is not of {arch}, whose weights are {type(entry).__name__}", "name the arch they are of"
+        )
     torch = import_torch()
     path = download(entry.url, Path(torch.hub.get_dir()) / "checkpoints")
     preset = entry.transforms()
@@ -160,7 +181,7 @@ def read_registry(name: str, arch: str) -> Weights:
         weights_version=entry.name,
         preprocessing=Preprocessing(preset.resize_size[0], preset.crop_size[0], tuple(preset.mean), tuple(preset.std)),
     )
-    return Weights(unwrap(read_torch(path), path), card)
+    return Weights(own_tensors(read_torch(path), arch, path), card)
 
 
 def download(url: str, folder: Path) -> Path:

@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxsft import weights
-from jaxsft.cli import UserError
+from jaxsft import runs, weights
+from jaxsft.cli import UserError, local_path
 from jaxsft.models.layers import Linear
-from jaxsft.models.resnet import ARCHITECTURES, ResNet
-from jaxsft.weights import ModelCard, Preprocessing
+from jaxsft.models.resnet import ARCHITECTURES, ResNet, variable_shapes
+from jaxsft.weights import HEAD, ModelCard, Preprocessing
 
-HEAD = "fc"
 TORCHVISION = Preprocessing()  # its weights' but for the V2 ones' 232 px
 EVERYWHERE = ("",)  # the pattern that every path contains
 
@@ -54,7 +53,8 @@ def initial(
 ) -> tuple[ResNet, dict[str, Any], ModelCard, str]:
     """The model, its variables, the card of the run, and a line that says what was done with the head.
 
-    Ported weights keep their head when its classes are the data's; else it is replaced by a fresh one.
+    With config.model.head 'auto' weights keep their head when its classes are known to be the data's, by name and in
+    order; else it is replaced by a fresh one. The weights may be those of a run.
 
     Raises:
       UserError: weights that can't be had or do not fit, or fewer classes asked for than the data has, or weighted.
@@ -69,11 +69,12 @@ def initial(
         )
     model = make_model(config, num_classes, axis_name)
     names = class_names if num_classes == len(class_names) else None
-    card = ModelCard(c.arch, num_classes, names, preprocessing=preprocessing(config))
+    order = config.data.class_order
+    card = ModelCard(c.arch, num_classes, names, preprocessing=preprocessing(config), class_order=order)
     if not c.weights:
         return model, init_variables(model, config.seed), card, f"{c.arch} from scratch, {num_classes} classes"
 
-    variables, origin = weights.load(weights.port(c.weights, c.arch))
+    variables, origin = load(config)
     card = dataclasses.replace(
         card,
         source=origin.source,
@@ -81,18 +82,50 @@ def initial(
         weights_version=origin.weights_version,
         preprocessing=preprocessing(config, origin.preprocessing),
     )
-    same = origin.num_classes == num_classes and origin.class_names in (None, names)
-    if same:
-        return model, variables, card, f"{c.arch} of {origin.source}, its head of {num_classes} classes kept"
-    variables["params"][HEAD] = init_head(model, variables["params"][HEAD], config.seed)
-    said = f"{c.arch} of {origin.source}, its head of {origin.num_classes} classes replaced by one of {num_classes}"
-    return model, variables, card, said
+    what = f"{c.arch} of {origin.source}, its head of {origin.num_classes} classes"
+    fits = origin.num_classes == num_classes
+    if c.head == "keep" and not fits:
+        raise UserError(
+            f"config.model.head is 'keep', the head of {origin.source} has {origin.num_classes} classes, not {num_classes}",
+            "set --config.model.head=replace",
+        )
+    if c.head == "keep" or (c.head == "auto" and fits and names is not None and origin.class_names == names):
+        return model, variables, card, f"{what} kept"
+    variables["params"][HEAD] = init_head(model, config.seed)
+    if not origin.num_classes:
+        return (
+            model,
+            variables,
+            card,
+            f"{c.arch} of {origin.source}, which has no head, with one of {num_classes} classes",
+        )
+    unknown = ", whose names are not known," if fits and c.head == "auto" and origin.class_names is None else ""
+    hint = " (--config.model.head=keep keeps it)" if unknown else ""
+    return model, variables, card, f"{what}{unknown} replaced by one of {num_classes}{hint}"
 
 
-def init_head(model: ResNet, old: dict[str, jax.Array], seed: int) -> dict[str, jax.Array]:
-    """A fresh output layer for `model`, over as many features as the `old` one had."""
+def load(config: ConfigDict) -> tuple[dict[str, Any], ModelCard]:
+    """The variables and the card of config.model.weights: a run at config.model.checkpoint, or what `weights` reads.
+
+    Raises:
+      UserError: they can't be had, or are of another architecture.
+    """
+    c = config.model
+    directory = local_path(c.weights)
+    if not runs.is_run(directory):
+        return weights.load_or_port(c.weights, c.arch)
+    saved = runs.read(directory, c.checkpoint)
+    if saved.card.arch != c.arch:
+        raise UserError(f"{directory} holds a {saved.card.arch}", f"set --config.model.arch={saved.card.arch}")
+    source = f"{directory.name} at step {saved.step}"
+    return saved.variables, dataclasses.replace(saved.card, source=source, sha256="")
+
+
+def init_head(model: ResNet, seed: int) -> dict[str, jax.Array]:
+    """A fresh output layer for `model`."""
+    features = variable_shapes(model)["params"][HEAD]["kernel"].shape[0]
     layer = Linear(model.num_classes, model.head_init, model.param_dtype)
-    return layer.init(jax.random.key(seed), jnp.zeros((1, old["kernel"].shape[0])))["params"]
+    return layer.init(jax.random.key(seed), jnp.zeros((1, features)))["params"]
 
 
 def init_variables(model: nn.Module, seed: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import pytest
 
 from jaxsft import checkpoint, train, workdir
 from jaxsft.cli import Stop, UserError
-from jaxsft.log import EventsWriter, Log, records
+from jaxsft.log import EventsWriter, records
 from jaxsft.runs import Best
 from tests import small
 

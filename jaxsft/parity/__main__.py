@@ -14,7 +14,6 @@ import dataclasses
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 
@@ -63,6 +62,8 @@ def run(options: Options, weights: str = "", every: bool = False) -> list[table.
       UserError: torchvision has no such model, or the weights can't be had or do not fit.
     """
     source = checkpoints.read(weights, options.arch) if weights else None
+    if source and not source.card.num_classes:
+        raise cli.UserError(f"{weights} has no head to compare", "give the weights of a whole model")
     num_classes = source.card.num_classes if source else NUM_CLASSES
     torch_model = oracle.build(options.arch, num_classes, options.seed)
     rows: list[table.Row] = []
@@ -98,7 +99,9 @@ def main() -> int:
     parser.add_argument("--image-size", type=image_size, default=(64, 64), help="N or HxW, default 64")
     parser.add_argument("--seed", type=natural, default=0, help="of weights and inputs, default %(default)s")
     parser.add_argument("--all", action="store_true", help="print a line for every tensor, not for every quantity")
-    parser.add_argument("--json", type=Path, help="write every row: name, max_abs, relative, tolerance, passed")
+    parser.add_argument(
+        "--json", type=cli.local_path, help="write every row: name, max_abs, relative, tolerance, passed"
+    )
     args = parser.parse_args()
     if args.arch not in ARCHITECTURES:
         raise cli.UserError(f"unknown arch {args.arch!r}", cli.nearest(args.arch, list(ARCHITECTURES)))
