@@ -235,35 +235,3 @@ def test_tfds_and_files_train_and_evaluate_alike(cifar: tuple[Options, Path], ru
     record = json.loads(report.read_text())
     assert (record["accuracy"], record["top5"], record["count"]) == tuple(last["tfds"][k] for k in keys[1:])
     assert record["loss"] == pytest.approx(last["tfds"]["loss"], rel=1e-6)  # float32 sums in another order
-
-
-@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="the extra [hf] is not installed")
-def test_hub(tmp_path: Path):
-    import datasets
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = []
-    for i in range(20):
-        out = io.BytesIO()
-        PIL.Image.fromarray(np.full((8, 8 + i % 2, 3), i, np.uint8)).save(out, "PNG")
-        rows.append({"img": {"bytes": out.getvalue(), "path": None}, "label": i % 2})
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
-    (tmp_path / "set").mkdir()
-    table = pyarrow.Table.from_pylist(rows, features.arrow_schema)
-    pyarrow.parquet.write_table(table, tmp_path / "set" / "train.parquet")
-    train = open_source(f"hf:{tmp_path / 'set'}", "train", Options(eval_fraction=0.2))
-    val = open_source(f"hf:{tmp_path / 'set'}", "", Options(eval_fraction=0.2))
-    assert train.class_names == ("cat", "dog")
-    levels = [int(np.asarray(source[i])[0, 0, 0]) for source in (train, val) for i in range(len(source))]
-    assert sorted(levels) == list(range(20))
-    assert len(val) == 4
-    assert all(int(np.asarray(train[i])[0, 0, 0]) % 2 == train.labels[i] for i in range(len(train)))
-    with pytest.raises(UserError, match="can't be had"):
-        open_source(f"hf:{tmp_path / 'none'}", "train")
-
-
-def test_without_datasets_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs the package 'datasets'; install the extra: pip install 'jaxsft\[hf\]'"):
-        open_source("hf:cifar10", "train")
