@@ -14,16 +14,7 @@ from jaxsft.cli import UserError
 from jaxsft.data import decode, folder, index
 from jaxsft.data.base import Options
 from jaxsft.data.folder import open_folder
-
-
-def picture(height: int = 20, width: int = 30, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-
-
-def write(path: Path, seed: int = 0, size: tuple[int, int] = (20, 30), **options) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    PIL.Image.fromarray(picture(*size, seed)).save(path, **options)
-    return path
+from tests.files import picture, write
 
 
 @pytest.fixture

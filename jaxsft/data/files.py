@@ -108,7 +108,7 @@ def listing(rows: Iterable[Row]) -> str:
 def with_eval_split(groups: dict[str, list[Row]], options: Options, what: str) -> dict[str, list[Row]]:
     """`groups`; one alone, without a name ('') or the one to train on, as the splits that `partition` makes of it."""
     own = next(iter(groups))
-    if len(groups) > 1 or own and canonical(own) != "train":
+    if len(groups) > 1 or (own and canonical(own) != "train"):
         return groups
     parts = partition(np.array([row.label for row in groups[own]]), options, what, own)
     return {part: [groups[own][i] for i in indices] for part, indices in parts.items()}

@@ -38,7 +38,7 @@ def eval_split(names: Iterable[str]) -> str:
 
 def same_split(name: str, other: str) -> bool:
     """Whether these are spellings of one split, such as 'val' and 'Validation'."""
-    return name == other or bool(canonical(name)) and canonical(name) == canonical(other)
+    return name == other or (bool(canonical(name)) and canonical(name) == canonical(other))
 
 
 def asks_for(split: str, name: str) -> bool:

@@ -49,7 +49,7 @@ def open_csv(name: str, split: str, options: Options) -> Files:
         if has_header and len(cells) != width:
             raise UserError(f"line {number} of {file} has {len(cells)} cells, its header {width}", "mend it")
         path, label, part = (cells[places[k]] if places.get(k, width) < len(cells) else "" for k in COLUMNS)
-        if not path or not label or "\0" in path or not has_header and (len(cells) > 3 or not all(cells)):
+        if not path or not label or "\0" in path or (not has_header and (len(cells) > 3 or not all(cells))):
             raise UserError(f"line {number} of {file} is not path,label[,split]", "mend it")
         found = locate(path, file.parent)
         groups.setdefault(part, []).append(Row(found, label, found.removeprefix(f"{file.parent}{os.sep}")))
@@ -110,7 +110,7 @@ def is_start(cells: Sequence[str], root: Path) -> bool:
     """Whether a table can begin with this line: a header, or a picture and its label."""
     if is_header(columns(cells)):
         return True
-    is_picture = cells[0].lower().endswith(EXTENSIONS) or bool(cells[0]) and os.path.isfile(locate(cells[0], root))
+    is_picture = cells[0].lower().endswith(EXTENSIONS) or (bool(cells[0]) and os.path.isfile(locate(cells[0], root)))
     return len(cells) > 1 and is_picture
 
 
