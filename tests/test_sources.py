@@ -276,6 +276,7 @@ def test_streamed_tfds_is_the_array(cifar: tuple[Options, Path]):
     held = open_source("tfds:cifar10", "train[:5]+test[5:9]", options)
     np.testing.assert_array_equal(streamed.labels, held.labels)
     assert streamed.size == held.size
+    assert streamed.split == held.split == "train[:5]+test[5:9]"
     for i in range(9):
         np.testing.assert_array_equal(np.asarray(streamed[i]), held.images[i])
     part = streamed.take(np.array([8, 0]))

@@ -61,6 +61,8 @@ def split_folders(root: Path, options: Options) -> list[str]:
     """
     top = folders(root)
     named = [name for name in top if canonical(name)]
+    if not named:
+        return []
     others = [name for name in top if name not in named and any(names for _, names, _ in walk(root / name, options))]
     if not others:
         return named

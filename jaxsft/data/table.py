@@ -19,7 +19,7 @@ DELIMITERS = ",;\t"
 COLUMNS = {
     "path": ("path", "filepath", "imagepath", "imgpath", "file", "filename", "imagefile", "imagefilename", "imgfile",
              "imagename", "imgname", "image", "img", "imageid"),
-    "label": ("label", "class", "target", "category", "classname", "labelname", "categoryname"),
+    "label": ("label", "labels", "class", "target", "category", "classname", "labelname", "categoryname"),
     "split": ("split", "set", "subset", "partition"),
 }  # fmt: skip
 
