@@ -173,7 +173,7 @@ WRONG = {
         lambda: table([0], ["fox"]),
         "split 'test' of hf:.* has the class 'fox', which 'train' lacks",
     ),
-    "no such split": (lambda: table([0, 1]), None, "has no split 'test'; known: train, val"),
+    "no such split": (lambda: table([0, 1]), None, "has no split 'test': it has train, val; name one"),
 }
 
 

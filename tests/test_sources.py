@@ -185,7 +185,7 @@ def test_where_all_is_left_out_the_reason_is_said(tmp_path: Path):
     (tmp_path / "val/a").mkdir(parents=True)
     with pytest.raises(UserError, match=r"split 'train' of .* has no image that can be read, such as .*1\.png: "):
         open_source(f"folder:{tmp_path}", "train", Options(on_error="skip"))
-    with pytest.raises(UserError, match="split 'val' of folder:.* is empty; name another one"):
+    with pytest.raises(UserError, match="split 'val' of folder:.* is empty; name another slice"):
         open_source(f"folder:{tmp_path}", "", Options(on_error="skip"))
 
 

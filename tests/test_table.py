@@ -97,7 +97,7 @@ def test_train_alone_is_divided_and_without_division_all_is_read(place: Path):
         whole = opened(place, lines, "", Options(divide=False))
         assert (whole.split, len(whole)) == ("all", 4)
     assert len(opened(place, alone, "train", Options(divide=False))) == 4
-    with pytest.raises(UserError, match=r"has no split 'val'; known: all"):
+    with pytest.raises(UserError, match=r"has no split 'val': it has all; name one of them"):
         opened(place, LINES, "val", Options(divide=False))
 
 

@@ -68,7 +68,7 @@ def open_source(spec: str, split: str, options: Options = Options()) -> Source: 
         source = changed(source, split=split)
     if not len(source):
         why = f"has no image that can be read, such as {': '.join(source.bad[0])}" if source.bad else "is empty"
-        raise UserError(f"split {source.split!r} of {spec} {why}", "name another one")
+        raise UserError(f"split {source.split!r} of {spec} {why}", "name another slice")
     check_labels(source, spec)
     return source
 

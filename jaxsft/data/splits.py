@@ -72,7 +72,7 @@ def terms(split: str, names: Iterable[str], what: str) -> list[tuple[str, str, s
         if name == "all" and not same and not start + end:
             same = names
         elif len(same) != 1:
-            raise UserError(f"{what} has no split {name!r}", known)
+            raise UserError(f"{what} has no split {name!r}: it has {', '.join(names)}", "name one of them, with slices")
         found += [(other, start, end) for other in same]
     return found
 
