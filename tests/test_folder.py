@@ -13,17 +13,8 @@ from torchvision import datasets, transforms
 from jaxsft.cli import UserError
 from jaxsft.data import decode, folder, index
 from jaxsft.data.base import Options
-from jaxsft.data.folder import open_csv, open_folder
-
-
-def picture(height: int = 20, width: int = 30, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-
-
-def write(path: Path, seed: int = 0, size: tuple[int, int] = (20, 30), **options) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    PIL.Image.fromarray(picture(*size, seed)).save(path, **options)
-    return path
+from jaxsft.data.folder import open_folder
+from tests.files import picture, write
 
 
 @pytest.fixture
@@ -134,16 +125,6 @@ def test_one_tree_is_divided_by_class(tmp_path: Path):
     assert open_folder(str(tmp_path), "train[:12]+val", options).paths == part.paths + val.paths
 
 
-def test_csv(tree: Path):
-    plain, header = tree / "a.csv", tree / "b.csv"
-    plain.write_text("train/cat/b.png,10\ntrain/cat/a.JPG,9\n\ntrain/dog/1.bmp, 9\ntrain/cat/x/c.webp,10\n")
-    source = open_csv(str(plain), "train+val", Options(eval_fraction=0.5))
-    assert source.class_names == ("9", "10")  # numbers in their order
-    assert sorted(source.labels) == [0, 0, 1, 1]
-    header.write_text('path,label,split\n"train/cat/b.png",cat,train\nval/cat/1.png,cat,test\n')
-    assert open_csv(str(header), "", Options()).paths == (str(tree / "val/cat/1.png"),)
-
-
 def test_the_index_is_kept_until_files_change(tree: Path, monkeypatch: pytest.MonkeyPatch):
     measured: list[str] = []
     measure = index.measure
@@ -216,22 +197,3 @@ def test_wrong_folders(case: str, tree: Path):
     make(tree)
     with pytest.raises(UserError, match=message.format(p=tree)):
         open_folder(name.format(p=tree), "test", Options())
-
-
-BAD_CSV = {
-    "missing": (None, "can't be read"),
-    "empty": ("path,label\n", "lists no images"),
-    "short line": ("a.png,cat\nb.png\n", "line 2 of .* is not path,label"),
-    "splits here and there": ("a.png,cat,train\nb.png,cat\n", "some lines of .* name a split"),
-    "binary": (b"\xff\xfe\x00\x01", "can't be read"),
-    "no such image": ("none.png,cat\nnone.png,cat\n", "none.png: no such file"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_CSV)
-def test_wrong_csv(case: str, tmp_path: Path):
-    content, message = BAD_CSV[case]
-    if content is not None:
-        (tmp_path / "a.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=message):
-        open_csv(str(tmp_path / "a.csv"), "train", Options(eval_fraction=0.5))

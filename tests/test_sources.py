@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,10 +12,10 @@ import pytest
 
 from jaxsft import config as config_module
 from jaxsft.cli import UserError
-from jaxsft.data import sources
+from jaxsft.data import decode, sources
 from jaxsft.data.base import Arrays, Options
 from jaxsft.data.sources import open_source, open_splits, with_classes
-from jaxsft.data.splits import slices
+from jaxsft.data.splits import resolved, slices
 from tests.small import ENVIRONMENT
 
 SIZES = {"train": 100, "validation": 20, "test": 50}
@@ -34,7 +33,43 @@ def test_slices(split: str, want: list):
     assert slices(split, SIZES, "x") == want
 
 
-@pytest.mark.parametrize("split", ["trian", "train[:1", "train[:200%]", "train[::2]"])
+SPELT = [
+    ("Train[:10]", "train[:10]", [("train", 0, 10)]),
+    ("val + testing[-10:]", "validation+test[-10:]", [("validation", 0, 20), ("test", 40, 50)]),
+    ("all", "train+validation+test", [("train", 0, 100), ("validation", 0, 20), ("test", 0, 50)]),
+    ("test[-5%:]", "test[-5%:]", [("test", 48, 50)]),
+    ("train[33.3%:50]", "train[33.3%:50]", [("train", 33, 50)]),
+    ("", "validation", [("validation", 0, 20)]),
+]
+
+
+@pytest.mark.parametrize(("split", "called", "want"), SPELT)
+def test_splits_in_other_spellings(split: str, called: str, want: list):
+    assert resolved(split, SIZES, "x") == called
+    assert slices(split, SIZES, "x") == slices(called, SIZES, "x") == want
+
+
+@pytest.mark.parametrize("name", ["all", "hold out", "fold/1", "été"])
+def test_any_name_of_a_split(name: str):
+    assert slices(f"{name}[5:]", {"train": 3, name: 9}, "x") == [(name, 5, 9)]
+    assert slices(f"train+{name}", {"train": 3, name: 9}, "x") == [("train", 0, 3), (name, 0, 9)]
+
+
+@pytest.mark.parametrize("end", [0, 1, 7, 33, 50, 66.6, 99, 100])
+@pytest.mark.parametrize("size", [1, 3, 10, 101])
+def test_shares_are_rounded_as_tfds_does(end: float, size: int):
+    import tensorflow_datasets as tfds
+
+    info = tfds.core.SplitInfo(name="train", shard_lengths=[size], num_bytes=0, filename_template=None)
+    for split in (f"train[:{end}%]", f"train[-{end}%:]", f"train[{end}%:]"):
+        (want,) = tfds.core.ReadInstruction.from_spec(split).to_absolute({"train": info})
+        (got,) = slices(split, {"train": size}, "x")
+        if "-" not in split or round(end * size / 100):  # TFDS counts what is rounded to -0 from the start
+            assert got == ("train", want.from_ or 0, size if want.to is None else want.to)
+
+
+@pytest.mark.parametrize("split", ["all[:5]", "train[60:50]", "train[1.5:]", "train[:_]", "train[:2%%]", "vali",
+                                   "trian", "train[:1", "train[:200%]", "train[::2]"])  # fmt: skip
 def test_wrong_slices(split: str):
     with pytest.raises(UserError, match="x has no split"):
         slices(split, SIZES, "x")
@@ -111,6 +146,62 @@ def test_a_source_of_a_config_file_is_trained_and_evaluated(run, tmp_path: Path)
     assert f"accuracy {last['accuracy']:.4f}" in done.stdout, done.stderr
 
 
+MADE = {
+    "as it is": ([0, 1], np.int32, "", None),
+    "named": ([0, 1], np.uint8, "train[:2]", None),
+    "too large": ([0, 2], np.int32, "", "mine:x: image 1 has the label 2, which is none of its 2 classes"),
+    "none": ([0, -1], np.int64, "", "image 1 has the label -1, which is none of its 2 classes"),
+    "fractions": ([0, 1], np.float32, "", "the labels of mine:x are float32; they must be int32"),
+    "nothing": ([], np.int32, "", "split 'val' of mine:x is empty"),
+}
+
+
+@pytest.mark.parametrize("case", MADE)
+def test_what_a_config_file_opens_is_checked(case: str, monkeypatch: pytest.MonkeyPatch):
+    labels, dtype, split, message = MADE[case]
+    made = dataclasses.replace(arrays([0] * len(labels), "ab"), labels=np.array(labels, dtype), split=split)
+    monkeypatch.setattr(sources, "SOURCES", {"mine": lambda *_: made})
+    if message is None:
+        assert open_source("mine:x", "val").split == (split or "val")
+    else:
+        with pytest.raises(UserError, match=message):
+            open_source("mine:x", "val")
+
+
+def test_a_broken_image_overlaps_with_none():
+    class Broken(Arrays):
+        def __getitem__(self, index: int) -> np.ndarray:
+            if index == 1:
+                raise decode.Unreadable("broken")
+            return super().__getitem__(index)
+
+    source = Broken(**vars(arrays([0, 0, 1], "ab")))
+    assert sources.overlap(source, source) == [(0, 0), (2, 2)]
+
+
+def test_where_all_is_left_out_the_reason_is_said(tmp_path: Path):
+    (tmp_path / "train/a").mkdir(parents=True)
+    (tmp_path / "train/a/1.png").write_text("no picture")
+    (tmp_path / "val/a").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"split 'train' of .* has no image that can be read, such as .*1\.png: "):
+        open_source(f"folder:{tmp_path}", "train", Options(on_error="skip"))
+    with pytest.raises(UserError, match="split 'val' of folder:.* is empty; name another slice"):
+        open_source(f"folder:{tmp_path}", "", Options(on_error="skip"))
+
+
+def test_the_folder_of_tfds(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert Options(data_dir="~/tfds").data_dir == "/home/me/tfds"
+    assert dataclasses.replace(Options(), data_dir="~").data_dir == "/home/me"
+    with pytest.raises(UserError, match="gs://bucket can't be used"):
+        Options(data_dir="gs://bucket")
+
+
+def test_the_sample_says_its_split():
+    assert open_source("sample", "").split == "test"
+    assert open_source("sample", "Train[:3]").split == "train[:3]"
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [("tdfs:cifar10", "unknown data source 'tdfs:cifar10'; did you mean 'tfds'"), ("folder:", "is no folder")],
@@ -185,6 +276,7 @@ def test_streamed_tfds_is_the_array(cifar: tuple[Options, Path]):
     held = open_source("tfds:cifar10", "train[:5]+test[5:9]", options)
     np.testing.assert_array_equal(streamed.labels, held.labels)
     assert streamed.size == held.size
+    assert streamed.split == held.split == "train[:5]+test[5:9]"
     for i in range(9):
         np.testing.assert_array_equal(np.asarray(streamed[i]), held.images[i])
     part = streamed.take(np.array([8, 0]))
@@ -235,35 +327,3 @@ def test_tfds_and_files_train_and_evaluate_alike(cifar: tuple[Options, Path], ru
     record = json.loads(report.read_text())
     assert (record["accuracy"], record["top5"], record["count"]) == tuple(last["tfds"][k] for k in keys[1:])
     assert record["loss"] == pytest.approx(last["tfds"]["loss"], rel=1e-6)  # float32 sums in another order
-
-
-@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="the extra [hf] is not installed")
-def test_hub(tmp_path: Path):
-    import datasets
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = []
-    for i in range(20):
-        out = io.BytesIO()
-        PIL.Image.fromarray(np.full((8, 8 + i % 2, 3), i, np.uint8)).save(out, "PNG")
-        rows.append({"img": {"bytes": out.getvalue(), "path": None}, "label": i % 2})
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
-    (tmp_path / "set").mkdir()
-    table = pyarrow.Table.from_pylist(rows, features.arrow_schema)
-    pyarrow.parquet.write_table(table, tmp_path / "set" / "train.parquet")
-    train = open_source(f"hf:{tmp_path / 'set'}", "train", Options(eval_fraction=0.2))
-    val = open_source(f"hf:{tmp_path / 'set'}", "", Options(eval_fraction=0.2))
-    assert train.class_names == ("cat", "dog")
-    levels = [int(np.asarray(source[i])[0, 0, 0]) for source in (train, val) for i in range(len(source))]
-    assert sorted(levels) == list(range(20))
-    assert len(val) == 4
-    assert all(int(np.asarray(train[i])[0, 0, 0]) % 2 == train.labels[i] for i in range(len(train)))
-    with pytest.raises(UserError, match="can't be had"):
-        open_source(f"hf:{tmp_path / 'none'}", "train")
-
-
-def test_without_datasets_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs the package 'datasets'; install the extra: pip install 'jaxsft\[hf\]'"):
-        open_source("hf:cifar10", "train")

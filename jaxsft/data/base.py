@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from jaxsft.cli import local_path
+
 Image = PIL.Image.Image | np.ndarray  # RGB, or uint8 [H, W, 3]
 
 
@@ -26,6 +28,15 @@ class Options:
     resident_mb: int = 1024  # sets of one image size up to this are held as an array
     class_order: str = "text"  # 'text', torchvision's | 'numeric'
     divide: bool = True  # data without splits is divided into 'train' and 'val'; else it is one split, 'all'
+
+    def __post_init__(self) -> None:
+        """Expand `~` in `data_dir`.
+
+        Raises:
+          UserError: `data_dir` is an address, not a folder of this machine.
+        """
+        if self.data_dir:
+            object.__setattr__(self, "data_dir", str(local_path(self.data_dir)))
 
     @classmethod
     def of(cls, config: Any) -> Options:
@@ -76,14 +87,19 @@ class Source(abc.ABC):
 
     def relabelled(self, labels: np.ndarray, class_names: Sequence[str]) -> Source:
         """The same images with other numbers of classes."""
-        other = copy.copy(self)
-        object.__setattr__(other, "labels", labels)
-        object.__setattr__(other, "class_names", tuple(class_names))
-        return other
+        return changed(self, labels=labels, class_names=tuple(class_names))
 
     def name(self, index: int) -> str:
         """What to call an image in messages: its file, where it has one."""
         return f"image {index}"
+
+
+def changed(source: Source, **attributes: Any) -> Source:
+    """A copy of any source, one of a config file too, with other attributes."""
+    other = copy.copy(source)
+    for name, value in attributes.items():
+        object.__setattr__(other, name, value)
+    return other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +110,8 @@ class Arrays(Source):
     labels: np.ndarray
     class_names: tuple[str, ...]
     bad: tuple[tuple[str, str], ...] = ()
+    split: str = ""
+    listing: str = ""
 
     @property
     def size(self) -> tuple[int, int]:  # type: ignore[override]

@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 
 from jaxsft.data.base import Arrays, Options
-from jaxsft.data.splits import slices
+from jaxsft.data.splits import resolved, slices
 
 SAMPLE = Path(__file__).parent / "sample"
 
@@ -18,11 +18,13 @@ def open_sample(name: str, split: str, options: Options) -> Arrays:
     """A split of the embedded images."""
     description = json.loads((SAMPLE / "labels.json").read_text())
     sizes = {part: len(description[part]) for part in ("train", "test")}
+    split = resolved(split, sizes, "sample")
     parts = [(part, slice(start, stop)) for part, start, stop in slices(split, sizes, "sample")]
     return Arrays(
         np.concatenate([read_sheet(SAMPLE / f"{part}.png")[: sizes[part]][cut] for part, cut in parts]),
         np.concatenate([np.asarray(description[part], np.int32)[cut] for part, cut in parts]),
         tuple(description["class_names"]),
+        split=split,
     )
 
 

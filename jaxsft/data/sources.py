@@ -1,7 +1,7 @@
 """Labelled images by name, and the registry of where they can come from.
 
     tfds:NAME[/CONFIG][:VERSION]   TFDS, without TensorFlow          folder:PATH   torchvision's ImageFolder layout
-    hf:NAME[:CONFIG]               Hugging Face's `datasets`         csv:FILE      lines path,label[,split]
+    hf:NAME[:CONFIG]               Hugging Face's `datasets`         csv:FILE      a table: path,label[,split]
     sample                         the embedded images
 
 A config file adds its own with `register`.
@@ -10,19 +10,21 @@ A config file adds its own with `register`.
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxsft import cli
 from jaxsft.cli import UserError, nearest
-from jaxsft.data.base import Options, Source
+from jaxsft.data import decode
+from jaxsft.data.base import Options, Source, changed
 from jaxsft.data.embedded import open_sample
-from jaxsft.data.folder import open_csv, open_folder
+from jaxsft.data.folder import open_folder
 from jaxsft.data.hub import open_hub
 from jaxsft.data.reading import in_memory
 from jaxsft.data.splits import subset
+from jaxsft.data.table import open_csv
 from jaxsft.data.tfds import open_tfds
 
 Opener = Callable[[str, str, Options], Source]  # (what follows the colon, the split as written, options)
@@ -55,15 +57,35 @@ def open_source(spec: str, split: str, options: Options = Options()) -> Source: 
       options: of the config.
 
     Raises:
-      UserError: unknown source or split, a set that is not prepared and can't be, an empty split, broken images.
+      UserError: unknown source or split, a set that is not prepared and can't be, an empty split, broken images, a
+        label that no class has.
     """
     kind, _, name = spec.partition(":")
     if kind not in SOURCES:
         raise UserError(f"unknown data source {spec!r}", nearest(kind, [*SOURCES]))
     source = SOURCES[kind](name, split, options)
+    if not source.split:  # one of a config file
+        source = changed(source, split=split)
     if not len(source):
-        raise UserError(f"split {split!r} of {spec} is empty", "name another slice")
+        why = f"has no image that can be read, such as {': '.join(source.bad[0])}" if source.bad else "is empty"
+        raise UserError(f"split {source.split!r} of {spec} {why}", "name another slice")
+    check_labels(source, spec)
     return source
+
+
+def check_labels(source: Source, spec: str) -> None:
+    """Raise a UserError where a label is no number of a class."""
+    labels, classes = np.asarray(source.labels), len(source.class_names)
+    if labels.dtype.kind not in "iu":
+        raise UserError(f"the labels of {spec} are {labels.dtype}", "they must be int32, numbers of classes")
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(wrong):
+        first = int(wrong[0])
+        raise UserError(
+            f"{spec}: {source.name(first)} has the label {labels[first]}, which is none of its {classes} classes"
+            f" ({len(wrong)} of {len(labels)} have such labels)",
+            "mend the labels, or name another split",
+        )
 
 
 def open_splits(config: Any) -> tuple[Source, Source]:
@@ -100,15 +122,19 @@ def with_classes(source: Source, class_names: Sequence[str], what: str, whose: s
 
 
 def hashes(source: Source) -> Iterator[str]:
-    """A hash of each image's decoded pixels."""
+    """A hash of each image's decoded pixels; '' where it is broken."""
     for index in range(len(source)):
-        pixels = np.asarray(source[index])
+        try:
+            pixels = np.asarray(source[index])
+        except decode.Unreadable:
+            yield ""
+            continue
         yield hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 
 
 def overlap(train: Source, evaluated: Source) -> list[tuple[int, int]]:
     """Pairs (index to train on, index to evaluate on) of images that have the same pixels."""
-    seen = {value: index for index, value in enumerate(hashes(train))}
+    seen = {value: index for index, value in enumerate(hashes(train)) if value}
     return [(seen[value], index) for index, value in enumerate(hashes(evaluated)) if value in seen]
 
 
@@ -117,9 +143,6 @@ def warn_of_overlap(train: Source, evaluated: Source) -> None:
     pairs = overlap(train, evaluated)
     if pairs:
         first, second = train.name(pairs[0][0]), evaluated.name(pairs[0][1])
-        print(
-            f"warning: {len(pairs)} of {len(evaluated)} images to evaluate on are also trained on,"
-            f" such as {second} (= {first})",
-            file=sys.stderr,
-            flush=True,
+        cli.warn(
+            f"{len(pairs)} of {len(evaluated)} images to evaluate on are also trained on, such as {second} (= {first})"
         )

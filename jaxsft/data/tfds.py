@@ -22,7 +22,7 @@ from jaxsft.cli import OFFLINE, UserError, nearest, run_module
 from jaxsft.data import decode
 from jaxsft.data.base import Arrays, Options, Source
 from jaxsft.data.index import save_arrays
-from jaxsft.data.splits import slices
+from jaxsft.data.splits import resolved, slices
 
 Parts = tuple[tuple[str, int, int], ...]  # (split, from, to)
 
@@ -34,6 +34,7 @@ def open_tfds(name: str, split: str, options: Options) -> Source:
     if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
         raise UserError(f"tfds:{name} has no 'image' and 'label'", "name an image classification set")
     sizes = {part: info.num_examples for part, info in builder.info.splits.items()}
+    split = resolved(split, sizes, f"tfds:{name}")
     parts = tuple(slices(split, sizes, f"tfds:{name}"))
     total = sum(stop - start for _, start, stop in parts)
     class_names = tuple(features["label"].names)
@@ -41,9 +42,9 @@ def open_tfds(name: str, split: str, options: Options) -> Source:
     size = None if height is None or width is None else (height, width)
     if size is not None and options.fits(total, size):
         images, labels = cached(builder, parts, "arrays", lambda: decoded(builder, parts, total, size))
-        return Arrays(images, labels, class_names)
+        return Arrays(images, labels, class_names, split=split)
     (labels,) = cached(builder, parts, "labels", lambda: (labels_of(builder, parts, total),))
-    return Examples(str(builder.data_path), parts, np.arange(total), labels, class_names, size, options.upright)
+    return Examples(str(builder.data_path), parts, np.arange(total), labels, class_names, size, options.upright, split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Examples(Source):
     class_names: tuple[str, ...]
     size: tuple[int, int] | None = None
     upright: bool = True
+    split: str = ""
 
     def __getitem__(self, index: int) -> PIL.Image.Image:
         part, number = self.position(index)

@@ -1,0 +1,120 @@
+"""Images in files, decoded when asked for, whatever lists them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import PIL.Image
+
+from jaxsft.cli import UserError
+from jaxsft.data import decode
+from jaxsft.data.base import Options, Source
+from jaxsft.data.classes import in_order, numbered
+from jaxsft.data.index import index
+from jaxsft.data.splits import canonical, partition, resolved, shuffled, slices
+
+
+@dataclasses.dataclass(frozen=True)
+class Files(Source):
+    """Images in files."""
+
+    paths: tuple[str, ...]
+    labels: np.ndarray  # int32 [N]
+    class_names: tuple[str, ...]
+    size: tuple[int, int] | None = None
+    upright: bool = True
+    bad: tuple[tuple[str, str], ...] = ()
+    split: str = ""
+    listing: str = ""
+
+    def __getitem__(self, index: int) -> PIL.Image.Image:
+        return decode.read_rgb(self.paths[index], self.upright)
+
+    def take(self, indices: np.ndarray) -> Files:
+        return dataclasses.replace(self, paths=tuple(self.paths[i] for i in indices), labels=self.labels[indices])
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+
+class Row(NamedTuple):
+    """One listed file."""
+
+    path: str
+    label: str
+    key: str  # the path from where it is listed: the same wherever the data lies
+
+
+def open_rows(what: str, root: Path, groups: Mapping[str, Sequence[Row]], split: str, options: Options) -> Files:
+    """The files of `split`, checked by their headers; the classes are those of 'train', where there is one.
+
+    Numbers in slices such as 'train[:500]' count in a fixed random order, for files lie sorted by class.
+
+    Args:
+      what: the data's name, for messages.
+      root: the folder or file that lists them.
+      groups: the files of each split.
+      split: as `slices` takes it.
+      options: of the config.
+
+    Raises:
+      UserError: no such split, a class that 'train' lacks, a broken image (with on_error 'raise').
+    """
+    split = resolved(split, groups, what)
+    parts = slices(split, {part: len(rows) for part, rows in groups.items()}, what)
+    trained = [rows for part, rows in groups.items() if canonical(part) == "train" and rows]
+    known = itertools.chain.from_iterable(trained or groups.values())
+    class_names = in_order((row.label for row in known), options.class_order)
+    rows: list[Row] = []
+    labels = np.empty(0, np.int32)
+    for part, start, stop in parts:
+        numbers = numbered((row.label for row in groups[part]), class_names, f"split {part!r} of {what}")
+        chosen = np.sort(shuffled(np.arange(len(numbers)), 0, 0)[start:stop])
+        rows += [groups[part][i] for i in chosen]
+        labels = np.append(labels, numbers[chosen])
+    known_of = index(root, split, [row.path for row in rows], options.upright)
+    bad = tuple((row.path, error) for row, error in zip(rows, known_of.errors, strict=True) if error)
+    if bad and options.on_error == "raise":
+        raise broken(*bad[0], more=len(bad) - 1)
+    good = np.array([not error for error in known_of.errors], bool)
+    sizes = known_of.sizes[good]
+    one_size = len(sizes) > 0 and bool((sizes == sizes[0]).all())
+    return Files(
+        tuple(row.path for row, is_good in zip(rows, good, strict=True) if is_good),
+        labels[good],
+        class_names,
+        (int(sizes[0, 0]), int(sizes[0, 1])) if one_size else None,
+        options.upright,
+        bad,
+        split,
+        listing(rows),
+    )
+
+
+def listing(rows: Iterable[Row]) -> str:
+    """sha256 of the keys and labels in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(f"{row.key}\0{row.label}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def with_eval_split(groups: dict[str, list[Row]], options: Options, what: str) -> dict[str, list[Row]]:
+    """`groups`; one alone, without a name ('') or the one to train on, as the splits that `partition` makes of it."""
+    own = next(iter(groups))
+    if len(groups) > 1 or (own and canonical(own) != "train"):
+        return groups
+    parts = partition(np.array([row.label for row in groups[own]]), options, what, own)
+    return {part: [groups[own][i] for i in indices] for part, indices in parts.items()}
+
+
+def broken(file: str, reason: str, more: int = 0) -> UserError:
+    """The error about a broken image."""
+    others = f" (and {more} more)" if more else ""
+    return UserError(f"{file}: {reason}{others}", "remove it, or leave such files out with --config.data.on_error=skip")
