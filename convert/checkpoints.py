@@ -107,7 +107,10 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
     try:
         return load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except AttributeError as error:  # the library looks a dtype up in numpy: float8 is not there
+        what = f"{path} holds a dtype that can't be read ({getattr(error, 'name', error)})"
+        raise UserError(what, "save the weights as float32, float16 or bfloat16") from None
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a whole .safetensors file: {error}", "fetch or write it again") from None
 
 
@@ -123,7 +126,7 @@ def import_torch() -> Any:
 def plain_data() -> list[Any]:
     """What a file may name beside tensors and containers: a script's arguments, and numpy's numbers. None runs code."""
     dtypes = [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"]
-    scalar = np._core.multiarray.scalar
+    scalar = np.float64(0).__reduce__()[0]  # numpy's own, wherever this version of it keeps it
     return [argparse.Namespace, scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes]
 
 
@@ -131,8 +134,13 @@ def read_torch(path: Path) -> dict[str, Any]:
     """A torch.save file through `weights_only=True`: tensors and plain data, never code."""
     torch = import_torch()
     try:
-        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(plain_data()):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        plain = torch.serialization.safe_globals(plain_data())
+        with (
+            warnings.catch_warnings(action="ignore"),
+            plain,
+            path.open("rb") as file,
+        ):  # by name torch looks at the ending
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # What it names, no more: the rest of what torch says is how to run the file's code nevertheless.
         found = re.search(r"GLOBAL ([\w.]+)", str(error))

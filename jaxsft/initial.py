@@ -86,7 +86,7 @@ def initial(
     fits = origin.num_classes == num_classes
     if c.head == "keep" and not fits:
         raise UserError(
-            f"config.model.head is 'keep', the head of {origin.source} has {origin.num_classes} classes, not {num_classes}",
+            f"config.model.head is 'keep', but {origin.source} has {origin.num_classes} classes, not {num_classes}",
             "set --config.model.head=replace",
         )
     if c.head == "keep" or (c.head == "auto" and fits and names is not None and origin.class_names == names):

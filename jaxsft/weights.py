@@ -85,6 +85,8 @@ class ModelCard:
             }
             fields["preprocessing"] = Preprocessing(**steps)
             names = fields["class_names"]
+            if not isinstance(names, list | None):
+                raise ValueError(f"class_names is a {type(names).__name__}")
             card = cls(**{**fields, "class_names": None if names is None else tuple(names)})
             card.check()
         except OSError:

@@ -69,7 +69,7 @@ def folder(tmp_path: Path, name: str, content: bytes | None) -> Path:
 
 def evaluate(root: Path, bad: BadFiles, one_size: bool = False) -> list[int]:
     """All batches of an evaluation; the grey levels of the images that counted, divided by ten."""
-    options = Options(on_error=bad.on_error)
+    options = Options(on_error=bad.on_error, divide=False)
     source = in_memory(open_folder(str(root), "train", options), options)
     loader = make_loader(source, EvalPlan(len(source), 3), DataParallel(), Preprocessing(16, 16), workers=0, bad=bad)
     levels = []
@@ -95,7 +95,7 @@ def test_a_broken_image_is_left_out_and_listed(case: str, tmp_path: Path):
     assert sorted(evaluate(root, bad)) == list(range(GOOD))
     assert [Path(file).name for file in bad.found] == [name]
 
-    options = Options(on_error="skip")
+    options = Options(on_error="skip", divide=False)
     source = open_folder(str(root), "train", options)
     bad = BadFiles("skip")
     bad.write_to(tmp_path)
@@ -118,7 +118,7 @@ def test_held_in_memory_they_are_left_out_too(tmp_path: Path):
         PIL.Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(root / f"{i}.png")
     whole = (root / "1.png").read_bytes()
     (root / "1.png").write_bytes(whole[: len(whole) - 30])
-    options = Options(on_error="skip")
+    options = Options(on_error="skip", divide=False)
     source = in_memory(open_folder(str(tmp_path), "train", options), options)
     assert source.images[:, 0, 0, 0].tolist() == [0, 2, 3]  # type: ignore[attr-defined]
     assert [Path(file).name for file, _ in source.bad] == ["1.png"]
@@ -130,7 +130,7 @@ def test_where_nothing_can_be_read_training_ends(tmp_path: Path):
     root = folder(tmp_path, "a.jpg", image("JPEG", quality=95)[:1500])
     for path in root.rglob("*.png"):
         path.write_bytes(path.read_bytes()[:60])
-    source = open_folder(str(root), "train", Options(on_error="skip"))
+    source = open_folder(str(root), "train", Options(on_error="skip", divide=False))
     plan = TrainPlan(Order(len(source), 2, seed=0))
     loader = make_loader(source, plan, DataParallel(), Preprocessing(16, 16), workers=0, bad=BadFiles("skip"))
     with pytest.raises(RuntimeError, match="no readable image"):

@@ -83,7 +83,7 @@ DAMAGE = {
     "not JSON": lambda card: "{",
     "a list": lambda card: "[]",
     "another arch": lambda card: json.dumps({**card, "arch": "resnet81"}),
-    "no head": lambda card: json.dumps({**card, "num_classes": 0}),
+    "a head of fewer than none": lambda card: json.dumps({**card, "num_classes": -1}),
     "names for others": lambda card: json.dumps({**card, "class_names": ["one"]}),
     "a field too many": lambda card: json.dumps({**card, "command": "rm"}),
     "a field too few": lambda card: json.dumps({k: v for k, v in card.items() if k != "arch"}),

@@ -154,7 +154,7 @@ from jaxsft.parallel import DataParallel
 from jaxsft.weights import Preprocessing
 import pictures
 
-source = pictures.Spy(open_folder(sys.argv[1], "train", Options()))
+source = pictures.Spy(open_folder(sys.argv[1], "train", Options(divide=False)))
 loader = make_loader(source, TrainPlan(Order(6, 2, 0)), DataParallel(), Preprocessing(16, 16), workers=2)
 for step in range(4):
     loader.batch(step)

@@ -48,8 +48,16 @@ def test_memory(arch: str) -> None:
     assert_same_bits(there_and_back(tensors, arch), tensors)
 
 
+def finite(name: str, array: np.ndarray) -> np.ndarray:
+    """`array` with what no file of weights may hold made something else."""
+    if array.dtype != np.float32:
+        return array
+    array = np.where(np.isfinite(array), array, np.float32(1))
+    return np.abs(array) if name.endswith("running_var") else array
+
+
 def check_files(arch: str, folder: Path) -> None:
-    tensors = random_bits(arch)
+    tensors = {name: finite(name, array) for name, array in random_bits(arch).items()}
     torch_model = getattr(torchvision.models, arch)()
     for suffix in (".pth", ".safetensors"):
         path, again = folder / f"in{suffix}", folder / f"out{suffix}"
