@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import pickle
+import weakref
 from typing import Any, NamedTuple
 
 TAKEN = b"\1"  # the first byte, 0 until then
@@ -47,13 +48,10 @@ class Packer:
 
     def __init__(self) -> None:
         self._open: list[int] = []
+        weakref.finalize(self, close_all, self._open)
 
     def __reduce__(self) -> tuple[type[Packer], tuple[()]]:
         return Packer, ()
-
-    def __del__(self) -> None:
-        for descriptor in self._open:
-            os.close(descriptor)
 
     def __call__(self, value: Any) -> Parcel:
         """Pack anything that can be pickled; its arrays are not copied more than once.
@@ -74,6 +72,12 @@ class Packer:
             while written < len(part):
                 written += os.pwrite(descriptor, part[written : written + CHUNK], begin + written)
         return Parcel(os.getpid(), descriptor, os.fstat(descriptor).st_ino, tuple(map(len, parts)))
+
+
+def close_all(descriptors: list[int]) -> None:
+    """Close them."""
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def places(lengths: list[int]) -> list[int]:
