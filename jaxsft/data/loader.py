@@ -19,7 +19,7 @@ from jaxsft.cli import Stop, UserError, printable, warn
 from jaxsft.data.augment import RANDOM_CROP
 from jaxsft.data.base import Arrays, Source
 from jaxsft.data.folder import broken
-from jaxsft.data.pipeline import Died, Pipeline
+from jaxsft.data.pipeline import Died, Pipeline, one_line
 from jaxsft.data.reading import LONGEST, Layout, Plan, Reader
 from jaxsft.machine import cores
 from jaxsft.weights import Preprocessing
@@ -159,7 +159,7 @@ class Stream:
             except (OSError, MemoryError) as error:
                 self.close()
                 raise Stop(
-                    f"the loader can't make batch {step}: {str(error) or 'out of memory'}",
+                    f"the loader can't make batch {step}: {one_line(error)}",
                     "mend that, or give fewer --config.data.workers; the same command then resumes",
                 ) from error
         self._deaths = 0
@@ -184,14 +184,13 @@ class Stream:
         """Make ready for another try, unless there have been too many."""
         self.close()
         self._deaths += 1
-        what = f"a worker process of the loader was killed {death}"
         if self._deaths == DEATHS:
             raise Stop(
-                f"{what}, {DEATHS} times at batch {step}: the machine has most likely run out of memory",
+                f"{death}, {DEATHS} times at batch {step}",
                 f"give fewer --config.data.workers (now {self.workers}) or a smaller --config.data.batch_size; the same"
                 " command then resumes",
             ) from death
-        warn(f"{what}, most likely for want of memory; all start again at batch {step}")
+        warn(f"{death}; all start again at batch {step}")
 
     def batches(self) -> Iterator[dict[str, jax.Array]]:
         """See Loader."""

@@ -27,49 +27,68 @@ KILLED = re.compile(r"Worker process was terminated .* exit code -(\d+)")  # Gra
 
 
 class Died(Exception):
-    """A signal from outside ended a worker process; the message says which."""
+    """A signal from outside ended a worker process."""
+
+    def __init__(self, number: int):
+        """Of the signal; 0: it is not known."""
+        name = signal.Signals(number).name if number else "a signal"
+        likely = "most likely for want of memory" if number in (0, signal.SIGKILL) else "see what it printed"
+        super().__init__(f"a worker process of the loader was killed by {name}, {likely}")
 
 
 class Pipeline:
-    """Grain's iterator over the batches of the steps from `start`; an evaluation's begins again at its end.
-
-    Where processes can't hand over their batches, threads of this one read them.
-    """
+    """Grain's iterator over the batches of the steps from `start`; an evaluation's begins again at its end."""
 
     def __init__(self, reader: Reader, workers: int, start: int):
-        """Start `workers` of them (0: none, batches are read when asked for) and wait for the first batch.
+        """Start `workers` processes (0: none, batches are read when asked for) and wait for the first batch.
+
+        Where the system lets no processes be started (their semaphores lie in /dev/shm), or no batches be handed over,
+        threads of this one read them.
 
         Raises:
-          Died: a process was killed on its way to it.
-          OSError: the system lets none be started.
+          Died: a process was killed meanwhile.
+          OSError: the batch can't be read.
         """
+        self._iterator: Any = None
+        self._first: dict[str, Any] | None = None
+        self._processes: list[multiprocessing.process.BaseProcess] = []
+        self._handed_over = handover.possible()
+        if not workers:
+            self._begin(reader, start)
+        else:
+            try:
+                if not self._handed_over and sys.platform.startswith("linux"):
+                    raise OSError("memfd is not allowed")  # Grain's own way ends a process that finds /dev/shm full
+                self._begin(reader, start, processes=workers)
+            except OSError as error:
+                warn(f"worker processes can't be used ({one_line(error)}); threads decode instead")
+                self._begin(reader, start, threads=workers)
+
+    def _begin(self, reader: Reader, start: int, processes: int = 0, threads: int = 0) -> None:
         import grain
 
+        self._handed_over = self._handed_over and processes > 0
         steps = grain.MapDataset.range(len(reader.plan))
         if isinstance(reader.plan, EvalPlan):
             steps = steps.repeat()
         steps = steps[start:].map(reader)
-        processes, threads = (workers, 0) if not workers or processes_work() else (0, workers)
-        self._handed_over = processes > 0 and handover.possible()
         if self._handed_over:
             steps = steps.map(handover.Packer())
-        if threads:
-            warn("the system gives no room for worker processes (semaphores in /dev/shm): threads decode instead")
         batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
         if processes:
             options = grain.MultiprocessingOptions(processes, per_worker_buffer_size=1)
             batches = batches.mp_prefetch(options, worker_init_fn=be_a_worker)
         if not flags.FLAGS.is_parsed():  # Grain reads absl's flags, which our command lines do not use
             flags.FLAGS.mark_as_parsed()
-        before = len(multiprocessing.active_children())
-        self._iterator: Any = iter(batches)
-        self._first: dict[str, Any] | None = None
+        before = set(multiprocessing.active_children())
+        self._iterator = iter(batches)
         try:
             with no_main_module(), unheard():
                 self._first = self._read()  # on the way to it Grain starts its processes, in threads
                 deadline = time.monotonic() + STARTED_SECONDS
-                while len(multiprocessing.active_children()) < before + processes and time.monotonic() < deadline:
+                while len(self._processes) < processes and time.monotonic() < deadline:
                     time.sleep(0.01)
+                    self._processes = list(set(multiprocessing.active_children()) - before)
         except BaseException:
             self.close()
             raise
@@ -90,23 +109,10 @@ class Pipeline:
             return handover.unpack(batch) if self._handed_over else batch
         except RuntimeError as error:
             if killed := KILLED.search(str(error)):
-                raise Died(f"by {signal.Signals(int(killed[1])).name}") from None
+                raise Died(int(killed[1])) from None
             raise
         except (handover.Gone, BrokenPipeError, EOFError):
-            raise Died("by another process") from None
-
-
-def processes_work() -> bool:
-    """Whether Grain's processes can be started, and hand over batches of any size.
-
-    Their semaphores are files in /dev/shm. Without our way of handing over Grain takes its own, which on Linux lies
-    there too: a signal ends the process that finds no room.
-    """
-    try:
-        multiprocessing.get_context("spawn").Semaphore()
-    except (ImportError, OSError):
-        return False
-    return handover.possible() or not sys.platform.startswith("linux")
+            raise Died(max([0, *(-(process.exitcode or 0) for process in self._processes)])) from None
 
 
 def be_a_worker(index: int, count: int) -> None:
@@ -130,6 +136,11 @@ def end_with_parent() -> None:
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, without the lines that Grain adds."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 @contextlib.contextmanager
