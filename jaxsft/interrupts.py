@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a question that the loop asks between steps: must we stop, and do all processes know?
+"""SIGTERM, SIGINT and SIGHUP as a question that the loop asks between steps: must we stop, and do all processes know?
 
 Python runs a signal's handler in the main thread between two bytecodes, and a compilation is a single one that takes
 a minute. So the signal wakes a thread of our own, through the descriptor that the C part of the handler writes to.
@@ -6,6 +6,7 @@ a minute. So the signal wakes a thread of our own, through the descriptor that t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from jax.experimental import multihost_utils
 from jaxsft.cli import Preempted, leave
 from jaxsft.parallel import DataParallel
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupted(Exception):
@@ -36,7 +37,8 @@ class Interrupts:
     Before `begin` a signal ends a run of one process at once, also in the middle of a compilation. After it, the next
     `poll` raises Interrupted; a second SIGINT leaves at once, wherever we are. In a run of several processes, `poll`
     raises in all of them at the same call, one call late: the answer to one call's question is read at the next, so
-    that no device waits. JAX's own notice of preemption (`reached_preemption_sync_point`) counts as a SIGTERM.
+    that no device waits. JAX's own notice of preemption (`reached_preemption_sync_point`) counts as a SIGTERM. Where
+    the end of the terminal (SIGHUP) was ignored before, as under nohup, it stays so.
     """
 
     def __init__(self, parallel: DataParallel):
@@ -50,7 +52,8 @@ class Interrupts:
             return self  # only the main thread may handle signals: the program around us answers them
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
-        self._before = {number: signal.signal(number, ignore) for number in SIGNALS}
+        heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, ignore) for number in heard}
         self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
@@ -91,15 +94,19 @@ class Interrupts:
                 self._note(number)
 
     def _note(self, number: int) -> None:
-        name = signal.Signals(number).name
+        if number not in self._before:
+            return  # one that the program around us answers
+        before = list(self._received)
+        self._received.append(number)  # before anything is said: there may be nobody left who hears it
         if not self._begun and self._parallel.process_count == 1:
             leave(Preempted(number, "before the first step", "there was nothing to save, the same command resumes"))
-        elif number == signal.SIGINT and signal.SIGINT in self._received:
+        elif number == signal.SIGINT and signal.SIGINT in before:
             leave(Preempted(number, "again: left at once", "the same command resumes at the last checkpoint"))
-        elif number in SIGNALS and not self._received:
+        elif not before:
             hint = ", Ctrl-C again leaves at once" if number == signal.SIGINT else ""
-            print(f"{name}: saving a checkpoint after this step{hint}", file=sys.stderr, flush=True)
-        self._received.append(number)
+            with contextlib.suppress(OSError, ValueError):  # no stderr any more
+                name = signal.Signals(number).name
+                print(f"{name}: saving a checkpoint after this step{hint}", file=sys.stderr, flush=True)
 
 
 def ignore(number: int, frame: FrameType | None) -> Any:

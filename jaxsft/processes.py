@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import socket
@@ -18,17 +17,18 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from jaxsft.cli import Preempted, Stop, UserError, leave
+from jaxsft.messages import WORD, greetings, is_count, receive, send
 
 OPTIONS = {
     "coordinator": "HOST:PORT on which process 0 listens, for a run of several processes",
     "num-processes": "how many processes the run has",
     "process-id": "which of them this is, from 0",
 }
+PENDING = 64  # connections that have not said yet who they are, besides one for each process
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
@@ -74,9 +74,11 @@ def join(values: Mapping[str, str], timeout: int) -> Iterator[None]:
         meeting.say(f"ended: {stop}")
         leave(stop)  # without JAX's own ending, which would wait for the others
     except BaseException as error:
-        traceback.print_exc()
-        meeting.say(f"ended: {type(error).__name__}")
-        os._exit(1)
+        try:
+            meeting.say(f"ended: {type(error).__name__}")
+            traceback.print_exc()
+        finally:
+            os._exit(1)
 
 
 def from_options(values: Mapping[str, str]) -> Place | None:
@@ -122,7 +124,7 @@ def on_tpu() -> bool:
 
 
 class Meeting:
-    """The connections between process 0 and the others, one line of JSON a message."""
+    """The connections between process 0 and the others."""
 
     def __init__(self, place: Place, timeout: float):
         """Meet within `timeout` seconds. Raises Stop, in every process that came, with the names of those missing."""
@@ -140,28 +142,12 @@ class Meeting:
         """Process 0: wait for all others, then tell them the port of JAX's own service."""
         place, reached = self.place, f"{self.place.host}:{self.place.port}"
         try:
-            server = socket.create_server(("", place.port), backlog=place.count)
+            server = socket.create_server(("", place.port), backlog=place.count + PENDING)
         except OSError as error:
             raise UserError(f"port {place.port} can't be listened on: {error.strerror}", "name another port") from None
         missing = set(range(1, place.count))
-        with server:
-            while missing:
-                server.settimeout(max(self._deadline - time.monotonic(), 0.01))
-                try:
-                    connection, _ = server.accept()
-                    connection.settimeout(5)
-                    hello = receive(connection)
-                    index, count = hello["index"], hello["count"]
-                except TimeoutError:
-                    if time.monotonic() < self._deadline:
-                        continue
-                    names = ", ".join(map(str, sorted(missing)))
-                    self._fail(
-                        f"of {place.count} processes {names} did not come within {self._timeout:.0f} s",
-                        f"start them with --process-id {names} and see that they can reach {reached}",
-                    )
-                except (OSError, ValueError, KeyError, TypeError):
-                    continue  # not one of ours
+        with server, contextlib.closing(greetings(server, place.count + PENDING, self._deadline)) as arrivals:
+            for connection, index, count in arrivals:
                 self._connections[index if index in missing else -1] = connection
                 if count != place.count or index not in missing:
                     self._fail(
@@ -170,15 +156,26 @@ class Meeting:
                         "give every process the same --num-processes and its own --process-id",
                     )
                 missing.remove(index)
+                if not missing:
+                    break
+        if missing:
+            names = ", ".join(map(str, sorted(missing)))
+            self._fail(
+                f"of {place.count} processes {names} did not come within {self._timeout:.0f} s",
+                f"start them with --process-id {names} and see that they can reach {reached}",
+            )
         port = free_port()
-        for connection in self._connections.values():
-            send(connection, {"port": port})
+        for index, connection in self._connections.items():
+            try:
+                send(connection, {"port": port})
+            except OSError as error:
+                self._fail(f"process {index} of {place.count} is gone ({error})", "see its messages")
         return port
 
     def _fail(self, what: str, what_to_do: str) -> None:
         for connection in self._connections.values():
             with contextlib.suppress(OSError):
-                send(connection, {"failed": [what, what_to_do]})
+                send(connection, {"failed": [what[:WORD], what_to_do[:WORD]]})
         raise Stop(what, what_to_do)
 
     def _come(self) -> int:
@@ -198,20 +195,28 @@ class Meeting:
                 time.sleep(min(0.2, left))
         try:
             send(connection, {"index": place.index, "count": place.count})
-            connection.settimeout(self._timeout + 10)  # process 0 gives up first, and says for whom it waited
-            answer = receive(connection)
-        except (OSError, ValueError) as error:
+            # Process 0 gives up first, and says for whom it waited.
+            answer = receive(connection, time.monotonic() + self._timeout + 10)
+        except OSError as error:
             raise Stop(f"process 0 at {place.host}:{place.port} is gone ({error})", "see its messages") from None
-        if "failed" in answer:
-            raise Stop(*answer["failed"])
-        self._connections[0] = connection
-        return answer["port"]
+        except ValueError:
+            answer = {}
+        match answer:
+            case {"failed": [str(what), str(what_to_do)]}:
+                raise Stop(what, what_to_do)
+            case {"port": port} if is_count(port):
+                self._connections[0] = connection
+                return port
+        raise Stop(
+            f"what answers at {place.host}:{place.port} is not process 0 of a run",
+            "see that --coordinator names a port that nothing else uses",
+        )
 
     def say(self, word: str) -> None:
         """Tell the others how this process ends."""
         for connection in self._connections.values():
             with contextlib.suppress(OSError):
-                send(connection, {"from": self.place.index, "word": word})
+                send(connection, {"from": self.place.index, "word": word[:WORD]})
 
     def watch(self) -> None:
         """From now on end this process when another one ends otherwise than done."""
@@ -221,9 +226,13 @@ class Meeting:
     def _listen(self, index: int, connection: socket.socket) -> None:
         try:
             message = receive(connection)
-            index, word = message["from"], message["word"]
         except (OSError, ValueError):
-            word = "is gone"
+            message = {}
+        match message:
+            case {"from": origin, "word": str(word)} if is_count(origin):
+                index = origin
+            case _:
+                word = "is gone"
         if word == "done":
             return
         for other in self._connections.values():  # process 0 passes it on
@@ -245,22 +254,3 @@ def free_port() -> int:
     """A port that nobody listens on just now."""
     with socket.create_server(("", 0)) as server:
         return server.getsockname()[1]
-
-
-def send(connection: socket.socket, message: dict[str, Any]) -> None:
-    """Write one message."""
-    connection.sendall(json.dumps(message).encode() + b"\n")
-
-
-def receive(connection: socket.socket) -> dict[str, Any]:
-    """Read one message. Raises ValueError where the connection ends before it does, or it is none."""
-    line = b""
-    while not line.endswith(b"\n"):
-        byte = connection.recv(1)
-        if not byte or len(line) > 10_000:
-            raise ValueError("the connection ended")
-        line += byte
-    message = json.loads(line)
-    if not isinstance(message, dict):
-        raise ValueError("not a message")
-    return message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 import zlib
 from pathlib import Path
@@ -10,8 +11,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from jaxsft.cli import UserError
-from jaxsft.data.base import Options
+from jaxsft.cli import Stop, UserError
+from jaxsft.data.base import Arrays, Options
 from jaxsft.data.folder import open_folder
 from jaxsft.data.loader import BadFiles, make_loader
 from jaxsft.data.order import Order
@@ -135,3 +136,68 @@ def test_where_nothing_can_be_read_training_ends(tmp_path: Path):
     loader = make_loader(source, plan, DataParallel(), Preprocessing(16, 16), workers=0, bad=BadFiles("skip"))
     with pytest.raises(RuntimeError, match="no readable image"):
         loader.batch(0)
+
+
+def test_a_picture_that_has_changed_its_size_is_named(tmp_path: Path):
+    """The index knows one size of all; then one file is another picture, whose pixels must not be taken for its own."""
+    root = tmp_path / "train" / "a"
+    root.mkdir(parents=True)
+    for i in range(4):
+        PIL.Image.fromarray(np.full((8, 12, 3), i, np.uint8)).save(root / f"{i}.png")
+    for on_error in ("skip", "raise"):
+        options = Options(on_error=on_error, resident_mb=0)
+        source = open_folder(str(tmp_path), "train", options)
+        assert source.size == (8, 12)
+        PIL.Image.fromarray(np.full((1, 1, 3), 9, np.uint8)).save(root / "2.png")  # numpy would spread it over all
+        bad = BadFiles(on_error)
+        for held in (source, in_memory(source, dataclasses.replace(options, resident_mb=1))):
+            bad = BadFiles(on_error)
+            plan = EvalPlan(len(held), 4)
+            if on_error == "raise":
+                with pytest.raises(UserError, match=r"2\.png: is 1 x 1 px, not 12 x 8 px as when it was indexed"):
+                    make_loader(held, plan, DataParallel(), Preprocessing(8, 8), workers=0, bad=bad).batch(0)
+                continue
+            loader = make_loader(held, plan, DataParallel(), Preprocessing(8, 8), workers=0, bad=bad)
+            batch = loader.batch(0)
+            assert np.asarray(batch["mask"]).sum() == 3
+            assert [Path(file).name for file in bad.found] == ["2.png"]
+        PIL.Image.fromarray(np.full((8, 12, 3), 2, np.uint8)).save(root / "2.png")
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_in_memory_a_source_keeps_its_split_and_listing(tmp_path: Path, broken: bool):
+    root = tmp_path / "train" / "a"
+    root.mkdir(parents=True)
+    for i in range(3):
+        PIL.Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(root / f"{i}.png")
+    if broken:
+        whole = (root / "1.png").read_bytes()
+        (root / "1.png").write_bytes(whole[: len(whole) - 30])
+    options = Options(on_error="skip")
+    source = open_folder(str(tmp_path), "train", options)
+    for name in ("split", "listing"):
+        object.__setattr__(source, name, f"some {name}")
+    held = in_memory(source, options)
+    assert isinstance(held, Arrays)
+    assert (held.split, held.listing, len(held)) == ("some split", "some listing", 3 - broken)
+
+
+def test_a_strange_name_takes_one_line_and_changes_no_terminal(tmp_path: Path, capsys):
+    bad = BadFiles("skip")
+    bad.add([("a\nb\t.png", "torn"), ("\x1b[31mc.png", "cut\noff")])
+    bad.write_to(tmp_path)
+    bad.add([("d\udcff.png", "late")])
+    expected = ["a\\nb\\t.png\ttorn", "\\x1b[31mc.png\tcut\\noff", "d\\udcff.png\tlate"]
+    assert (tmp_path / "bad_files.txt").read_text().splitlines() == expected
+    warnings = capsys.readouterr().err.splitlines()
+    assert warnings == [f"warning: left out {line}" for line in
+                        ("a\\nb\\t.png: torn", "\\x1b[31mc.png: cut\\noff", "d\\udcff.png: late")]  # fmt: skip
+
+
+def test_a_list_that_cannot_be_written_is_named(tmp_path: Path):
+    bad = BadFiles("skip")
+    (tmp_path / "bad_files.txt").mkdir()
+    with pytest.raises(Stop, match=rf"^{tmp_path}/bad_files.txt can't be written: Is a directory; make room or mend"):
+        bad.write_to(tmp_path)
+    with pytest.raises(Stop, match=rf"^{tmp_path}/bad_files.txt can't be written: Is a directory; make room or mend"):
+        bad.add([("a.png", "torn")])

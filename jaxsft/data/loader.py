@@ -7,7 +7,6 @@ decodes and resizes in Grain's worker processes and sends uint8 pixels. To the l
 from __future__ import annotations
 
 import dataclasses
-import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,15 +15,16 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jaxsft.cli import UserError
+from jaxsft.cli import Stop, UserError, printable, warn
 from jaxsft.data.augment import RANDOM_CROP
 from jaxsft.data.base import Arrays, Source
 from jaxsft.data.folder import broken
-from jaxsft.data.pipeline import Pipeline
+from jaxsft.data.pipeline import Died, Pipeline, one_line
 from jaxsft.data.reading import LONGEST, Layout, Plan, Reader
 from jaxsft.machine import cores
 from jaxsft.weights import Preprocessing
 
+DEATHS = 3  # of worker processes, with no batch between them, before their number must be wrong
 MOST_WORKERS = 16  # by default; more seldom decode faster than one device trains
 BAD_FILES = "bad_files.txt"
 
@@ -58,20 +58,37 @@ class BadFiles:
                 raise broken(file, reason)
             if file not in self.found:
                 self.found[file] = reason
-                print(f"warning: left out {file}: {reason}", file=sys.stderr, flush=True)
+                warn(f"left out {file}: {reason}")
                 self._append(file, reason)
 
     def write_to(self, workdir: Path) -> None:
-        """List them in `workdir`/bad_files.txt, those found from now on too; without any there is no file."""
+        """List them in `workdir`/bad_files.txt, those found from now on too; without any there is no file.
+
+        A line is file, tab, reason; control characters in them are escaped.
+
+        Raises:
+          Stop: it can't be written; so does `add`.
+        """
         self._path = workdir / BAD_FILES
-        self._path.unlink(missing_ok=True)
+        try:
+            self._path.unlink(missing_ok=True)
+        except OSError as error:
+            raise unwritten(self._path, error) from error
         for file, reason in self.found.items():
             self._append(file, reason)
 
     def _append(self, file: str, reason: str) -> None:
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8", errors="surrogateescape") as out:
-                out.write(f"{file}\t{reason}\n")
+            try:
+                with self._path.open("a", encoding="utf-8") as out:
+                    out.write(f"{printable(file)}\t{printable(reason)}\n")
+            except OSError as error:
+                raise unwritten(self._path, error) from error
+
+
+def unwritten(path: Path, error: OSError) -> Stop:
+    """What to say where the list of bad files can't be written."""
+    return Stop(f"{path} can't be written: {error.strerror}", "make room or mend it; the same command then resumes")
 
 
 class Loader(Protocol):
@@ -112,9 +129,10 @@ class Resident:
 class Stream:
     """A set that is decoded as it is needed.
 
-    Memory is bounded: each worker process holds the batch that it works on and one that is ready. The loop asks for a
-    batch while the devices still compute the steps before (dispatch is asynchronous), so that it is on them in time.
-    After an evaluation the workers stay and make ready the first batches of the next.
+    Memory is bounded: of each worker process there are the batch that it works on and up to four that are ready. The
+    loop asks for a batch while the devices still compute the steps before (dispatch is asynchronous), so that it is on
+    them in time. After an evaluation the workers stay and make ready the first batches of the next. Where one of them
+    is killed, all start again at that step: a batch is a function of its step, so nothing changes.
     """
 
     def __init__(self, reader: Reader, devices: Devices, preprocessing: Preprocessing, workers: int, bad: BadFiles):
@@ -123,19 +141,28 @@ class Stream:
         self.workers, self.bad = workers, bad
         self._pipeline: Pipeline | None = None
         self._next = 0  # the step that comes next
+        self._deaths = 0  # of workers, since the last batch
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """See Loader.
 
         Raises:
           UserError: an image is broken, and on_error is 'raise'.
+          Stop: workers are killed again and again, or the system can't give what they need.
         """
-        if self._pipeline is None or step != self._next:
-            self.close()
-            self._pipeline = Pipeline(self.reader, self.workers, step)
-            # At the end of the program too, while all that closing needs is still there.
-            self._finalizer = weakref.finalize(self, self._pipeline.close)
-        batch = next(self._pipeline)
+        batch = None
+        while batch is None:
+            try:
+                batch = self._read(step)
+            except Died as death:
+                self._after(death, step)
+            except (OSError, MemoryError) as error:
+                self.close()
+                raise Stop(
+                    f"the loader can't make batch {step}: {one_line(error)}",
+                    "mend that, or give fewer --config.data.workers; the same command then resumes",
+                ) from error
+        self._deaths = 0
         self._next = (step + 1) % len(self.reader.plan)
         try:
             self.bad.add([(self.reader.source.name(number), reason) for number, reason in batch.pop("bad")])
@@ -143,6 +170,27 @@ class Stream:
             self.close()
             raise
         return self.devices.split({name: self._whole(value) for name, value in batch.items()})
+
+    def _read(self, step: int) -> dict[str, Any]:
+        """The batch of a step on the host; raises as the pipeline does."""
+        if self._pipeline is None or step != self._next:
+            self.close()
+            self._pipeline = Pipeline(self.reader, self.workers, step)
+            # At the end of the program too, while all that closing needs is still there.
+            self._finalizer = weakref.finalize(self, self._pipeline.close)
+        return next(self._pipeline)
+
+    def _after(self, death: Died, step: int) -> None:
+        """Make ready for another try, unless there have been too many."""
+        self.close()
+        self._deaths += 1
+        if self._deaths == DEATHS:
+            raise Stop(
+                f"{death}, {DEATHS} times at batch {step}",
+                f"give fewer --config.data.workers (now {self.workers}) or a smaller --config.data.batch_size; the same"
+                " command then resumes",
+            ) from death
+        warn(f"{death}; all start again at batch {step}")
 
     def batches(self) -> Iterator[dict[str, jax.Array]]:
         """See Loader."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.connection
+import os
+import re
 import signal
 import sys
+import threading
 import time
 import types
 from collections.abc import Iterator
@@ -13,42 +17,130 @@ from typing import Any
 
 from absl import flags
 
+from jaxsft.cli import warn
+from jaxsft.data import handover
 from jaxsft.data.reading import EvalPlan, Reader
 
 STARTED_SECONDS = 5  # after the first batch all workers have started, or will do so the slower way
+UNHEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+KILLED = re.compile(r"Worker process was terminated .* exit code -(\d+)")  # Grain's message
+
+
+class Died(Exception):
+    """A signal from outside ended a worker process."""
+
+    def __init__(self, number: int):
+        """Of the signal; 0: it is not known."""
+        name = signal.Signals(number).name if number else "a signal"
+        likely = "most likely for want of memory" if number in (0, signal.SIGKILL) else "see what it printed"
+        super().__init__(f"a worker process of the loader was killed by {name}, {likely}")
 
 
 class Pipeline:
     """Grain's iterator over the batches of the steps from `start`; an evaluation's begins again at its end."""
 
     def __init__(self, reader: Reader, workers: int, start: int):
+        """Start `workers` processes (0: none, batches are read when asked for) and wait for the first batch.
+
+        Where the system lets no processes be started (their semaphores lie in /dev/shm), or no batches be handed over,
+        threads of this one read them.
+
+        Raises:
+          Died: a process was killed meanwhile.
+          OSError: the batch can't be read.
+        """
+        self._iterator: Any = None
+        self._first: dict[str, Any] | None = None
+        self._processes: list[multiprocessing.process.BaseProcess] = []
+        self._handed_over = handover.possible()
+        if not workers:
+            self._begin(reader, start)
+        else:
+            try:
+                if not self._handed_over and sys.platform.startswith("linux"):
+                    raise OSError("memfd is not allowed")  # Grain's own way ends a process that finds /dev/shm full
+                self._begin(reader, start, processes=workers)
+            except OSError as error:
+                warn(f"worker processes can't be used ({one_line(error)}); threads decode instead")
+                self._begin(reader, start, threads=workers)
+
+    def _begin(self, reader: Reader, start: int, processes: int = 0, threads: int = 0) -> None:
         import grain
 
+        self._handed_over = self._handed_over and processes > 0
         steps = grain.MapDataset.range(len(reader.plan))
         if isinstance(reader.plan, EvalPlan):
             steps = steps.repeat()
-        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        batches = steps[start:].map(reader).to_iter_dataset(options)
-        if workers:
-            batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=1))
+        steps = steps[start:].map(reader)
+        if self._handed_over:
+            steps = steps.map(handover.Packer())
+        batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+        if processes:
+            options = grain.MultiprocessingOptions(processes, per_worker_buffer_size=1)
+            batches = batches.mp_prefetch(options, worker_init_fn=be_a_worker)
         if not flags.FLAGS.is_parsed():  # Grain reads absl's flags, which our command lines do not use
             flags.FLAGS.mark_as_parsed()
-        before = len(multiprocessing.active_children())
+        before = set(multiprocessing.active_children())
         self._iterator = iter(batches)
-        with no_main_module(), unheard():
-            self._first = next(self._iterator)  # on the way to it Grain starts its processes, in threads
-            deadline = time.monotonic() + STARTED_SECONDS
-            while len(multiprocessing.active_children()) < before + workers and time.monotonic() < deadline:
-                time.sleep(0.01)
+        try:
+            with no_main_module(), unheard():
+                self._first = self._read()  # on the way to it Grain starts its processes, in threads
+                deadline = time.monotonic() + STARTED_SECONDS
+                while len(self._processes) < processes and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                    self._processes = list(set(multiprocessing.active_children()) - before)
+        except BaseException:
+            self.close()
+            raise
 
     def __next__(self) -> dict[str, Any]:
         first, self._first = self._first, None
-        return next(self._iterator) if first is None else first
+        return self._read() if first is None else first
 
     def close(self) -> None:
         """End the processes and drop what they have sent."""
         self._iterator.close()
         self._iterator = self._first = None
+
+    def _read(self) -> dict[str, Any]:
+        """The next batch; raises Died."""
+        try:
+            batch = next(self._iterator)
+            return handover.unpack(batch) if self._handed_over else batch
+        except RuntimeError as error:
+            if killed := KILLED.search(str(error)):
+                raise Died(int(killed[1])) from None
+            raise
+        except (handover.Gone, BrokenPipeError, EOFError):
+            raise Died(max([0, *(-(process.exitcode or 0) for process in self._processes)])) from None
+
+
+def be_a_worker(index: int, count: int) -> None:
+    """What a worker process does first: leave signals to its parent, and see to it that it ends with it.
+
+    A terminal's Ctrl-C and a scheduler's notice go to all processes of the group. The loop answers them, and until it
+    has saved it still needs its workers, which it ends itself, unless it is killed.
+    """
+    for number in UNHEARD:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, name="parent", daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Wait for the end of the parent process, then end this one.
+
+    Not the system's own notice (PR_SET_PDEATHSIG): it comes at the end of the thread that started the process, and
+    Grain's end early.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, without the lines that Grain adds."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -66,12 +158,8 @@ def no_main_module() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unheard() -> Iterator[None]:
-    """Let processes that are started meanwhile be deaf to SIGINT and SIGTERM.
-
-    A terminal's Ctrl-C and a scheduler's notice go to all processes of the group. The loop answers them, and until it
-    has saved it still needs its workers.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """Let processes that are started meanwhile be deaf to UNHEARD, until they are workers that ignore them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, UNHEARD)
     try:
         yield
     finally:

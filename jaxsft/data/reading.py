@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import functools
-import multiprocessing
-import signal
 import sys
-import threading
 from typing import Any
 
 import numpy as np
@@ -75,9 +71,17 @@ class Layout:
     resize: int  # px, the short side
 
     def put(self, image: Image, out: np.ndarray) -> np.ndarray | None:
-        """Write an image to `out`, uint8 [*shape, 3]; its size on a canvas (see `decode.onto_canvas`), else None."""
+        """Write an image to `out`, uint8 [*shape, 3]; its size on a canvas (see `decode.onto_canvas`), else None.
+
+        Raises:
+          decode.Unreadable: it has not the size that all are said to have: its file has changed since it was looked at.
+        """
         if self.kind == "whole":
-            out[:] = np.asarray(image)
+            pixels = np.asarray(image)
+            if pixels.shape != out.shape:
+                (height, width), (rows, columns) = pixels.shape[:2], self.shape
+                raise decode.Unreadable(f"is {width} x {height} px, not {columns} x {rows} px as when it was indexed")
+            out[:] = pixels
             return None
         if isinstance(image, np.ndarray):
             image = PIL.Image.fromarray(image)
@@ -105,7 +109,6 @@ class Reader:
         In place of a broken image training gets the next readable one; evaluation has a False mask there. "bad" holds
         pairs (number of the image, reason).
         """
-        leave_signals_to_parent()
         numbers = {name: self.own_rows(value) for name, value in self.plan[step].items()}
         example, mask = numbers["example"], numbers.get("mask")
         roles = {"": example, "partner_": numbers["partner"]} if "partner" in numbers else {"": example}
@@ -148,18 +151,6 @@ class Reader:
         raise RuntimeError(f"no readable image after {self.source.name(number)}: {bad[number]}")
 
 
-@functools.cache
-def leave_signals_to_parent() -> None:
-    """In a worker process, ignore SIGINT and SIGTERM.
-
-    A terminal's Ctrl-C and a scheduler's notice go to all processes of the group. The loop answers them, and until it
-    has saved it still needs its workers, which it ends itself.
-    """
-    if multiprocessing.parent_process() is not None and threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-
-
 def in_memory(source: Source, options: Options) -> Source:
     """`source` as one array where its images have one size and fit `options.resident_mb`; else itself.
 
@@ -167,12 +158,13 @@ def in_memory(source: Source, options: Options) -> Source:
     """
     if isinstance(source, Arrays) or source.size is None or not options.fits(len(source), source.size):
         return source
+    layout = Layout("whole", source.size, min(source.size))
     images = np.empty((len(source), *source.size, 3), np.uint8)
     bad: dict[int, str] = {}
 
     def fill(number: int) -> None:
         try:
-            images[number] = np.asarray(source[number])
+            layout.put(source[number], images[number])
         except decode.Unreadable as error:
             bad[number] = str(error)
 
@@ -182,4 +174,8 @@ def in_memory(source: Source, options: Options) -> Source:
             pass
     named = tuple((source.name(number), reason) for number, reason in sorted(bad.items()))
     arrays = Arrays(images, source.labels, source.class_names, source.bad + named)
-    return arrays.take(np.setdiff1d(np.arange(len(source)), list(bad))) if bad else arrays
+    if bad:
+        arrays = arrays.take(np.setdiff1d(np.arange(len(source)), list(bad)))
+    for name in ("split", "listing"):
+        object.__setattr__(arrays, name, getattr(source, name))
+    return arrays

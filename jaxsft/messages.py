@@ -1,0 +1,123 @@
+"""Messages between the processes of a run, one line of JSON each, and who may send them: whoever reaches the port."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Generator
+from multiprocessing.connection import wait
+from typing import Any
+
+GREETING_SECONDS = 5  # from the connection to the end of its first message
+GREETING = 200  # bytes of that, at most
+LONGEST = 2**15  # bytes of any other message
+Greetings = Generator[tuple[socket.socket, int, int], None, None]  # connection, index, count
+WORD = 1000  # characters of a text in one, of which each may take twelve bytes
+
+
+def send(connection: socket.socket, message: dict[str, Any]) -> None:
+    """Write one message. Raises OSError where the connection has ended."""
+    connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def receive(connection: socket.socket, deadline: float | None = None) -> dict[str, Any]:
+    """Read one message, until `deadline` (of time.monotonic) at most.
+
+    Raises:
+      OSError: the connection, or the time, ended before.
+      ValueError: it is no message.
+    """
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        if deadline is not None:
+            connection.settimeout(max(deadline - time.monotonic(), 0.001))
+        byte = connection.recv(1)
+        if not byte:
+            raise ConnectionError("the connection ended")
+        line += byte
+        if len(line) > LONGEST:
+            raise ValueError("too long")
+    return parse(line)
+
+
+def parse(line: bytes | bytearray) -> dict[str, Any]:
+    """A message. Raises ValueError where it is none."""
+    try:
+        message = json.loads(line)
+    except RecursionError:
+        raise ValueError("too deep") from None
+    if not isinstance(message, dict):
+        raise ValueError("not a message")
+    return message
+
+
+def is_count(value: object) -> bool:
+    """Whether a part of a message is a whole number that can be one of processes, or of one of them."""
+    return type(value) is int and 0 <= value < 2**31
+
+
+def greetings(server: socket.socket, most: int, deadline: float) -> Greetings:
+    """Those who come to `server` until `deadline` (of time.monotonic) and say their index and how many there are.
+
+    Nobody waits for another. Sent away is whoever says something else, or nothing within GREETING_SECONDS; and he who
+    came first of those that have said nothing yet where they are more than `most`, or no descriptor is left.
+    """
+    silent: dict[socket.socket, tuple[float, bytearray]] = {}  # until when, and what it has said so far
+    server.setblocking(False)
+
+    def send_away(connection: socket.socket) -> None:
+        del silent[connection]
+        connection.close()
+
+    try:
+        while (now := time.monotonic()) < deadline:
+            for connection in [known for known, (until, _) in silent.items() if until <= now]:
+                send_away(connection)
+            ends = min([deadline, *(until for until, _ in silent.values())])
+            for connection in wait([*silent, server], ends - now):  # type: ignore[assignment]
+                if connection is server:
+                    try:
+                        for _ in range(most // 2):  # those who came last are still here when they are heard
+                            silent[server.accept()[0]] = (time.monotonic() + GREETING_SECONDS, bytearray())
+                            if len(silent) > most:
+                                send_away(next(iter(silent)))
+                    except BlockingIOError:
+                        pass
+                    except OSError:  # no descriptor is left
+                        time.sleep(0.01)
+                        if silent:
+                            send_away(next(iter(silent)))
+                elif connection in silent:
+                    try:
+                        if (said := greeting(connection, silent[connection][1])) is None:
+                            continue
+                    except (OSError, ValueError):
+                        send_away(connection)
+                        continue
+                    del silent[connection]
+                    connection.settimeout(GREETING_SECONDS)
+                    yield connection, *said
+    finally:
+        for connection in list(silent):
+            send_away(connection)
+
+
+def greeting(connection: socket.socket, line: bytearray) -> tuple[int, int] | None:
+    """Add to `line` what has come on a connection that doesn't block; once it ends, the (index, count) in it.
+
+    Raises:
+      OSError: the connection has ended.
+      ValueError: this is no greeting.
+    """
+    part = connection.recv(GREETING)
+    if not part:
+        raise ConnectionError("the connection ended")
+    line += part
+    if line.endswith(b"\n") and len(line) <= GREETING:
+        match parse(line):
+            case {"index": index, "count": count} if is_count(index) and is_count(count):
+                return index, count
+    elif len(line) < GREETING:
+        return None
+    raise ValueError("not a greeting")

@@ -1,0 +1,107 @@
+"""Signals are answered, whatever has become of the terminal."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from jaxsft.interrupts import Interrupted, Interrupts
+from jaxsft.parallel import DataParallel
+from tests.conftest import ROOT
+
+# Two loops that poll until they are told to stop, the stop printed on stdout; before the second, stderr's reader dies.
+GONE = """
+import os, signal, sys, time
+from jaxsft.interrupts import Interrupted, Interrupts
+from jaxsft.parallel import DataParallel
+
+read_end, write_end = os.pipe()
+os.dup2(write_end, 2)
+os.close(write_end)
+os.close(read_end)
+if sys.argv[1] == "closed":
+    sys.stderr.close()
+for name in sys.argv[2:]:
+    with Interrupts(DataParallel()) as interrupts:
+        interrupts.begin()
+        os.kill(os.getpid(), signal.Signals[name])
+        try:
+            for step in range(500):
+                time.sleep(0.01)
+                interrupts.poll(step)
+            print("never heard")
+        except Interrupted as interrupted:
+            print(interrupted)
+sys.stderr = open(os.devnull, "w")
+"""
+
+
+@pytest.mark.parametrize("how", ["broken", "closed"])
+def test_signals_are_heard_where_nobody_reads_stderr(run, how: str) -> None:
+    done = run("-c", GONE, how, "SIGTERM", "SIGINT", "SIGHUP", timeout=60)
+    assert done.stdout.split() == ["SIGTERM", "SIGINT", "SIGHUP"]
+
+
+def heard(number: int) -> int | None:
+    """Which signal ends a loop to which `number` is sent; None: it goes on."""
+    with Interrupts(DataParallel()) as interrupts:
+        interrupts.begin()
+        signal.raise_signal(number)
+        try:
+            for _ in range(20):
+                interrupts._thread.join(0.01)
+                interrupts.poll(0)
+        except Interrupted as interrupted:
+            return interrupted.number
+    return None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_each_is_named_and_handled_as_before_afterwards(number: int, capsys) -> None:
+    before = signal.getsignal(number)
+    assert heard(number) == number
+    assert capsys.readouterr().err.startswith(f"{signal.Signals(number).name}: saving a checkpoint after this step")
+    assert signal.getsignal(number) == before
+
+
+def test_the_end_of_the_terminal_stays_ignored_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert heard(signal.SIGHUP) is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_of_the_program_around_is_no_reason_to_stop() -> None:
+    answered: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: answered.append(number))
+    try:
+        assert heard(signal.SIGUSR1) is None
+        assert answered == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+BEFORE = """
+import os, signal, time
+from jaxsft.interrupts import Interrupts
+from jaxsft.parallel import DataParallel
+with Interrupts(DataParallel()):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_before_the_first_step_the_end_of_the_terminal_ends_it_at_once() -> None:
+    process = subprocess.Popen([sys.executable, "-c", BEFORE], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGHUP == 129
+    assert err.startswith("stopped: SIGHUP before the first step; there was nothing to save")
