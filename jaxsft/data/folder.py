@@ -12,7 +12,6 @@ from jaxsft import cli
 from jaxsft.cli import UserError
 from jaxsft.data.base import Options
 from jaxsft.data.files import Files, Row, open_rows, with_eval_split
-from jaxsft.data.files import broken as broken
 from jaxsft.data.splits import asks_for, canonical, check_spellings
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's

@@ -18,7 +18,7 @@ import numpy as np
 from jaxsft.cli import Stop, UserError, printable, warn
 from jaxsft.data.augment import RANDOM_CROP
 from jaxsft.data.base import Arrays, Source
-from jaxsft.data.folder import broken
+from jaxsft.data.files import broken
 from jaxsft.data.pipeline import Died, Pipeline, one_line
 from jaxsft.data.reading import LONGEST, Layout, Plan, Reader
 from jaxsft.machine import cores

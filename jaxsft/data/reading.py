@@ -173,9 +173,6 @@ def in_memory(source: Source, options: Options) -> Source:
         for _ in tqdm(done, desc="decoding", total=len(source), unit="image", disable=None, leave=False):
             pass
     named = tuple((source.name(number), reason) for number, reason in sorted(bad.items()))
-    arrays = Arrays(images, source.labels, source.class_names, source.bad + named)
-    if bad:
-        arrays = arrays.take(np.setdiff1d(np.arange(len(source)), list(bad)))
-    for name in ("split", "listing"):
-        object.__setattr__(arrays, name, getattr(source, name))
-    return arrays
+    bads = source.bad + named
+    arrays = Arrays(images, source.labels, source.class_names, bads, source.split, source.listing)
+    return arrays.take(np.setdiff1d(np.arange(len(source)), list(bad))) if bad else arrays
