@@ -21,11 +21,11 @@ from typing import Any
 import jax
 
 from jaxsft import cli
-from jaxsft.config import parse_flags
 from jaxsft.data.base import Options
 from jaxsft.data.loader import BadFiles, Loader, make_loader
 from jaxsft.data.reading import EvalPlan, in_memory
 from jaxsft.data.sources import open_source, with_classes
+from jaxsft.flags import parse_flags
 from jaxsft.log import IN_FLIGHT
 from jaxsft.metrics import Evaluation
 from jaxsft.parallel import all_devices

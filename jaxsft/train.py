@@ -25,7 +25,7 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from jaxsft import checkpoint, cli, processes
+from jaxsft import checkpoint, cli, flags, processes
 from jaxsft import config as config_module
 from jaxsft import workdir as workdir_module
 from jaxsft.checkpoint import Checkpoints
@@ -226,8 +226,8 @@ def main() -> None:
     sys.unraisablehook = checkpoint.but_closed_loops(sys.unraisablehook)
     options = {"workdir": "where the run lies; default runs/<config file>[-<variant>]", **processes.OPTIONS}
     assert __doc__ is not None
-    config, values, config_flag = config_module.parse_flags(sys.argv[1:], __doc__, options)
-    workdir = Path(values["workdir"] or Path("runs") / config_module.run_name(config_flag))
+    config, values, config_flag = flags.parse_flags(sys.argv[1:], __doc__, options)
+    workdir = Path(values["workdir"] or Path("runs") / flags.run_name(config_flag))
     config_module.check(config)
     workdir_module.check(workdir, config)
     keep_compilations()
