@@ -21,8 +21,8 @@ from jaxsft.models.resnet import ARCHITECTURES
 SCHEDULES = ("constant", "cosine", "linear", "step")
 OPTIMIZERS = ("sgd", "adamw")
 BEST_METRICS = ("", "accuracy", "top5", "loss")
-# Keys by which a resumed run may differ from what it was: they change how it is computed, not what. When it is evaluated
-# is such a key; what it is evaluated on (data.eval_split) is not: the lines of one log must be comparable.
+# Keys by which a resumed run may differ from what it was: they change how it is computed, not what. When it is
+# evaluated is one; what it is evaluated on (data.eval_split) is none: the lines of one log must be comparable.
 FREE = ("eval.", "checkpoint.", "parallel.backend", "parallel.timeout_seconds", "data.data_dir", "data.workers",
         "data.on_error", "data.check_overlap", "train.on_nan", "train.on_changed_data", "train.log_every_steps",
         "train.steps_per_call")  # fmt: skip
@@ -267,7 +267,7 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 def kinds() -> dict[str, tuple[type, bool]]:
     """For every key the type of its values, and whether it may be None instead."""
     config = default()
-    sections = {key.rpartition(".")[0] for key in flatten(config.to_dict())}
+    sections = dict.fromkeys(key.rpartition(".")[0] for key in flatten(config.to_dict()))
     found: dict[str, tuple[type, bool]] = {}
     for name in sections:
         section = get(config, name) if name else config

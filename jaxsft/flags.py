@@ -138,14 +138,15 @@ def unknown(token: str, strings: Mapping[str, str]) -> UserError:
     """What to say of a word that is no option."""
     flag = token.partition("=")[0]
     key = re.sub("^-{1,2}(no)?config[.]", "", flag)
+    is_option = bool(re.match("--?[^-]", flag))
     if key != flag and any(name.startswith(f"{key}.") for name in kinds()):
         example = next(name for name in kinds() if name.startswith(f"{key}."))
         return UserError(f"config.{key} is a group of keys", f"give one of them, such as --config.{example}=VALUE")
-    meant = suggestion(flag, strings)
+    meant = suggestion(flag, strings) if is_option or "=" in token else ""
     hint = f"did you mean {meant}?" if meant else "see --help for all there are"
     if key != flag:
         return UserError(f"the config has no key {key!r}", hint)
-    if flag.startswith("-") and flag.strip("-"):
+    if is_option:
         return UserError(f"there is no option {flag}", hint)
     return UserError(f"{token!r} is no option", hint if meant else "give options as --name=value")
 
