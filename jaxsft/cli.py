@@ -366,7 +366,10 @@ def write_file(path: Path, content: bytes) -> None:
 def writing(path: Path) -> Iterator[Path]:
     """The file that `path` means, links followed; an OSError inside is a UserError about it."""
     try:
-        yield Path(os.path.realpath(path))
+        target = Path(os.path.realpath(path))
+        if target.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        yield target
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror}", "name another file") from None
 

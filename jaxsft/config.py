@@ -81,7 +81,7 @@ def default() -> ConfigDict:
     config.optim = optim = ConfigDict()
     optim.name = "sgd"  # 'sgd' | 'adamw'
     optim.lr = 0.01  # learning rate: the peak, after the warm-up and before the schedule lowers it
-    optim.momentum = 0.9  # of sgd
+    optim.momentum = 0.9  # of sgd: how much of the last update goes on
     optim.nesterov = False  # of sgd: Nesterov's momentum
     optim.weight_decay = 0.0  # coupled for sgd (torch: added to the gradient), decoupled for adamw
     optim.decay_norm_and_bias = True  # whether norms and biases decay too: torch decays every parameter
