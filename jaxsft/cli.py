@@ -1,20 +1,31 @@
-"""What the commands share: the user's errors and the exit status they end in."""
+"""What the commands share: the user's errors and their exit status, what is printed, and JSON."""
 
 from __future__ import annotations
 
 import argparse
+import codecs
+import contextlib
 import difflib
+import errno
+import functools
 import json
+import math
 import os
 import re
+import select
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import unicodedata
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 FAILED, USER_ERROR = 1, 2  # exit status
+GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # of a stream: nobody reads it any more
+STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 OFFLINE = (
     "give local files, --config.model.weights=FILE and --config.data.data_dir=DIR (prepared by TFDS),"
     " or run configs/cifar10.py:sample, which needs no network"
@@ -51,19 +62,54 @@ def printable(text: object) -> str:
     """`text` as one line without control characters, for names of files and classes are data of strangers.
 
     Control and format characters (Unicode's Cc, Cf, line separators) and bytes that are no UTF-8 are written as
-    escapes: a terminal obeys none of them.
+    escapes: a terminal obeys none of them. Spaces of all widths are text, and so are the joiners that emoji and scripts
+    such as Devanagari are spelt with.
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+    return "".join(c if is_text(c) else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+
+
+def is_text(character: str) -> bool:
+    """Whether a character is for people, not for a terminal."""
+    return character.isprintable() or character in "\u200c\u200d" or unicodedata.category(character) == "Zs"
+
+
+def put(stream: Any, text: str) -> None:
+    """Write `text` and flush; what the stream's encoding lacks is escaped, and a closed one (None) gets nothing."""
+    if stream is not None:
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+
+
+def put_out(stream: Any, text: str) -> None:
+    """`put` on what is a command's output.
+
+    Raises:
+      BrokenPipeError: nobody reads it; `run` then ends quietly.
+      Stop: it can't be written for another reason, such as a full disk.
+    """
+    try:
+        put(stream, text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise Stop(f"the output can't be written: {error.strerror}", "make room, or write it elsewhere") from None
+
+
+def put_aside(text: str) -> None:
+    """`put` on stderr, where there still is one."""
+    with contextlib.suppress(OSError, ValueError):
+        put(sys.stderr, text)
 
 
 def say(text: object) -> None:
-    """Print a line on stdout."""
-    print(printable(text), flush=True)
+    """Print a line on stdout. Raises as `put_out`."""
+    put_out(sys.stdout, printable(text) + "\n")
 
 
 def warn(text: object) -> None:
     """Print `warning: text` as one line on stderr."""
-    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+    put_aside(f"warning: {printable(text)}\n")
 
 
 def local_path(text: str | Path) -> Path:
@@ -78,25 +124,139 @@ def local_path(text: str | Path) -> Path:
 
 
 def complain(stop: Stop) -> int:
-    """Print `error: what; what to do` as one line on stderr and return the exit status."""
-    print(f"{stop.label}: {printable(' '.join(str(stop).split()))}", file=sys.stderr, flush=True)
+    """Print `error: what; what to do` as one line on stderr, where that can be, and return the exit status."""
+    put_aside(f"{stop.label}: {printable(' '.join(str(stop).split()))}\n")
     return stop.status
 
 
 def leave(stop: Stop) -> None:
     """End the process from any thread, without the clean-up that the main thread may be in no state to do."""
-    os._exit(complain(stop))
+    try:
+        complain(stop)
+    finally:
+        os._exit(stop.status)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command: 0 when done, a Stop's status with its one line; any other exception keeps its traceback."""
+    """Run a command: 0 when done, a Stop's status with its one line; any other exception keeps its traceback.
+
+    Where stdout's reader has gone (`| head -1`) it ends without a word in the shell's status for that, 128 + SIGPIPE.
+    """
+    fill_descriptors()
+    streams = sys.stdout, sys.stderr
+    for stream in streams:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names of files are any bytes, and LANG may be C
     try:
         status = main() or 0
+        put_out(sys.stdout, "")
     except Stop as stop:
         status = complain(stop)
     except KeyboardInterrupt:
         status = complain(Preempted(signal.SIGINT, "before anything was there to save", "nothing is lost"))
+    except BrokenPipeError:
+        if not any(map(is_gone, streams)):
+            raise
+        status = 128 + signal.SIGPIPE
+    finally:
+        sys.stdout = streams[0]  # `json_to` may have turned it
+        for stream in streams:
+            settle(stream)
     sys.exit(status)
+
+
+def fill_descriptors() -> None:
+    """Open /dev/null where a standard stream was closed (`>&-`) before the start.
+
+    Else the next file that is opened gets its number, and with it all that C code writes to stdout or stderr.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (open to the end)
+
+
+def is_gone(stream: Any) -> bool:
+    """Whether the other end of a stream is closed."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return bool(poll.poll(0))  # only errors are reported where none is asked for
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def settle(stream: Any) -> None:
+    """Write what a stream holds back; drop it where that can't be, or Python would complain of it at its exit."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        lose(stream)
+
+
+def lose(stream: Any) -> None:
+    """Let all that is still to come on `stream` go nowhere: what it holds back, and what C code writes there, too."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        number = stream.fileno()
+        null = os.open(os.devnull, os.O_WRONLY)
+        if null != number:
+            os.dup2(null, number)
+            os.close(null)
+
+
+class Unbreakable:
+    """A text stream whose writes are lost without an error once nobody reads it; in all else that stream."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """See io.TextIOBase."""
+        with self._forgiven():
+            self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """See io.TextIOBase."""
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        """See io.TextIOBase."""
+        with self._forgiven():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _forgiven(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            lose(self._stream)
+        except ValueError:
+            if not self._stream.closed:
+                raise
+
+
+@contextlib.contextmanager
+def unbreakable_streams() -> Iterator[None]:
+    """For a while, let nothing that is written to sys.stdout and sys.stderr fail because a terminal or pipe has gone.
+
+    For work that must outlive the terminal it was started in. All threads are covered, and all that asks sys for its
+    stream: print, warnings, tracebacks, progress bars begun inside.
+    """
+    fill_descriptors()
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (Unbreakable(stream) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 class Parser(argparse.ArgumentParser):
@@ -129,12 +289,11 @@ def run_module(*command: str, platform: str = "cpu") -> None:
         arguments, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as process:
         assert process.stderr is not None
-        said = b""
+        said, decoder = b"", codecs.getincrementaldecoder("utf-8")("replace")
         while chunk := process.stderr.read1(65536):  # type: ignore[attr-defined]
             said += chunk
             if b"error: " not in said:  # ours to print, once
-                sys.stderr.buffer.write(chunk)
-                sys.stderr.flush()
+                put_aside(decoder.decode(chunk))
     if process.returncode == USER_ERROR:
         message = said.decode(errors="replace").strip().splitlines()[-1].partition("error: ")[2]
         what, _, what_to_do = " ".join(message.split()).rpartition("; ")
@@ -143,15 +302,93 @@ def run_module(*command: str, platform: str = "cpu") -> None:
         raise RuntimeError(f"{' '.join(arguments)} ended with {process.returncode}:\n{said.decode(errors='replace')}")
 
 
+def json_to(file: str) -> Callable[[Any], None]:
+    """Argparse's `type` for --json, whose default is '': a function that writes a value there as JSON, once.
+
+    For `-` and /dev/stdout it is stdout, and until `run` ends all that is printed goes to stderr, so that a program
+    can read the JSON. '' is nowhere.
+
+    Raises:
+      UserError: no file can be made there; found now, not after the work.
+    """
+    if not file:
+        return lambda value: None
+    if file in STDOUT:
+        out, sys.stdout = sys.stdout, sys.stderr
+        return lambda value: put_out(out, to_json(value))
+    path = local_path(file)
+    check_writable(path)
+    return functools.partial(write_json, path)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as a JSON file that appears whole or not at all.
+    """Write `value` as JSON; see `write_file`."""
+    write_file(path, to_json(value).encode())
+
+
+def check_writable(path: Path) -> None:
+    """Raise a UserError where `write_file` could not write, before the work for it; leaves nothing behind."""
+    with writing(path) as target:
+        if is_stream(path):
+            return
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if target.exists() and not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with tempfile.TemporaryFile(dir=target.parent):  # tried, not asked: os.access knows nothing of quotas
+            pass
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all: what was there is replaced, of a link the file that it names.
+
+    What is no file, such as a device or a pipe, is written to as it is.
 
     Raises:
       UserError: it can't be written.
     """
-    partial = path.with_name(path.name + ".partial")
+    with writing(path) as target:
+        if is_stream(path):
+            with path.open("ab") as stream:  # nothing is cut off where the stream is a file, as stderr's may be
+                stream.write(content)
+            return
+        partial = target.with_name(f".{os.getpid()}.partial")  # the file's own name may be as long as one can be
+        try:
+            partial.write_bytes(content)
+            if target.exists():
+                shutil.copymode(target, partial)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """The file that `path` means, links followed; an OSError inside is a UserError about it."""
     try:
-        partial.write_text(json.dumps(value, indent=2) + "\n")
-        partial.replace(path)
+        target = Path(os.path.realpath(path))
+        if target.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        yield target
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror}", "name another file") from None
+
+
+def is_stream(path: Path) -> bool:
+    """Whether `path` is a device, a pipe, or one of this process's open files, rather than a file or nothing yet."""
+    opened = str(path) in ("/dev/stdout", "/dev/stderr") or os.path.realpath(path.parent).startswith("/proc/")
+    return opened or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+def to_json(value: Any) -> str:
+    """`value` as JSON text; NaN and infinity, which JSON has not, as null."""
+    return json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n"
+
+
+def without_nan(value: Any) -> Any:
+    """`value` with None for every float that is NaN or infinite."""
+    if isinstance(value, dict):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,16 +6,13 @@ command line overrides single keys (`--config.optim.lr=0.02`). `check` finds wha
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from jaxsft.cli import UserError, nearest
@@ -24,33 +21,37 @@ from jaxsft.models.resnet import ARCHITECTURES
 SCHEDULES = ("constant", "cosine", "linear", "step")
 OPTIMIZERS = ("sgd", "adamw")
 BEST_METRICS = ("", "accuracy", "top5", "loss")
-# Keys by which a resumed run may differ from what it was: they change how it is computed, not what.
-FREE = ("checkpoint.", "parallel.backend", "parallel.timeout_seconds", "data.data_dir", "data.workers",
+# Keys by which a resumed run may differ from what it was: they change how it is computed, not what. When it is
+# evaluated is one; what it is evaluated on (data.eval_split) is none: the lines of one log must be comparable.
+FREE = ("eval.", "checkpoint.", "parallel.backend", "parallel.timeout_seconds", "data.data_dir", "data.workers",
         "data.on_error", "data.check_overlap", "train.on_nan", "train.on_changed_data", "train.log_every_steps",
         "train.steps_per_call")  # fmt: skip
 
 
 def default() -> ConfigDict:
-    """The defaults: torch's where torch has one, else what a careful fine-tuning run would use."""
+    """The defaults: torch's where torch has one, else what a careful fine-tuning run would use.
+
+    The comment beside a key, or on the lines above it, is its meaning: --help shows it.
+    """
     config = ConfigDict()
-    config.seed = 0
+    config.seed = 0  # of new weights, the order of the data, augmentation and dividing; all else is determined by it
 
     config.model = model = ConfigDict()
-    model.arch = "resnet18"
+    model.arch = "resnet18"  # as torchvision calls it, or resnet10_w16, a small one for 64 px
     # '' = from scratch | 'sample' | a torchvision name (IMAGENET1K_V1) | .pth | .safetensors | a ported directory
     model.weights = "IMAGENET1K_V1"
     model.checkpoint = "last"  # of a run given as weights: 'last' | 'best' | a step
     model.num_classes = placeholder(int)  # None: as many as the data has
     # 'auto': the weights' own where its class names are the data's, else a fresh one | 'keep' | 'replace'
     model.head = "auto"
-    model.head_init = "torch"  # 'torch': U(+-1/sqrt(fan_in)) | 'zeros'
+    model.head_init = "torch"  # of a fresh head: 'torch': U(+-1/sqrt(fan_in)) | 'zeros'
     model.freeze = ()  # regular expressions searched in parameter paths such as 'layer1_0/conv1/kernel'
     model.batch_norm = "train"  # 'train' | 'frozen': running statistics everywhere; frozen layers always use them
 
     config.data = data = ConfigDict()
     data.source = "tfds:cifar10"  # 'tfds:NAME' | 'folder:PATH' | 'csv:FILE' | 'hf:NAME' | 'sample' | a registered one
-    data.data_dir = ""  # '' = TFDS's own default
-    data.train_split = "train"
+    data.data_dir = ""  # of TFDS; '' = its own default
+    data.train_split = "train"  # what is trained on; slices such as train[:90%] too
     data.eval_split = ""  # '' = the first of validation, val, valid and test that the data has
     data.eval_fraction = 0.1  # of each class, to evaluate on where the files have no split of their own
     data.fraction = 1.0  # of each class to train on, for low-data work
@@ -67,36 +68,36 @@ def default() -> ConfigDict:
     data.last_batch = "drop"  # the last, partial batch of an epoch: 'drop' | 'keep' (trained on as it is)
     data.sampling = "shuffle"  # 'shuffle' | 'balanced': every class equally often
     data.augment = ("pad_crop", "flip")  # names of jaxsft.data.augment.AUGMENTATIONS, in their order
-    data.crop_scale = (0.08, 1.0)  # of random_resized_crop: share of the area
-    data.crop_ratio = (3 / 4, 4 / 3)  # and width / height
+    data.crop_scale = (0.08, 1.0)  # of random_resized_crop: share of the area, from and to
+    data.crop_ratio = (3 / 4, 4 / 3)  # of random_resized_crop: width / height, from and to
     data.jitter = (0.4, 0.4, 0.4, 0.1)  # of color_jitter: brightness, contrast, saturation, hue
     data.rand_augment = (2, 9)  # of rand_augment: operations, magnitude of 0..30
     data.erasing = 0.5  # of random_erasing: probability
     # 'config': resize_size, mean and std below | 'weights': those of the weights' model.json (256 or 232 px for 224)
     data.preset = "config"
-    data.mean = (0.485, 0.456, 0.406)  # of RGB in 0..1
-    data.std = (0.229, 0.224, 0.225)
+    data.mean = (0.485, 0.456, 0.406)  # of red, green and blue in 0..1, subtracted
+    data.std = (0.229, 0.224, 0.225)  # of red, green and blue in 0..1, divided by
 
     config.optim = optim = ConfigDict()
     optim.name = "sgd"  # 'sgd' | 'adamw'
-    optim.lr = 0.01
-    optim.momentum = 0.9
-    optim.nesterov = False
+    optim.lr = 0.01  # learning rate: the peak, after the warm-up and before the schedule lowers it
+    optim.momentum = 0.9  # of sgd: how much of the last update goes on
+    optim.nesterov = False  # of sgd: Nesterov's momentum
     optim.weight_decay = 0.0  # coupled for sgd (torch: added to the gradient), decoupled for adamw
-    optim.decay_norm_and_bias = True  # torch decays every parameter
+    optim.decay_norm_and_bias = True  # whether norms and biases decay too: torch decays every parameter
     optim.schedule = "cosine"  # 'constant' | 'cosine' | 'linear' (both to 0) | 'step'
-    optim.warmup_epochs = 0.0
+    optim.warmup_epochs = 0.0  # over which the rate rises from 0 in a straight line
     optim.step_epochs = 30.0  # of the schedule 'step': multiply by step_factor every so many epochs
-    optim.step_factor = 0.1
+    optim.step_factor = 0.1  # of the schedule 'step'
     optim.layer_decay = 1.0  # every stage nearer the image has its rate multiplied by this once more
     optim.lr_multipliers = ()  # pairs (regular expression, factor): the first that is found in a path counts
     optim.clip_norm = 0.0  # 0 = off; torch.nn.utils.clip_grad_norm_ before weight decay
     optim.accumulate = 1  # micro-batches an update: as many examples, less memory
 
     config.train = train = ConfigDict()
-    train.epochs = 10.0
-    train.steps = placeholder(int)  # not None: instead of epochs
-    train.label_smoothing = 0.0
+    train.epochs = 10.0  # passes over the training images; fractions too
+    train.steps = placeholder(int)  # not None: instead of epochs, so many updates
+    train.label_smoothing = 0.0  # share of each label that is spread over all classes
     train.class_weights = ()  # a factor on the loss of each class, as torch.nn.CrossEntropyLoss(weight=...); (): none
     train.mixup = 0.0  # alpha of mixup, 0 = off; with cutmix too a coin decides at each step
     train.cutmix = 0.0  # alpha of cutmix, 0 = off
@@ -104,16 +105,22 @@ def default() -> ConfigDict:
     train.precision = "float32"  # 'float32' | 'bfloat16': of activations; parameters and sums stay float32
     train.remat = False  # keep less for the backward pass and compute it again: a larger batch fits, a step is slower
     train.steps_per_call = 1  # updates that the device makes at one call of the host, where a step takes milliseconds
-    train.log_every_steps = 50
+    train.log_every_steps = 50  # updates that a line of metrics.jsonl is about
     train.on_nan = "stop"  # at a loss or parameter that is NaN or infinite: 'stop' | 'ignore'
     train.on_changed_data = "stop"  # a resumed run finds other classes, images or order: 'stop' | 'continue'
 
-    config.eval = ConfigDict({"every_epochs": 1.0})
-    # best_metric: keep the best by it too: '' = off | 'accuracy' | 'top5' | 'loss' of an evaluation
-    config.checkpoint = ConfigDict({"every_steps": 500, "keep": 2, "best_metric": ""})
-    # backend: 'pmap' | 'shard_map'; batch_norm: 'local' (each device its own statistics, a CPU being one) | 'sync'
-    # (over all devices); timeout_seconds: how long the processes of a run wait for each other
-    config.parallel = ConfigDict({"backend": "pmap", "batch_norm": "local", "timeout_seconds": 300})
+    config.eval = evaluation = ConfigDict()
+    evaluation.every_epochs = 1.0  # epochs between evaluations; the last update is followed by one in any case
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every_steps = 500  # updates between checkpoints; the last update is followed by one in any case
+    checkpoint.keep = 2  # how many stay, the newest; the best by best_metric besides
+    checkpoint.best_metric = ""  # keep the best too: '' = off | 'accuracy' | 'top5' | 'loss' of an evaluation
+
+    config.parallel = parallel = ConfigDict()
+    parallel.backend = "pmap"  # 'pmap' | 'shard_map'
+    parallel.batch_norm = "local"  # 'local': each device its own statistics, a CPU being one | 'sync': over all devices
+    parallel.timeout_seconds = 300  # how long the processes of a run wait for each other
     return config
 
 
@@ -144,7 +151,7 @@ def is_jitter(value: Any) -> bool:
 def is_rand_augment(value: Any) -> bool:
     """Whether `value` is a number of operations and a magnitude."""
     operations, magnitude = value
-    return 1 <= operations <= 10 and 0 <= magnitude <= 30
+    return isinstance(operations, int) and 1 <= operations <= 10 and 0 <= magnitude <= 30
 
 
 def are_weights(value: Any) -> bool:
@@ -159,7 +166,7 @@ def are_multipliers(value: Any) -> bool:
 
 # (key, what it must be, test). One row a promise; `check` reads them in order.
 CHECKS: tuple[tuple[str, str, Any], ...] = (
-    ("seed", "0 or more", lambda v: v >= 0),
+    ("seed", "0 to 2**63 - 1", lambda v: 0 <= v < 2**63),
     ("model.num_classes", "None or 1 and more", lambda v: v is None or v >= 1),
     ("model.checkpoint", "'last', 'best' or a step", lambda v: v in ("last", "best") or v.isdecimal()),
     ("model.head", "'auto', 'keep' or 'replace'", lambda v: v in ("auto", "keep", "replace")),
@@ -180,8 +187,9 @@ CHECKS: tuple[tuple[str, str, Any], ...] = (
     ("data.crop_scale", "two shares of the area, 0 < low <= high <= 1", lambda v: is_range(v) and v[1] <= 1),
     ("data.crop_ratio", "two ratios, 0 < low <= high", is_range),
     ("data.jitter", "four numbers of 0 or more, the last at most 0.5", is_jitter),
-    ("data.rand_augment", "(operations 1 to 10, magnitude 0 to 30)", is_rand_augment),
+    ("data.rand_augment", "two numbers, operations 1 to 10 and magnitude 0 to 30", is_rand_augment),
     ("data.erasing", "0 to 1", lambda v: 0 <= v <= 1),
+    ("data.augment", "a tuple of names", lambda v: all(isinstance(name, str) for name in v)),
     ("data.image_size", "32 to 4096", lambda v: 32 <= v <= 4096),
     ("data.resize_size", "None or image_size to 4096", lambda v: v is None or v <= 4096),
     ("data.batch_size", "1 or more", lambda v: v >= 1),
@@ -252,6 +260,48 @@ CONFLICTS: tuple[tuple[Callable[[ConfigDict], bool], str, str], ...] = (
 )
 
 
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text, '' for none", tuple: "a tuple"}
+
+
+@functools.cache
+def kinds() -> dict[str, tuple[type, bool]]:
+    """For every key the type of its values, and whether it may be None instead."""
+    config = default()
+    sections = dict.fromkeys(key.rpartition(".")[0] for key in flatten(config.to_dict()))
+    found: dict[str, tuple[type, bool]] = {}
+    for name in sections:
+        section = get(config, name) if name else config
+        prefix = f"{name}." if name else ""
+        found |= {prefix + leaf: (section.get_type(leaf), section[leaf] is None) for leaf in section}
+    return {key: entry for key, entry in found.items() if entry[0] is not ConfigDict}
+
+
+def wanted(key: str) -> str:
+    """What the value of a key must be, as in `it must be a number, above 0`."""
+    must = next((must for name, must, _ in CHECKS if name == key), "")
+    type_, _ = kinds()[key]
+    return ", ".join(filter(None, (KINDS[type_] if type_ in (bool, int, float) or not must else "", must)))
+
+
+def check_keys(config: ConfigDict) -> None:
+    """Raise a UserError where the keys of a config are not those of `default`, or the type of a value is not.
+
+    Raises:
+      UserError: a key that is missing, or not known, or holds something else.
+    """
+    known, given = kinds(), flatten(config.to_dict())
+    for key in [*given, *known]:
+        if key not in known:
+            raise UserError(f"the config has a key {key!r} that means nothing", nearest(key, sorted(known)))
+        if key not in given:
+            raise UserError(f"the config has no key {key!r}", "let it start from jaxsft.config.default()")
+        type_, may_be_none = kinds()[key]
+        value = given[key]
+        fits = may_be_none if value is None else isinstance(value, (int, float) if type_ is float else type_)
+        if not fits or (isinstance(value, bool) and type_ is not bool):
+            raise UserError(f"config.{key} is {value!r}", f"it must be {wanted(key)}")
+
+
 def check(config: ConfigDict) -> None:
     """Raise a UserError for the first setting that can't be meant, or does not go with another.
 
@@ -260,6 +310,7 @@ def check(config: ConfigDict) -> None:
     """
     from jaxsft.data.augment import AUGMENTATIONS, ERASING, RANDOM_CROP
 
+    check_keys(config)
     for key, must, test in CHECKS:
         value = get(config, key)
         try:
@@ -324,7 +375,7 @@ def from_json(text: str) -> ConfigDict:
       ValueError: not JSON.
       KeyError, TypeError: a key that does not exist today, a value of another type.
     """
-    config = default()
+    config = default().lock()
     for key, value in flatten(json.loads(text)).items():
         *parents, leaf = key.split(".")
         parent = get(config, ".".join(parents)) if parents else config
@@ -335,78 +386,3 @@ def from_json(text: str) -> ConfigDict:
 def as_tuple(value: Any) -> Any:
     """Lists, also nested, as tuples."""
     return tuple(map(as_tuple, value)) if isinstance(value, list | tuple) else value
-
-
-def parse_flags(argv: Sequence[str], usage: str, strings: dict[str, str]) -> tuple[ConfigDict, dict[str, str], str]:
-    """Read a command line of `--config FILE[:VARIANT] [--config.KEY=VALUE ...]` and the options named in `strings`.
-
-    Args:
-      argv: the arguments after the program's name.
-      usage: what --help prints first.
-      strings: further options of one text value each, and their help.
-
-    Returns:
-      The locked config, the values of the further options ('' where not given), and FILE[:VARIANT] as typed.
-
-    Raises:
-      UserError: an unknown option or key, a value of the wrong type, a config file that can't be read.
-      SystemExit: --help.
-    """
-    if "--help" in argv or "-h" in argv:
-        print(usage)
-        for name, text in strings.items():
-            print(f"  --{name}: {text}")
-        raise SystemExit(0)
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    for name, text in strings.items():
-        flags.DEFINE_string(name, "", text, flag_values=values)
-    with replaced_argv(["jaxsft", *argv]):  # config_flags reads sys.argv itself to find the overrides
-        try:
-            rest = values(sys.argv)
-            config = values.config
-            if config is not None and not isinstance(config, ConfigDict):
-                config.seed  # noqa: B018  (config_flags keeps a failure to load until the first use)
-        except (flags.Error, KeyError, AttributeError) as error:
-            what, hint = explain(str(error.args[0] if error.args else error))
-            raise UserError(what, hint) from None
-        except SyntaxError as error:
-            raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}", "mend the config file") from None
-        except OSError as error:
-            raise UserError(
-                f"the config file can't be read: {str(error).splitlines()[-1].strip()}", "check its path"
-            ) from None
-    if config is None:
-        raise UserError("no config", "give --config configs/cifar10.py or another file")
-    if len(rest) > 1:
-        raise UserError(f"{rest[1]!r} is no option", "give options as --name=value")
-    return config, {name: values[name].value for name in strings}, values["config"].config_filename
-
-
-def explain(message: str) -> tuple[str, str]:
-    """What config_flags and absl say of a wrong flag, as (what, what to do)."""
-    if match := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', message):
-        return f"the config has no key {match[2]!r}", f"did you mean {match[1]!r}?"
-    if match := re.search(r"Attempting to lookup: ([\w.]+)", message):
-        return f"the config has no key {match[1]!r}", "see jaxsft/config.py for all of them"
-    if match := re.search(r"Did you mean: ([\w.-]+)", message):
-        return message.split(". Did you mean")[0], f"did you mean {'--' + match[1]!r}?"
-    if "has no attribute 'get_config'" in message:
-        return "the config file defines no get_config", "write it as in configs/cifar10.py"
-    return " ".join(message.split()), "see --help"
-
-
-@contextlib.contextmanager
-def replaced_argv(argv: list[str]) -> Iterator[None]:
-    """`sys.argv` as `argv` for a while."""
-    before, sys.argv = sys.argv, argv
-    try:
-        yield
-    finally:
-        sys.argv = before
-
-
-def run_name(config_flag: str) -> str:
-    """The default name of a run: configs/cifar10.py:sample -> cifar10-sample."""
-    file, _, variant = config_flag.partition(":")
-    return Path(file).stem + (f"-{variant}" if variant else "")

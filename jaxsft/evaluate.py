@@ -22,11 +22,11 @@ from typing import Any
 import jax
 
 from jaxsft import cli
-from jaxsft.config import parse_flags
 from jaxsft.data.base import Options, Source
 from jaxsft.data.loader import BadFiles, Loader, make_loader
 from jaxsft.data.reading import EvalPlan, in_memory
 from jaxsft.data.sources import open_source, with_classes
+from jaxsft.flags import parse_flags
 from jaxsft.machine import keep_compilations
 from jaxsft.metrics import Evaluation
 from jaxsft.parallel import IN_FLIGHT, all_devices
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--split", default="", help="another split than the run's eval_split")
     parser.add_argument("--data-dir", default="", help="of TFDS")
     parser.add_argument("--config", default="", help="a config file that registers the source")
-    parser.add_argument("--json", type=cli.local_path, help="write the result, per class and confusion too")
+    parser.add_argument("--json", type=cli.json_to, default="", help="write the result; -: on stdout")
     args = parser.parse_args()
 
     if args.config:
@@ -106,8 +106,7 @@ def main() -> None:
     )
     eval_step = parallel.compile(make_eval_step(run.model, loader.preprocessing, axis_name=parallel.axis_name))
     result = evaluate(eval_step, parallel.replicate(run.variables), loader)
-    if args.json:
-        cli.write_json(args.json, {"step": run.step, **result.record(run.card.names)})
+    args.json({"step": run.step, **result.record(run.card.names)})
     cli.say(f"{args.workdir} at step {run.step}: {result.summary()}{of_split(source)}")
 
 

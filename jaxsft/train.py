@@ -29,7 +29,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from jaxsft import checkpoint, cli, processes
+from jaxsft import checkpoint, cli, flags, processes
 from jaxsft import config as config_module
 from jaxsft import workdir as workdir_module
 from jaxsft.checkpoint import Checkpoints, Unwritten
@@ -276,14 +276,14 @@ def main() -> None:
         **processes.OPTIONS,
     }
     assert __doc__ is not None
-    config, values, config_flag = config_module.parse_flags(sys.argv[1:], __doc__, options)
-    workdir = cli.local_path(values["workdir"] or Path("runs") / config_module.run_name(config_flag))
+    config, values, config_flag = flags.parse_flags(sys.argv[1:], __doc__, options)
+    workdir = cli.local_path(values["workdir"] or Path("runs") / flags.run_name(config_flag))
     if values["checkpoint"]:
         config.model.checkpoint = values["checkpoint"]
     config_module.check(config)
     workdir_module.check(workdir, config)
     machine.keep_compilations()
-    with processes.join(values, config.parallel.timeout_seconds):
+    with cli.unbreakable_streams(), processes.join(values, config.parallel.timeout_seconds):
         train(config, workdir)
 
 

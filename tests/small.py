@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxsft import checkpoint
-from jaxsft.config import parse_flags
+from jaxsft.flags import parse_flags
 
 STEPS, EVERY = 16, 3
 ARGUMENTS = (

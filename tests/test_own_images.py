@@ -14,8 +14,8 @@ import pytest
 
 from jaxsft import checkpoint, evaluate, report, runs, train, workdir
 from jaxsft.cli import Stop, UserError
-from jaxsft.config import parse_flags
 from jaxsft.data.fingerprint import difference
+from jaxsft.flags import parse_flags
 from jaxsft.log import records
 from jaxsft.weights import ModelCard
 

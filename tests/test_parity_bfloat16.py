@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxsft import config as config_module
+from jaxsft.flags import parse_flags
 from jaxsft.job import Job, prepare
 from tests.conftest import ROOT
 
@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 def run_in(precision: str, steps: int, *overrides: str) -> tuple[np.ndarray, Job]:
     """The loss of each update of the sample task, float64 [steps], and the run."""
     flags = ["--config", f"{ROOT}/configs/cifar10.py:sample", f"--config.train.precision={precision}"]
-    config, _, _ = config_module.parse_flags([*flags, *(f"--config.{text}" for text in overrides)], "", {})
+    config, _, _ = parse_flags([*flags, *(f"--config.{text}" for text in overrides)], "", {})
     job, _ = prepare(config)
     sums = [job.update(range(step, step + 1)) for step in range(1, steps + 1)]
     return np.array([float(s["loss"] / s["count"]) for s in jax.device_get(sums)]), job

@@ -17,10 +17,10 @@ from torchvision import transforms
 from torchvision.transforms.functional import center_crop, normalize, resize
 
 from convert import names
-from jaxsft import config as config_module
 from jaxsft.data.augment import preprocess
 from jaxsft.data.base import Options
 from jaxsft.data.sources import open_source
+from jaxsft.flags import parse_flags
 from jaxsft.job import prepare
 from jaxsft.parity import oracle
 from jaxsft.weights import Preprocessing
@@ -90,7 +90,7 @@ def test_torchvisions_own_presets_are_these_steps() -> None:
 def reference(*overrides: str) -> ConfigDict:
     """The variant, with keys changed."""
     flags = ["--config", f"{ROOT}/configs/cifar10.py:reference", *(f"--config.{text}" for text in overrides)]
-    config, _, _ = config_module.parse_flags(flags, "", {})
+    config, _, _ = parse_flags(flags, "", {})
     return config
 
 

@@ -42,7 +42,7 @@ Feed = Iterator[Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench data`."""
-    parser.add_argument("--folder", default="", help="PATH/CLASS/*.jpg; default: one is made and removed again")
+    parser.add_argument("--folder", type=cli.local_path, help="PATH/CLASS/*.jpg; default: one is made and removed")
     parser.add_argument("--images", type=int, default=5000, help="of the folder that is made; default: %(default)s")
     parser.add_argument("--image-size", type=int, default=224, help="px; default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -79,11 +79,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         row = record[kind]
         ratio = f"  ratio {row['ratio']:.2f}" if "ratio" in row else ""
         speeds = "  ".join(f"{name} {speed:.0f}" for name, speed in row["images_per_sec"].items())
-        print(f"{kind:5}  images/s: {speeds}{ratio}")
+        cli.say(f"{kind:5}  images/s: {speeds}{ratio}")
     if args.arch:
         row = record["step"]
-        print(f"step   images/s: alone {row['alone']:.0f}  with the loader {row['with_loader']:.0f}", end="  ")
-        print(f"waits {row['waiting']:.1%} of the time")
+        speeds = f"alone {row['alone']:.0f}  with the loader {row['with_loader']:.0f}"
+        cli.say(f"step   images/s: {speeds}  waits {row['waiting']:.1%} of the time")
     return record
 
 

@@ -18,6 +18,7 @@ import jax
 from jaxsft import cli, log
 from jaxsft import config as config_module
 from jaxsft import train as train_module
+from jaxsft.flags import parse_flags
 from jaxsft.job import Job, prepare
 
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench run`."""
     parser.add_argument("--config", default="configs/cifar10.py:sample", help="FILE[:VARIANT]; default: %(default)s")
     parser.add_argument("--epochs", type=float, default=3.0, help="to train for; default: %(default)s")
-    parser.add_argument("overrides", nargs="*", help="after a --: --config.KEY=VALUE ...")
+    parser.add_argument("overrides", nargs="*", help="after a --: --config.KEY=VALUE ... of jaxsft.train")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -40,13 +41,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       UserError: a config that can't be used.
     """
     flags = [f"--config={args.config}", *args.overrides]
-    config_module.parse_flags(flags, "", {})
+    parse_flags(flags, "", {})
     with tempfile.TemporaryDirectory(prefix="jaxsft-bench-") as place:
         starts = [first_step_seconds(flags, Path(place), f"start{i}") for i in (1, 2)]
-        print(f"seconds to the first finished step: {starts[0]:.1f}, again {starts[1]:.1f} "
-              f"(ratio {starts[1] / starts[0]:.2f})", flush=True)  # fmt: skip
+        ratio = starts[1] / starts[0]
+        cli.say(f"seconds to the first finished step: {starts[0]:.1f}, again {starts[1]:.1f} (ratio {ratio:.2f})")
         bare, epoch = epoch_against_step(flags, args.epochs, Path(place))
-    print(f"images/s: bare step {bare:.1f}, training {epoch:.1f} (ratio {epoch / bare:.3f})")
+    cli.say(f"images/s: bare step {bare:.1f}, training {epoch:.1f} (ratio {epoch / bare:.3f})")
     return {
         "first_step_seconds": starts,
         "ratio": starts[1] / starts[0],
@@ -75,7 +76,7 @@ def epoch_against_step(flags: list[str], epochs: float, place: Path) -> tuple[fl
         f"--config.train.epochs={epochs}",
         f"--config.eval.every_epochs={epochs}",
     ]
-    config, _, _ = config_module.parse_flags([*flags, *every], "", {})
+    config, _, _ = parse_flags([*flags, *every], "", {})
     config_module.check(config)
     job, _ = prepare(config)
     initial = jax.device_get(job.state)

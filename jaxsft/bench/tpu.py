@@ -189,7 +189,7 @@ def largest(config: Any, parallel: DataParallel, chip: Chip, record: dict[str, A
 def tell(args: argparse.Namespace, chips: int, record: dict[str, Any]) -> None:
     """Print the table."""
     images = args.batch_size / chips
-    print(f"{args.topology}: {args.arch}, {args.precision}, {args.image_size} px, {images:g} images; a chip, a step")
+    cli.say(f"{args.topology}: {args.arch}, {args.precision}, {args.image_size} px, {images:g} images; a chip, a step")
     gradients, collective = record["gradient_bytes"], record["collective_bytes_per_step"]
     rows = {
         "FLOPs": f"{record['flops_per_step'] / 1e12:.2f} T",
@@ -204,4 +204,4 @@ def tell(args: argparse.Namespace, chips: int, record: dict[str, Any]) -> None:
     if "largest_batch_size" in record:
         rows["largest batch"] = f"{record['largest_batch_size'] // chips} images a chip"
     for name, value in rows.items():
-        print(f"{name:17} {value}")
+        cli.say(f"{name:17} {value}")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxsft import cli
 from jaxsft.bench import step
 from jaxsft.bench.plain import PlainResNet
 from jaxsft.initial import init_variables
@@ -101,7 +102,7 @@ def tell(kind: str, result: dict[str, Any]) -> None:
         ratio = result["images_per_sec"] / other["images_per_sec"]
         layout = f", {other['layout']}" if "layout" in other else ""
         said += f"  {name} {other['images_per_sec']:.1f} (ratio {ratio:.2f}{layout})"
-    print(said, flush=True)
+    cli.say(said)
 
 
 def ours(config: ConfigDict, kind: str, model: Any = None) -> Step:

@@ -5,8 +5,8 @@ python -m jaxsft.data.show --config configs/cifar10.py[:VARIANT] --out grid.png 
 
 from __future__ import annotations
 
+import io
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jaxsft.data.loader import BadFiles, make_loader
 from jaxsft.data.order import Order
 from jaxsft.data.reading import TrainPlan
 from jaxsft.data.sources import open_splits
+from jaxsft.flags import parse_flags
 from jaxsft.initial import preprocessing
 from jaxsft.parallel import DataParallel
 from jaxsft.steps import gather
@@ -65,26 +66,30 @@ def grid(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -
         axis.set_axis_off()
     for axis, image, label in zip(axes.flat, images, labels, strict=False):
         axis.imshow(image, interpolation="nearest")
-        axis.set_title(cli.printable(class_names[label]), fontsize=8, pad=2, parse_math=False)
+        axis.set_title(cli.printable(class_names[label]), fontsize=8, pad=2, parse_math=False)  # a $ is a $
     figure.tight_layout(pad=0.3)
     return figure
 
 
 def main() -> None:
     assert __doc__ is not None
-    config, values, _ = config_module.parse_flags(
-        sys.argv[1:], __doc__, {"out": "the picture to write, such as grid.png"}
-    )
+    config, values, _ = parse_flags(sys.argv[1:], __doc__, {"out": "the picture to write, such as grid.png"})
     if not values["out"]:
         raise cli.UserError("no --out", "name the picture to write, such as --out=grid.png")
+    out = cli.local_path(values["out"])
+    formats = matplotlib.figure.Figure().canvas.get_supported_filetypes()
+    if out.suffix[1:].lower() not in formats:
+        raise cli.UserError(
+            f"--out {out} is no name of a picture", f"let it end in one of {', '.join(sorted(formats))}"
+        )
+    cli.check_writable(out)
     config_module.check(config)
     source = open_splits(config)[0]
     figure = grid(*batch_of(config, source, preprocessing(config)), source.class_names)
-    try:
-        figure.savefig(values["out"], dpi=120)
-    except (OSError, ValueError) as error:
-        raise cli.UserError(f"{values['out']} can't be written: {error}", "name another file") from None
-    print(Path(values["out"]))
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format=out.suffix[1:].lower())
+    cli.write_file(out, picture.getvalue())
+    cli.say(out)
 
 
 if __name__ == "__main__":

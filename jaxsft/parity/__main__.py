@@ -100,7 +100,7 @@ def main() -> int:
     parser.add_argument("--seed", type=natural, default=0, help="of weights and inputs, default %(default)s")
     parser.add_argument("--all", action="store_true", help="print a line for every tensor, not for every quantity")
     parser.add_argument(
-        "--json", type=cli.local_path, help="write every row: name, max_abs, relative, tolerance, passed"
+        "--json", type=cli.json_to, default="", help="write name, max_abs, relative, tolerance, passed; -: on stdout"
     )
     args = parser.parse_args()
     if args.arch not in ARCHITECTURES:
@@ -112,9 +112,8 @@ def main() -> int:
     options = Options(args.arch, args.dtype, args.steps, args.batch_size, args.image_size, args.seed)
     rows = run(options, args.weights, args.all)
     worst = table.first_failure(rows)
-    if args.json:
-        records = [row.record() for row in rows]
-        cli.write_json(args.json, {**dataclasses.asdict(options), "passed": worst is None, "rows": records})
+    records = [row.record() for row in rows]
+    args.json({**dataclasses.asdict(options), "passed": worst is None, "rows": records})
     failed = sum(not row.passed for row in rows)
     what = f"{args.arch}, {args.dtype}, {args.steps} steps: {len(rows)} tensors and numbers compared"
     if worst is None:

@@ -1,0 +1,44 @@
+"""Commands run in this process, as a user would run them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import shlex
+import sys
+from pathlib import Path
+
+from jaxsft import cli
+
+PACKAGES = ("parity", "bench")
+
+
+def run_command(command: str, place: Path) -> tuple[int, str]:
+    """The exit status and what stderr got."""
+    name, *arguments = shlex.split(command.replace("@", str(place)))
+    module = importlib.import_module(
+        {"convert": "convert.__main__"}.get(name, f"jaxsft.{name}" + (".__main__" if name in PACKAGES else ""))
+    )
+    before, sys.argv = sys.argv, [name, *arguments]
+    said, printed = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2))
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
+            cli.run(module.main)
+    except SystemExit as end:
+        return int(end.code or 0), said.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    finally:
+        sys.argv = before
+
+
+def assert_refused(command: str, expected: str, place: Path) -> None:
+    """Run a command that is wrong: status 2, and the one line `error: EXPECTED`; "..." stands for any end."""
+    status, said = run_command(command, place)
+    assert said.count("\n") == 1, said
+    said, expected = said.removesuffix("\n"), "error: " + expected.replace("@", str(place))
+    if expected.endswith("..."):
+        assert said.startswith(expected.removesuffix("...")), said
+    else:
+        assert said == expected
+    assert "; " in said
+    assert status == 2
