@@ -131,10 +131,7 @@ def complain(stop: Stop) -> int:
 
 def leave(stop: Stop) -> None:
     """End the process from any thread, without the clean-up that the main thread may be in no state to do."""
-    try:
-        complain(stop)
-    finally:
-        os._exit(stop.status)
+    os._exit(complain(stop))
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -144,7 +144,7 @@ CASES: tuple[tuple[str, str], ...] = (
     ("data.show --config configs/cifar10.py:sample", "no --out; name the picture to write, such as --out=grid.png"),
     ("data.show --config configs/cifar10.py:sample --out @/grid", "--out @/grid is no name of a picture; ..."),
     (
-        "data.show --config configs/cifar10.py:sample --out @/none/grid.png",
+        "data.show --config configs/cifar10.py:sample --out @/none/grid.png --config.data.source=folder:@/none",
         "@/none/grid.png can't be written: No such file or directory; name another file",
     ),
     (

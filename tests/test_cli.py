@@ -195,7 +195,7 @@ PRINTS = "def main():\n    for i in range(100000):\n        {}\n"
     [
         PRINTS.format("cli.say(i)") + "cli.run(main)",
         PRINTS.format("print(i)") + "cli.run(main)",
-        "import time\ndef main():\n    print(flush=True)\n    time.sleep(1)\n    print()\ncli.run(main)",  # fails at the end
+        "import time\ndef main():\n    print(flush=True)\n    time.sleep(1)\n    print()\ncli.run(main)",
         "def main():\n    cli.json_to('-')(list(range(100000)))\ncli.run(main)",
         "import runpy\nrunpy.run_module('jaxsft', run_name='__main__')",
     ],
