@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -33,12 +34,30 @@ class Steps(NamedTuple):
     batch: dict[str, Any]  # shapes, of the global batch
 
 
+def whole(text: str) -> int:
+    """Argparse's `type` for a number of things: 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
+def above_zero(text: str) -> float:
+    """Argparse's `type` for a finite amount above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """The options that say which step."""
     parser.add_argument("--arch", default=defaults["arch"], choices=list(ARCHITECTURES), metavar="ARCH")
-    parser.add_argument("--image-size", type=int, default=224, help="px; default: %(default)s")
+    parser.add_argument("--image-size", type=whole, default=224, help="px; default: %(default)s")
     parser.add_argument(
-        "--batch-size", type=int, default=defaults["batch_size"], help="over all devices; default: %(default)s"
+        "--batch-size", type=whole, default=defaults["batch_size"], help="over all devices; default: %(default)s"
     )
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default=defaults["precision"])
     parser.add_argument("--backend", choices=("pmap", "shard_map"), default="pmap")

@@ -29,8 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench train`."""
     step.add_arguments(parser, arch="resnet18", batch_size=32, precision="float32")
     parser.add_argument("--against", nargs="+", choices=OTHERS, default=[], help="torch: the better of both layouts")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each; the median counts; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=2.0, help="a turn takes about so long; default: %(default)s")
+    parser.add_argument(
+        "--rounds", type=step.whole, default=7, help="turns of each; the median counts; default: %(default)s"
+    )
+    parser.add_argument(
+        "--seconds", type=step.above_zero, default=2.0, help="a turn takes about so long; default: %(default)s"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
