@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from jaxsft import cli, optim
 from jaxsft import config as config_module
-from jaxsft.bench import step
+from jaxsft.bench.step import whole
 from jaxsft.data.augment import RANDOM_CROP
 from jaxsft.data.base import Options, Source
 from jaxsft.data.embedded import open_sample
@@ -44,11 +44,9 @@ Feed = Iterator[Any]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench data`."""
     parser.add_argument("--folder", type=cli.local_path, help="PATH/CLASS/*.jpg; default: one is made and removed")
-    parser.add_argument(
-        "--images", type=step.whole, default=5000, help="of the folder that is made; default: %(default)s"
-    )
-    parser.add_argument("--image-size", type=step.whole, default=224, help="px; default: %(default)s")
-    parser.add_argument("--batch-size", type=step.whole, default=64)
+    parser.add_argument("--images", type=whole, default=5000, help="of the folder that is made; default: %(default)s")
+    parser.add_argument("--image-size", type=whole, default=224, help="px; default: %(default)s")
+    parser.add_argument("--batch-size", type=whole, default=64)
     parser.add_argument(
         "--workers",
         type=int,
@@ -57,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=2,
         help="processes that decode; default: %(default)s",
     )
-    parser.add_argument("--passes", type=step.whole, default=3, help="over the folder, of each; the median counts")
+    parser.add_argument("--passes", type=whole, default=3, help="over the folder, of each; the median counts")
     parser.add_argument("--arch", default="", help="train it too, such as resnet18: how long does its step wait?")
     parser.add_argument("--against", choices=("torch",), help="torchvision's ImageFolder and torch's DataLoader too")
 

@@ -18,7 +18,7 @@ import jax
 from jaxsft import cli, log
 from jaxsft import config as config_module
 from jaxsft import train as train_module
-from jaxsft.bench import step
+from jaxsft.bench.step import above_zero
 from jaxsft.flags import parse_flags
 from jaxsft.job import Job, prepare
 
@@ -26,7 +26,7 @@ from jaxsft.job import Job, prepare
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench run`."""
     parser.add_argument("--config", default="configs/cifar10.py:sample", help="FILE[:VARIANT]; default: %(default)s")
-    parser.add_argument("--epochs", type=step.above_zero, default=3.0, help="to train for; default: %(default)s")
+    parser.add_argument("--epochs", type=above_zero, default=3.0, help="to train for; default: %(default)s")
     parser.add_argument("overrides", nargs="*", help="after a --: --config.KEY=VALUE ... of jaxsft.train")
 
 
