@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxsft import weights
 from jaxsft.cli import UserError
 from jaxsft.models.layers import Linear
-from jaxsft.models.resnet import ARCHITECTURES, ResNet
-from jaxsft.weights import ModelCard, Preprocessing
+from jaxsft.models.resnet import ARCHITECTURES, ResNet, variable_shapes
+from jaxsft.pretrained import obtain
+from jaxsft.weights import HEAD, ModelCard, Preprocessing
 
-HEAD = "fc"
 TORCHVISION = Preprocessing()  # its weights' but for the V2 ones' 232 px
 EVERYWHERE = ("",)  # the pattern that every path contains
 
@@ -54,10 +53,12 @@ def initial(
 ) -> tuple[ResNet, dict[str, Any], ModelCard, str]:
     """The model, its variables, the card of the run, and a line that says what was done with the head.
 
-    Ported weights keep their head when its classes are the data's; else it is replaced by a fresh one.
+    Ported weights keep their head where its classes are known and are the data's, and where config.model.head is
+    'keep'; else it is replaced by a fresh one.
 
     Raises:
-      UserError: weights that can't be had or do not fit, or fewer classes asked for than the data has, or weighted.
+      UserError: weights that can't be had or do not fit, fewer classes asked for than the data has, or weighted, or a
+        head to be kept that is not there or has another number of classes.
     """
     c = config.model
     num_classes = c.num_classes or len(class_names)
@@ -69,11 +70,12 @@ def initial(
         )
     model = make_model(config, num_classes, axis_name)
     names = class_names if num_classes == len(class_names) else None
-    card = ModelCard(c.arch, num_classes, names, preprocessing=preprocessing(config))
+    order = config.data.class_order
+    card = ModelCard(c.arch, num_classes, names, preprocessing=preprocessing(config), class_order=order)
     if not c.weights:
         return model, init_variables(model, config.seed), card, f"{c.arch} from scratch, {num_classes} classes"
 
-    variables, origin = weights.load(weights.port(c.weights, c.arch))
+    variables, origin = obtain(c.weights, c.arch, c.checkpoint)
     card = dataclasses.replace(
         card,
         source=origin.source,
@@ -81,18 +83,47 @@ def initial(
         weights_version=origin.weights_version,
         preprocessing=preprocessing(config, origin.preprocessing),
     )
-    same = origin.num_classes == num_classes and origin.class_names in (None, names)
-    if same:
-        return model, variables, card, f"{c.arch} of {origin.source}, its head of {num_classes} classes kept"
-    variables["params"][HEAD] = init_head(model, variables["params"][HEAD], config.seed)
-    said = f"{c.arch} of {origin.source}, its head of {origin.num_classes} classes replaced by one of {num_classes}"
-    return model, variables, card, said
+    kept, said = judge_head(c.head, origin, num_classes, names)
+    if not kept:
+        variables["params"][HEAD] = init_head(model, config.seed)
+    return model, variables, card, f"{c.arch} of {origin.source}, {said}"
 
 
-def init_head(model: ResNet, old: dict[str, jax.Array], seed: int) -> dict[str, jax.Array]:
-    """A fresh output layer for `model`, over as many features as the `old` one had."""
+def judge_head(wanted: str, origin: ModelCard, num_classes: int, names: tuple[str, ...] | None) -> tuple[bool, str]:
+    """Whether weights keep their head, and a line that says it and why.
+
+    Args:
+      wanted: config.model.head.
+      origin: the weights' card.
+      num_classes: of the head that is trained.
+      names: of the data's classes; None: the head has more outputs than the data has classes.
+
+    Raises:
+      UserError: it is to be kept and can't be.
+    """
+    count = origin.num_classes
+    head = f"its head of {count} classes" if count else "which has no head"
+    if wanted == "keep":
+        if count != num_classes:
+            has = f"has a head of {count} classes" if count else "has no head"
+            what = f"config.model.head is 'keep', and {origin.source} {has}, not of {num_classes}"
+            raise UserError(what, "set --config.model.head=replace")
+        return True, f"{head} kept as config.model.head says"
+    if not count:
+        return False, f"{head}, given one of {num_classes}"
+    if wanted == "auto" and count == num_classes:
+        if names is not None and origin.class_names == names:
+            return True, f"{head} kept, for they are the data's"
+        why = "whose names are not known" if origin.class_names is None else "which are not the data's"
+        return False, f"{head}, {why}, replaced; --config.model.head=keep keeps it"
+    return False, f"{head} replaced by one of {num_classes}"
+
+
+def init_head(model: ResNet, seed: int) -> dict[str, jax.Array]:
+    """A fresh output layer for `model`."""
+    features = variable_shapes(model)["params"][HEAD]["kernel"].shape[0]
     layer = Linear(model.num_classes, model.head_init, model.param_dtype)
-    return layer.init(jax.random.key(seed), jnp.zeros((1, old["kernel"].shape[0])))["params"]
+    return layer.init(jax.random.key(seed), jnp.zeros((1, features)))["params"]
 
 
 def init_variables(model: nn.Module, seed: int) -> dict[str, Any]:

@@ -3,8 +3,8 @@
     DIR/weights/     Orbax: {"params": ..., "batch_stats": ...}
     DIR/model.json   ModelCard
 
-`python -m convert to-flax` writes such directories, `port` makes one in the user's cache for training, and the workdir
-of a run carries a `model.json` of the same form.
+`python -m convert to-flax` writes such directories, `jaxsft.pretrained` makes one in the user's cache for training, and
+the workdir of a run carries a `model.json` of the same form.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import platformdirs
 
-from jaxsft.cli import UserError, nearest, run_module
+from jaxsft.cli import UserError, nearest
 from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
 
 CARD = "model.json"
+HEAD = "fc"  # the module whose outputs are the classes
+MOST_SAID = 200  # letters of another library's or a file's own words in a message
 MOST_CLASSES = 1_000_000  # a head of 2 GB on 512 features
 SAMPLE = Path(__file__).parent / "data" / "sample" / "resnet10_w16.safetensors"
 
@@ -49,12 +52,13 @@ class ModelCard:
     """What a set of weights is: architecture, head, origin and preprocessing."""
 
     arch: str
-    num_classes: int
+    num_classes: int  # 0: the weights have no head, training gives them one
     class_names: tuple[str, ...] | None = None
     source: str = ""  # file name, registry name, or the run that made it
     sha256: str = ""  # of the source file
     weights_version: str = ""  # torchvision's, such as IMAGENET1K_V2
     preprocessing: Preprocessing = Preprocessing()
+    class_order: str = "text"  # of the data it was trained on: 'text' | 'numeric', as config.data.class_order
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,31 +86,47 @@ class ModelCard:
             }
             fields["preprocessing"] = Preprocessing(**steps)
             names = fields["class_names"]
-            card = cls(**{**fields, "class_names": None if names is None else tuple(map(str, names))})
+            card = cls(**{**fields, "class_names": tuple(names) if isinstance(names, list) else names})
             card.check()
         except OSError:
             raise UserError(f"{path} can't be read", "make the directory with `python -m convert to-flax`") from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path} is not a model card: {error}", "port the weights again") from None
+            what = f"{path} is not a model card: {str(error)[:MOST_SAID]}"
+            raise UserError(what, "port the weights again") from None
         return card
 
     def check(self) -> None:
-        """Raise ValueError where a field can't be what it stands for."""
+        """Raise ValueError or TypeError where a field can't be what it stands for."""
         p = self.preprocessing
         if self.arch not in ARCHITECTURES:
             raise ValueError(f"unknown arch {self.arch!r}; {nearest(str(self.arch), list(ARCHITECTURES))}")
-        if not isinstance(self.num_classes, int) or not 0 < self.num_classes <= MOST_CLASSES:
+        if type(self.num_classes) is not int or not 0 <= self.num_classes <= MOST_CLASSES:
             raise ValueError(f"num_classes is {self.num_classes!r}")
-        if self.class_names is not None and len(self.class_names) != self.num_classes:
-            raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
-        if not all(isinstance(size, int) and 0 < size <= 4096 for size in (p.resize_size, p.crop_size)):
+        names = self.class_names
+        if names is not None and not (isinstance(names, tuple) and all(isinstance(name, str) for name in names)):
+            raise ValueError("class_names is no list of names")
+        if names is not None and len(names) != self.num_classes:
+            raise ValueError(f"{len(names)} class names for {self.num_classes} classes")
+        if not all(isinstance(text, str) for text in (self.source, self.sha256, self.weights_version)):
+            raise ValueError("source, sha256 and weights_version are text")
+        if self.class_order not in ("text", "numeric"):
+            raise ValueError(f"class_order is {self.class_order!r}")
+        if not all(type(size) is int and 0 < size <= 4096 for size in (p.resize_size, p.crop_size)):
             raise ValueError(f"sizes {p.resize_size!r}, {p.crop_size!r}")
-        if any(len(v) != 3 or not all(isinstance(x, int | float) and abs(x) < 1e6 for x in v) for v in (p.mean, p.std)):
+        if any(len(v) != 3 or not all(type(x) in (int, float) and abs(x) < 1e6 for x in v) for v in (p.mean, p.std)):
             raise ValueError("mean and std are three numbers each")
         if min(p.std) <= 0:
             raise ValueError(f"std is {p.std}, it must be above 0")
         if p.interpolation != "bilinear":
             raise ValueError(f"interpolation {p.interpolation!r}, only bilinear is known")
+
+
+def shapes(card: ModelCard) -> dict[str, Any]:
+    """Shapes and dtypes of the variables that a card stands for: without the head where it has no classes."""
+    found = variable_shapes(ARCHITECTURES[card.arch](num_classes=card.num_classes or 1))
+    if not card.num_classes:
+        del found["params"][HEAD]
+    return found
 
 
 def save(directory: Path, variables: dict[str, Any], card: ModelCard) -> None:
@@ -134,57 +154,29 @@ def save(directory: Path, variables: dict[str, Any], card: ModelCard) -> None:
 
 
 def load(directory: Path) -> tuple[dict[str, Any], ModelCard]:
-    """Read a ported directory: variables as numpy-backed arrays on the default device, and the card.
+    """Read a ported directory: variables as arrays on the default device, and the card.
 
     Raises:
-      UserError: it is not one, or its arrays are not those of the card's architecture.
+      UserError: it is not one, its arrays are not those of the card, or they are not finite.
     """
     card = ModelCard.load(directory)
-    shapes = variable_shapes(ARCHITECTURES[card.arch](num_classes=card.num_classes))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes)
+    target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes(card))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore((directory / "weights").resolve(), target), card
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"the weights in {directory} can't be read: {error}", "port them again") from None
+            variables = checkpointer.restore((directory / "weights").resolve(), target)
+        finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(variables)))
+    except Exception as error:  # on damaged files the libraries below raise nearly anything
+        said = (str(error).strip() or type(error).__name__)[:MOST_SAID]
+        raise UserError(f"the weights in {directory} can't be read: {said}", "port them again") from None
+    if not finite:
+        raise UserError(f"the weights in {directory} hold NaN or infinite numbers", "port others")
+    return variables, card
 
 
 def cache_dir() -> Path:
     """The user's cache directory of this program ($XDG_CACHE_HOME/jaxsft on Linux)."""
     return Path(platformdirs.user_cache_dir("jaxsft"))
-
-
-def port(weights: str, arch: str) -> Path:
-    """The ported directory of `weights`: itself where it is one, else converted once into the user's cache.
-
-    Conversion runs as `python -m convert to-flax` in a process of its own, on the CPU: torch never enters this one,
-    and an accelerator that admits one process is left alone.
-
-    Args:
-      weights: "sample", a registry name such as IMAGENET1K_V1, a .pth or .safetensors file, or a ported directory.
-      arch: the architecture they must be of.
-
-    Raises:
-      UserError: what the conversion says, or a directory of another architecture.
-    """
-    path = SAMPLE if weights == "sample" else Path(weights).expanduser()
-    if path.is_dir():
-        found = ModelCard.load(path).arch
-        if found != arch:
-            raise UserError(f"{weights} holds a {found}, not a {arch}", f"set --config.model.arch={found}")
-        return path
-    source = str(path) if path.exists() or path.suffix else weights
-    key = file_sha256(path)[:16] if path.exists() else source.lower()
-    target = cache_dir() / "ported" / f"{arch}-{key}"
-    if target.exists():
-        return target
-    try:
-        run_module("convert", "to-flax", source, "--arch", arch, "--out", str(target))
-    except UserError:
-        if not target.exists():  # else another process of this machine was faster
-            raise
-    return target
 
 
 def file_sha256(path: Path) -> str:

@@ -13,11 +13,14 @@ from convert import checkpoints, names
 from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
 from tests.oracle import TEN
 
+SIGN, INFINITY, LAST_OF_EXPONENT = np.uint32(1 << 31), np.uint32(255 << 23), np.uint32(1 << 23)
 
-def random_bits(arch: str) -> dict[str, np.ndarray]:
+
+def random_bits(arch: str, usable: bool = False) -> dict[str, np.ndarray]:
     """A state_dict of random bits: denormal numbers, infinities and NaNs with payloads too; counters of 31 bits.
 
-    No number is special to a converter that only moves them.
+    No number is special to a converter that only moves them. With `usable` they are what files are read with: finite,
+    and no variance is negative.
     """
     with torch.device("meta"):
         model = getattr(torchvision.models, arch)()
@@ -27,7 +30,11 @@ def random_bits(arch: str) -> dict[str, np.ndarray]:
         if value.dtype == torch.int64:
             tensors[name] = np.array(rng.integers(2**31), np.int64)
         else:
-            tensors[name] = np.frombuffer(rng.bytes(4 * value.numel()), np.float32).reshape(value.shape)
+            bits = np.frombuffer(rng.bytes(4 * value.numel()), np.uint32).copy()
+            if usable:
+                bits[(bits & INFINITY) == INFINITY] ^= LAST_OF_EXPONENT
+                bits &= ~SIGN if name.endswith("running_var") else ~np.uint32(0)
+            tensors[name] = bits.view(np.float32).reshape(value.shape)
     return tensors
 
 
@@ -49,7 +56,7 @@ def test_memory(arch: str) -> None:
 
 
 def check_files(arch: str, folder: Path) -> None:
-    tensors = random_bits(arch)
+    tensors = random_bits(arch, usable=True)
     torch_model = getattr(torchvision.models, arch)()
     for suffix in (".pth", ".safetensors"):
         path, again = folder / f"in{suffix}", folder / f"out{suffix}"
