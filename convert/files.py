@@ -117,9 +117,13 @@ def read_torch(path: Path) -> dict[str, Any]:
     torch = import_torch()
     try:
         check_records(path)
-        # Warned is of odd pickles, which are refused anyway.
-        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(list(HARMLESS)):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        # Warned is of odd pickles, which are refused anyway. Opened here: of a path torch would look at the ending.
+        with (
+            path.open("rb") as file,
+            warnings.catch_warnings(action="ignore"),
+            torch.serialization.safe_globals(list(HARMLESS)),
+        ):
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files make torch raise nearly anything
         if type(error).__name__ == "UnpicklingError" or ADVICE.search(str(error)):
             what, what_to_do = "refused, it is damaged or holds more than weights", "save its state_dict() alone"

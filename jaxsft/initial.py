@@ -106,7 +106,7 @@ def judge_head(wanted: str, origin: ModelCard, num_classes: int, names: tuple[st
     if wanted == "keep":
         if count != num_classes:
             has = f"has a head of {count} classes" if count else "has no head"
-            what = f"config.model.head is 'keep', and {origin.source} {has}, not of {num_classes}"
+            what = f"config.model.head is 'keep' for {num_classes} classes, and {origin.source} {has}"
             raise UserError(what, "set --config.model.head=replace")
         return True, f"{head} kept as config.model.head says"
     if not count:

@@ -135,22 +135,22 @@ def save(directory: Path, variables: dict[str, Any], card: ModelCard) -> None:
     Raises:
       UserError: `directory` exists and is not empty, or can't be written.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} exists", "name another directory or remove it")
     try:
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise UserError(f"{directory} exists", "name another directory or remove it")
         directory.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent.resolve()))
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(partial / "weights", variables)
+            card.save(partial)
+            partial.chmod(0o755)
+            partial.replace(directory)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     except OSError as error:
         raise UserError(f"{directory} can't be written: {error.strerror}", "name another directory") from None
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial / "weights", variables)
-        card.save(partial)
-        partial.chmod(0o755)
-        partial.replace(directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def load(directory: Path) -> tuple[dict[str, Any], ModelCard]:

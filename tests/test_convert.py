@@ -86,7 +86,9 @@ DAMAGE = {
     "fewer classes than none": lambda card: json.dumps({**card, "num_classes": -1}),
     "classes that are true": lambda card: json.dumps({**card, "num_classes": True}),
     "no number of classes": lambda card: json.dumps({**card, "num_classes": 7.0}),
-    "a number of 5,000 digits": lambda card: json.dumps(card).replace('"num_classes": 7', '"num_classes": 1' + "0" * 5000),
+    "a number of 5,000 digits": lambda card: json.dumps(card).replace(
+        '"num_classes": 7', '"num_classes": 1' + "0" * 5000
+    ),
     "a number of 400 digits": lambda card: json.dumps({**card, "num_classes": 10**400}),
     "an arch that is a list": lambda card: json.dumps({**card, "arch": ["resnet18"]}),
     "names that are numbers": lambda card: json.dumps({**card, "class_names": [1, 2, 3, 4, 5, 6, 7]}),

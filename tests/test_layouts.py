@@ -16,9 +16,10 @@ import safetensors.torch
 import torch
 
 from convert import checkpoints
-from convert.__main__ import to_flax, to_torch, verify
+from convert.__main__ import main, to_flax, to_torch, verify
 from jaxsft import weights
 from jaxsft.cli import UserError
+from jaxsft.parity import __main__ as parity
 from jaxsft.weights import SAMPLE
 
 ARCH = "resnet10_w16"
@@ -127,7 +128,7 @@ def test_code_is_refused_by_its_name_and_without_advice_how_to_run_it(tmp_path: 
     bad = {
         "global.pth": ({"model": REAL, "x": Wants(os.path.join, "a")}, "it asks for posixpath.join"),
         "blocked.pth": ({"model": REAL, "x": Wants(os.system, f"touch {tmp_path}/owned")}, "it asks for posix.system"),
-        "function.pth": ({"x": Wants(getattr, torch, "load")}, "it asks for getattr"),
+        "function.pth": ({"x": Wants(getattr, "a", "real")}, "it asks for getattr"),
         "module.pth": (torch.nn.Linear(1, 1), "it asks for torch.nn.modules.linear.Linear"),
         "called.pth": ({"x": Wants(argparse.Namespace)}, "twice|not a tensor"),
     }
@@ -181,6 +182,44 @@ def test_weights_without_a_head_are_ported_and_say_so(tmp_path: Path, capsys) ->
     assert "strict=False) takes it, for it has no head" in said[1]
     assert said[3] == "logits       none, there is no head"
     assert said[4].endswith("differing: fc.bias, fc.weight")
+
+
+def test_parity_gives_weights_without_a_head_torchs_own(tmp_path: Path, monkeypatch) -> None:
+    torch.save(BODY, tmp_path / "body.pth")
+    seen = []
+    monkeypatch.setattr(parity, "compare", lambda options, model, torch_model: seen.append(torch_model) or iter(()))
+    assert parity.run(parity.Options(ARCH), str(tmp_path / "body.pth")) == []
+    (model,) = seen
+    assert model.fc.weight.shape == (parity.NUM_CLASSES, 128)
+    assert torch.equal(model.layer4[0].conv2.weight, REAL["layer4.0.conv2.weight"])
+
+
+def test_the_command_expands_homes_and_escapes_what_a_file_is_called(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save(REAL, tmp_path / "x\x1b[31m.pth")
+
+    def convert(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["convert", *arguments])
+        return main()
+
+    assert convert("to-flax", "~/x\x1b[31m.pth", "--arch", ARCH, "--out", "~/port") == 0
+    assert capsys.readouterr().out.endswith("tensors of x\\x1b[31m.pth\n")
+    assert convert("to-torch", "~/port", "--out", "~/again.safetensors") == 0
+    assert safetensors.torch.load_file(tmp_path / "again.safetensors").keys() == REAL.keys()
+    for arguments, said in (
+        (("to-torch", "~/port", "--out", "~/again.PTH"), "neither .pth nor .safetensors"),
+        (("to-torch", "~/port", "--out", "~/again.safetensors"), "again.safetensors exists"),
+        (("to-torch", "~/port", "--out", f"~/{'x' * 300}.pth"), "can't be written: File name too long"),
+        (("to-flax", str(SAMPLE), "--arch", ARCH, "--out", f"~/{'x' * 300}"), "can't be written: File name too long"),
+        (("to-torch", "gs://bucket/port", "--out", "a.pth"), "gs:// is not known"),
+        (("to-torch", "~/port", "--out", "gs://bucket/a.pth"), "gs:// is not known"),
+        (("to-flax", "gs://bucket/x.pth", "--arch", ARCH, "--out", "~/other"), "gs:// is not known"),
+        (("verify", "~/port", "--against", "~/absent.pth"), f"no file {tmp_path}/absent.pth"),
+        (("verify", "~/port", "--against", "~/absent.pth", "--image-size", "8"), "the smallest is 32"),
+    ):
+        with pytest.raises(UserError, match=said):
+            convert(*arguments)
+    assert {path.name for path in tmp_path.iterdir()} == {"x\x1b[31m.pth", "port", "again.safetensors"}
 
 
 def test_half_a_head_does_not_fit(tmp_path: Path) -> None:
