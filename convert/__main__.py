@@ -1,6 +1,6 @@
 """Port weights between torchvision and Flax.
 
-python -m convert to-flax  WEIGHTS --arch ARCH --out DIR    WEIGHTS: IMAGENET1K_V1 ... | FILE of torch or safetensors
+python -m convert to-flax  WEIGHTS --arch ARCH --out DIR    WEIGHTS: IMAGENET1K_V1 ... | a .pth or .safetensors file
 python -m convert to-torch DIR --out FILE.pth|FILE.safetensors
 python -m convert verify   DIR --against WEIGHTS
 python -m convert list
@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from convert import checkpoints, names
+from convert import checkpoints, files, names
 from jaxsft import cli, weights
 from jaxsft.models.resnet import ARCHITECTURES
 
@@ -24,13 +24,9 @@ LOGIT_TOLERANCE = 1e-5  # of the largest logit: a few hundred float32 roundings 
 def to_flax(source: str, arch: str, out: Path) -> None:
     """Read WEIGHTS and write the ported directory `out`."""
     tensors, card = checkpoints.read(source, arch)
-    weights.save(out, names.to_flax(tensors, weights.shapes_of(card), arch), card)
-    cli.say(f"{out}: {arch}, {classes(card)}, {len(tensors)} tensors of {card.source}")
-
-
-def classes(card: weights.ModelCard) -> str:
-    """How wide the head is, in words."""
-    return f"{card.num_classes} classes" if card.num_classes else "no head"
+    weights.save(out, names.to_flax(tensors, weights.shapes(card), arch), card)
+    head = f"{card.num_classes} classes" if card.num_classes else "no head"
+    cli.say(f"{out}: {arch}, {head}, {len(tensors)} tensors of {card.source}")
 
 
 def to_torch(directory: Path, out: Path) -> None:
@@ -38,10 +34,10 @@ def to_torch(directory: Path, out: Path) -> None:
     variables, card = weights.load(directory)
     checkpoints.write(out, names.to_torch(variables))
     if card.num_classes:
-        takes = f"torchvision.models.{card.arch}(num_classes={card.num_classes}).load_state_dict takes it strictly"
+        how = f"(num_classes={card.num_classes}).load_state_dict takes it strictly"
     else:
-        takes = f"torchvision.models.{card.arch}().load_state_dict(strict=False) takes it: it has no head"
-    cli.say(f"{out}: {takes}")
+        how = "().load_state_dict(..., strict=False) takes it, for it has no head"
+    cli.say(f"{out}: torchvision.models.{card.arch}{how}")
 
 
 def verify(directory: Path, against: str, image_size: int) -> int:
@@ -49,6 +45,8 @@ def verify(directory: Path, against: str, image_size: int) -> int:
 
     Returns 0 when all agree and 1 when not, after printing one line a quantity.
     """
+    if image_size < 32:
+        raise cli.UserError(f"--image-size is {image_size}", "the smallest is 32")
     variables, card = weights.load(directory)
     tensors, _ = checkpoints.read(against, card.arch)
     ported = names.to_torch(variables)
@@ -59,8 +57,8 @@ def verify(directory: Path, against: str, image_size: int) -> int:
     ]
     cli.say(f"tensors      {len(ported)}, differing: {', '.join(differing) or 'none'}")
     passed = not differing
-    if not card.num_classes:
-        cli.say("logits       not compared: there is no head")
+    if card.num_classes == 0:
+        cli.say("logits       none, there is no head")
         return 0 if passed else 1
 
     model = ARCHITECTURES[card.arch](num_classes=card.num_classes)
@@ -83,7 +81,7 @@ def torchvision_logits(
     card: weights.ModelCard, tensors: dict[str, np.ndarray], images: np.ndarray, train: bool
 ) -> np.ndarray:
     """Logits [N, classes] of torchvision's model for NHWC images."""
-    torch = checkpoints.import_torch()
+    torch = files.import_torch()
     import torchvision
 
     if card.arch not in torchvision.models.list_models():
@@ -97,10 +95,10 @@ def torchvision_logits(
 
 def list_registry() -> None:
     """Print torchvision's ResNet weights: arch, name, top-1 on ImageNet, parameters, size."""
-    checkpoints.import_torch()
+    files.import_torch()
     import torchvision
 
-    print(f"{'arch':18} {'weights':14} {'top-1 %':>8} {'params':>11} {'MB':>6}  resize, crop")
+    cli.say(f"{'arch':18} {'weights':14} {'top-1 %':>8} {'params':>11} {'MB':>6}  resize, crop")
     for arch in ARCHITECTURES:
         if arch not in torchvision.models.list_models():
             continue
@@ -108,7 +106,7 @@ def list_registry() -> None:
             meta, preset = entry.meta, entry.transforms()
             top1 = meta["_metrics"]["ImageNet-1K"]["acc@1"]
             sizes = f"{preset.resize_size[0]}, {preset.crop_size[0]}"
-            print(f"{arch:18} {name:14} {top1:8.3f} {meta['num_params']:11,d} {meta['_file_size']:6.0f}  {sizes}")
+            cli.say(f"{arch:18} {name:14} {top1:8.3f} {meta['num_params']:11,d} {meta['_file_size']:6.0f}  {sizes}")
 
 
 def main() -> int:
@@ -117,7 +115,7 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("to-flax", help="port torchvision weights to a directory")
-    command.add_argument("weights", help="registry name, .pth or .safetensors")
+    command.add_argument("weights", help="registry name, or a file of PyTorch's or .safetensors")
     command.add_argument("--arch", required=True, help=", ".join(ARCHITECTURES))
     command.add_argument("--out", required=True, type=cli.local_path)
     command = commands.add_parser("to-torch", help="write a ported directory as a torchvision state_dict")
@@ -125,7 +123,7 @@ def main() -> int:
     command.add_argument("--out", required=True, type=cli.local_path)
     command = commands.add_parser("verify", help="hold a ported directory against torchvision")
     command.add_argument("directory", type=cli.local_path)
-    command.add_argument("--against", required=True, help="registry name, .pth or .safetensors")
+    command.add_argument("--against", required=True, help="registry name, or a file of PyTorch's or .safetensors")
     command.add_argument("--image-size", type=int, default=224)
     commands.add_parser("list", help="torchvision's weights")
     args = parser.parse_args()

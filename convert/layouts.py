@@ -1,62 +1,47 @@
-"""The state_dict inside what training scripts save: which entry it is, and what its names are preceded by."""
+"""The state_dict inside what training scripts save, and torchvision's names behind those of the wrappers."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxsft.cli import UserError
 
-# Under which a script keeps the weights, beside its optimizer and its arguments; of several the first.
-ENTRIES = ("model", "state_dict", "model_state_dict", "model_state", "net", "network", "weights", "model_ema")
-WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and AveragedModel, of torch.compile
-COMPANION = "n_averaged"  # AveragedModel's counter, beside its weights
+# Under which keys scripts keep the state_dict. The first that is there counts: with both, the model, not its average.
+HOLDERS = ("model", "state_dict", "model_state_dict", "net", "network", "module", "model_ema", "state_dict_ema", "ema")
+# Modules around a model: of DataParallel and AveragedModel, torch.compile, FSDP, activation checkpointing.
+WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+BESIDE = "n_averaged"  # AveragedModel's counter
+FIRST = "conv1.weight"  # by which a prefix that all names share is known for one
+DEEPEST = 8  # holders in holders
 
 
-def state_dict(loaded: Mapping[Any, Any], expected: Collection[str], path: object) -> dict[str, Any]:
-    """Tensors by the model's own names, from what `torch.save` or safetensors kept.
+def state_dict(loaded: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The tensors in `loaded`, the content of a file, by torchvision's names.
 
-    Args:
-      loaded: a state_dict, or a dict that holds one under one of ENTRIES; of a run's weights and their moving average
-        (torchvision's reference script keeps both) the weights.
-      expected: the names of the model. A first component that all names share (`backbone.`) is dropped as long as
-        none of them is expected.
-      path: of the file, for messages.
+    Taken away are the dicts around them (`HOLDERS`), the names of wrappers wherever they stand in a name (`WRAPPERS`),
+    a prefix that all names share ("model.", "backbone."), and the count that an average carries.
 
     Raises:
-      UserError: it holds no tensors, what is none among them, or two under one name.
+      UserError: there is no state_dict, or two of its tensors have the same name then.
     """
-    while entry := next((e for e in ENTRIES if isinstance(loaded.get(e), Mapping)), None):
-        loaded = loaded[entry]
-    found: dict[str, Any] = {}
+    for _ in range(DEEPEST):
+        held = next((loaded[key] for key in HOLDERS if isinstance(loaded.get(key), Mapping)), None)
+        if held is None:
+            break
+        loaded = held
+    if not loaded:
+        raise UserError(f"{path} holds no tensors", "save a state_dict() alone")
+    found: dict[str, tuple[str, Any]] = {}
     for key, value in loaded.items():
-        name = without_wrappers(str(key))
-        if not hasattr(value, "dtype") or (not hasattr(value, "layout") and not hasattr(value, "__array_interface__")):
-            if "." not in name:
-                continue  # an epoch, an accuracy: no tensor of a network has so short a name
-            raise UserError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor", "save a state_dict() alone")
-        if name == COMPANION or ("." not in name and not getattr(value, "shape", ())):
+        name = ".".join(part for part in str(key).split(".") if part not in WRAPPERS)
+        if name == BESIDE:
             continue
         if name in found:
-            raise UserError(f"{path} holds {name!r} twice, once as {key!r}", "save one state_dict() alone")
-        found[name] = value
-    if not found:
-        raise UserError(f"{path} holds no tensors", "save the model's state_dict()")
-    return without_shared_prefix(found, expected)
-
-
-def without_wrappers(name: str) -> str:
-    """`name` without what wrappers of a module put before it, in whatever order."""
-    while wrapper := next((w for w in WRAPPERS if name.startswith(w)), ""):
-        name = name.removeprefix(wrapper)
-    return name
-
-
-def without_shared_prefix(tensors: dict[str, Any], expected: Collection[str]) -> dict[str, Any]:
-    """`tensors` without the first components that all names share, as long as no name is an expected one."""
-    while not any(name in expected for name in tensors):
-        first, dot, _ = next(iter(tensors)).partition(".")
-        if not dot or not all(name.startswith(first + dot) for name in tensors):
-            break
-        tensors = {without_wrappers(name.removeprefix(first + dot)): value for name, value in tensors.items()}
-    return tensors
+            raise UserError(f"{path} holds {name!r} twice: as {found[name][0]!r} and {str(key)!r}", "save it once")
+        found[name] = str(key), value
+    prefix = min((name.removesuffix(FIRST) for name in found if name.endswith("." + FIRST)), key=len, default="")
+    if not all(name.startswith(prefix) for name in found):
+        prefix = ""
+    return {name.removeprefix(prefix): value for name, (_, value) in found.items()}

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from jaxsft.cli import UserError, run
+from jaxsft.cli import UserError, local_path, run, say
 
 if TYPE_CHECKING:
     import torch
@@ -159,7 +159,7 @@ def pretrain(images: np.ndarray, labels: np.ndarray, epochs: int, seed: int) -> 
             optimizer.step()
             cycle.step()
             total += loss.item()
-        print(f"epoch {epoch + 1}/{epochs}  loss {total / steps:.4f}", flush=True)
+        say(f"epoch {epoch + 1}/{epochs}  loss {total / steps:.4f}")
     return model
 
 
@@ -209,17 +209,17 @@ def make_weights(release: Path, out: Path, sample: np.ndarray, epochs: int, seed
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("release", type=Path, metavar="RELEASE_FOLDER", help="the folder with data_batch_1.bin")
-    parser.add_argument("--out", type=Path, default=Path("jaxsft/data/sample"), help="default: %(default)s")
+    parser.add_argument("release", type=local_path, metavar="RELEASE_FOLDER", help="the folder with data_batch_1.bin")
+    parser.add_argument("--out", type=local_path, default=Path("jaxsft/data/sample"), help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=24, help="of pretraining (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args()
     check(args.release, args.out, args.epochs)
     sample = make_images(args.release, args.out, np.random.default_rng(args.seed))
     top1 = make_weights(args.release, args.out, sample, args.epochs, args.seed)
-    print(f"accuracy on the test images of the {PRETRAIN_CLASSES} pretraining classes: {top1:.4f}")
+    say(f"accuracy on the test images of the {PRETRAIN_CLASSES} pretraining classes: {top1:.4f}")
     for path in sorted(args.out.glob("*.*")):
-        print(f"{path}  {path.stat().st_size:,} bytes")
+        say(f"{path}  {path.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

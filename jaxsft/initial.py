@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxsft import runs, weights
-from jaxsft.cli import UserError, local_path
+from jaxsft.cli import UserError
 from jaxsft.models.layers import Linear
 from jaxsft.models.resnet import ARCHITECTURES, ResNet, variable_shapes
+from jaxsft.pretrained import obtain
 from jaxsft.weights import HEAD, ModelCard, Preprocessing
 
 TORCHVISION = Preprocessing()  # its weights' but for the V2 ones' 232 px
@@ -53,11 +53,12 @@ def initial(
 ) -> tuple[ResNet, dict[str, Any], ModelCard, str]:
     """The model, its variables, the card of the run, and a line that says what was done with the head.
 
-    With config.model.head 'auto' weights keep their head when its classes are known to be the data's, by name and in
-    order; else it is replaced by a fresh one. The weights may be those of a run.
+    Ported weights keep their head where its classes are known and are the data's, and where config.model.head is
+    'keep'; else it is replaced by a fresh one.
 
     Raises:
-      UserError: weights that can't be had or do not fit, or fewer classes asked for than the data has, or weighted.
+      UserError: weights that can't be had or do not fit, fewer classes asked for than the data has, or weighted, or a
+        head to be kept that is not there or has another number of classes.
     """
     c = config.model
     num_classes = c.num_classes or len(class_names)
@@ -74,7 +75,7 @@ def initial(
     if not c.weights:
         return model, init_variables(model, config.seed), card, f"{c.arch} from scratch, {num_classes} classes"
 
-    variables, origin = load(config)
+    variables, origin = obtain(c.weights, c.arch, c.checkpoint)
     card = dataclasses.replace(
         card,
         source=origin.source,
@@ -82,43 +83,40 @@ def initial(
         weights_version=origin.weights_version,
         preprocessing=preprocessing(config, origin.preprocessing),
     )
-    what = f"{c.arch} of {origin.source}, its head of {origin.num_classes} classes"
-    fits = origin.num_classes == num_classes
-    if c.head == "keep" and not fits:
-        raise UserError(
-            f"config.model.head is 'keep', but {origin.source} has {origin.num_classes} classes, not {num_classes}",
-            "set --config.model.head=replace",
-        )
-    if c.head == "keep" or (c.head == "auto" and fits and names is not None and origin.class_names == names):
-        return model, variables, card, f"{what} kept"
-    variables["params"][HEAD] = init_head(model, config.seed)
-    if not origin.num_classes:
-        return (
-            model,
-            variables,
-            card,
-            f"{c.arch} of {origin.source}, which has no head, with one of {num_classes} classes",
-        )
-    unknown = ", whose names are not known," if fits and c.head == "auto" and origin.class_names is None else ""
-    hint = " (--config.model.head=keep keeps it)" if unknown else ""
-    return model, variables, card, f"{what}{unknown} replaced by one of {num_classes}{hint}"
+    kept, said = judge_head(c.head, origin, num_classes, names)
+    if not kept:
+        variables["params"][HEAD] = init_head(model, config.seed)
+    return model, variables, card, f"{c.arch} of {origin.source}, {said}"
 
 
-def load(config: ConfigDict) -> tuple[dict[str, Any], ModelCard]:
-    """The variables and the card of config.model.weights: a run at config.model.checkpoint, or what `weights` reads.
+def judge_head(wanted: str, origin: ModelCard, num_classes: int, names: tuple[str, ...] | None) -> tuple[bool, str]:
+    """Whether weights keep their head, and a line that says it and why.
+
+    Args:
+      wanted: config.model.head.
+      origin: the weights' card.
+      num_classes: of the head that is trained.
+      names: of the data's classes; None: the head has more outputs than the data has classes.
 
     Raises:
-      UserError: they can't be had, or are of another architecture.
+      UserError: it is to be kept and can't be.
     """
-    c = config.model
-    directory = local_path(c.weights)
-    if not runs.is_run(directory):
-        return weights.load_or_port(c.weights, c.arch)
-    saved = runs.read(directory, c.checkpoint)
-    if saved.card.arch != c.arch:
-        raise UserError(f"{directory} holds a {saved.card.arch}", f"set --config.model.arch={saved.card.arch}")
-    source = f"{directory.name} at step {saved.step}"
-    return saved.variables, dataclasses.replace(saved.card, source=source, sha256="")
+    count = origin.num_classes
+    head = f"its head of {count} classes" if count else "which has no head"
+    if wanted == "keep":
+        if count != num_classes:
+            has = f"has a head of {count} classes" if count else "has no head"
+            what = f"config.model.head is 'keep' for {num_classes} classes, and {origin.source} {has}"
+            raise UserError(what, "set --config.model.head=replace")
+        return True, f"{head} kept as config.model.head says"
+    if not count:
+        return False, f"{head}, given one of {num_classes}"
+    if wanted == "auto" and count == num_classes:
+        if names is not None and origin.class_names == names:
+            return True, f"{head} kept, for they are the data's"
+        why = "whose names are not known" if origin.class_names is None else "which are not the data's"
+        return False, f"{head}, {why}, replaced; --config.model.head=keep keeps it"
+    return False, f"{head} replaced by one of {num_classes}"
 
 
 def init_head(model: ResNet, seed: int) -> dict[str, jax.Array]:

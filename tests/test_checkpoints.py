@@ -81,7 +81,6 @@ def bad_files(folder: Path, state_dict) -> dict[str, tuple[str, str]]:
     torch.save(torch_model(ARCH), folder / "module.pth")
     torch.save([1, 2], folder / "list.pth")
     torch.save({"lr": 0.1}, folder / "numbers.pth")
-    torch.save({k: v for k, v in state_dict.items() if k != "fc.bias"}, folder / "half_a_head.pth")
     (folder / "weights.npz").write_bytes(b"")
     return {
         "truncated.pth": (ARCH, "not a whole PyTorch file"),
@@ -95,8 +94,7 @@ def bad_files(folder: Path, state_dict) -> dict[str, tuple[str, str]]:
         "pickle.pth": (ARCH, "holds more than weights"),
         "module.pth": (ARCH, "holds more than weights"),
         "list.pth": (ARCH, "not a state_dict"),
-        "numbers.pth": (ARCH, "holds no tensors"),
-        "half_a_head.pth": (ARCH, "has no whole head"),
+        "numbers.pth": (ARCH, "not a tensor"),
         "weights.npz": (ARCH, "no known kind of file"),
         "absent.pth": (ARCH, "no file"),
         "whole.pth": ("resnet81", "did you mean 'resnet18'?"),

@@ -83,7 +83,28 @@ DAMAGE = {
     "not JSON": lambda card: "{",
     "a list": lambda card: "[]",
     "another arch": lambda card: json.dumps({**card, "arch": "resnet81"}),
-    "a head of fewer than none": lambda card: json.dumps({**card, "num_classes": -1}),
+    "fewer classes than none": lambda card: json.dumps({**card, "num_classes": -1}),
+    "classes that are true": lambda card: json.dumps({**card, "num_classes": True}),
+    "no number of classes": lambda card: json.dumps({**card, "num_classes": 7.0}),
+    "a number of 5,000 digits": lambda card: json.dumps(card).replace(
+        '"num_classes": 7', '"num_classes": 1' + "0" * 5000
+    ),
+    "a number of 400 digits": lambda card: json.dumps({**card, "num_classes": 10**400}),
+    "an arch that is a list": lambda card: json.dumps({**card, "arch": ["resnet18"]}),
+    "names that are numbers": lambda card: json.dumps({**card, "class_names": [1, 2, 3, 4, 5, 6, 7]}),
+    "names that are one": lambda card: json.dumps({**card, "class_names": "abcdefg"}),
+    "names in an object": lambda card: json.dumps({**card, "class_names": dict.fromkeys("abcdefg")}),
+    "a source that is a number": lambda card: json.dumps({**card, "source": 1}),
+    "a hash that is nothing": lambda card: json.dumps({**card, "sha256": None}),
+    "an unknown order": lambda card: json.dumps({**card, "class_order": "random"}),
+    "an order that is a list": lambda card: json.dumps({**card, "class_order": ["text"]}),
+    "no preprocessing": lambda card: json.dumps({**card, "preprocessing": None}),
+    "preprocessing that is a list": lambda card: json.dumps({**card, "preprocessing": [256, 224]}),
+    "deep nesting": lambda card: json.dumps(card).replace('"resnet18"', "[" * 100_000 + "]" * 100_000),
+    "a mean that is NaN": lambda card: json.dumps({**card, "preprocessing": {"mean": [0.0, float("nan"), 0.0]}}),
+    "a mean of 400 digits": lambda card: json.dumps({**card, "preprocessing": {"mean": [0.0, 10**400, 0.0]}}),
+    "a mean of truths": lambda card: json.dumps({**card, "preprocessing": {"mean": [True, True, True]}}),
+    "a crop that is true": lambda card: json.dumps({**card, "preprocessing": {"crop_size": True}}),
     "names for others": lambda card: json.dumps({**card, "class_names": ["one"]}),
     "a field too many": lambda card: json.dumps({**card, "command": "rm"}),
     "a field too few": lambda card: json.dumps({k: v for k, v in card.items() if k != "arch"}),
@@ -96,8 +117,17 @@ DAMAGE = {
 def test_a_damaged_card_is_refused(ported: Path, tmp_path: Path, damage: str) -> None:
     card = json.loads((ported / "model.json").read_text())
     (tmp_path / "model.json").write_text(DAMAGE[damage](card))
-    with pytest.raises(UserError, match="is not a model card"):
+    with pytest.raises(UserError, match="is not a model card") as error:
         weights.ModelCard.load(tmp_path)
+    assert len(str(error.value)) < 500
+
+
+def test_a_card_of_an_earlier_version_has_todays_defaults(ported: Path, tmp_path: Path) -> None:
+    card = json.loads((ported / "model.json").read_text())
+    del card["class_order"]
+    (tmp_path / "model.json").write_text(json.dumps(card))
+    assert weights.ModelCard.load(tmp_path) == weights.ModelCard.load(ported)
+    assert weights.ModelCard.load(tmp_path).class_order == "text"
 
 
 def test_weights_of_another_arch_than_the_card_says_are_refused(ported: Path, tmp_path: Path) -> None:

@@ -13,11 +13,14 @@ from convert import checkpoints, names
 from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
 from tests.oracle import TEN
 
+SIGN, INFINITY, LAST_OF_EXPONENT = np.uint32(1 << 31), np.uint32(255 << 23), np.uint32(1 << 23)
 
-def random_bits(arch: str) -> dict[str, np.ndarray]:
+
+def random_bits(arch: str, usable: bool = False) -> dict[str, np.ndarray]:
     """A state_dict of random bits: denormal numbers, infinities and NaNs with payloads too; counters of 31 bits.
 
-    No number is special to a converter that only moves them.
+    No number is special to a converter that only moves them. With `usable` they are what files are read with: finite,
+    and no variance is negative.
     """
     with torch.device("meta"):
         model = getattr(torchvision.models, arch)()
@@ -27,7 +30,11 @@ def random_bits(arch: str) -> dict[str, np.ndarray]:
         if value.dtype == torch.int64:
             tensors[name] = np.array(rng.integers(2**31), np.int64)
         else:
-            tensors[name] = np.frombuffer(rng.bytes(4 * value.numel()), np.float32).reshape(value.shape)
+            bits = np.frombuffer(rng.bytes(4 * value.numel()), np.uint32).copy()
+            if usable:
+                bits[(bits & INFINITY) == INFINITY] ^= LAST_OF_EXPONENT
+                bits &= ~SIGN if name.endswith("running_var") else ~np.uint32(0)
+            tensors[name] = bits.view(np.float32).reshape(value.shape)
     return tensors
 
 
@@ -48,16 +55,8 @@ def test_memory(arch: str) -> None:
     assert_same_bits(there_and_back(tensors, arch), tensors)
 
 
-def finite(name: str, array: np.ndarray) -> np.ndarray:
-    """`array` with what no file of weights may hold made something else."""
-    if array.dtype != np.float32:
-        return array
-    array = np.where(np.isfinite(array), array, np.float32(1))
-    return np.abs(array) if name.endswith("running_var") else array
-
-
 def check_files(arch: str, folder: Path) -> None:
-    tensors = {name: finite(name, array) for name, array in random_bits(arch).items()}
+    tensors = random_bits(arch, usable=True)
     torch_model = getattr(torchvision.models, arch)()
     for suffix in (".pth", ".safetensors"):
         path, again = folder / f"in{suffix}", folder / f"out{suffix}"

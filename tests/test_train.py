@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from convert import checkpoints
 from convert.__main__ import to_flax
 from jaxsft import config as config_module
 from jaxsft.cli import UserError
 from jaxsft.initial import initial
-from jaxsft.weights import SAMPLE, port
+from jaxsft.pretrained import obtain
+from jaxsft.weights import SAMPLE, save
 from jaxsft.workdir import load_run
 from tests import small
 
@@ -154,16 +155,50 @@ def sample_config(**model: object):
     return config
 
 
-def test_a_head_of_the_same_classes_is_kept_and_another_is_replaced() -> None:
-    seven = tuple("abcdefg")
-    source = checkpoints.read(str(SAMPLE), "resnet10_w16").tensors["fc.weight"].T
-    _, variables, card, said = initial(sample_config(), seven)
-    assert "kept" in said
-    assert card.class_names == seven
-    np.testing.assert_array_equal(variables["params"]["fc"]["kernel"], source)
+def named_sample(folder: Path, class_names: tuple[str, ...] | None) -> str:
+    """The sample's weights as a ported directory whose card has these class names."""
+    variables, card = obtain("sample", "resnet10_w16")
+    save(folder, variables, dataclasses.replace(card, class_names=class_names))
+    return str(folder)
 
-    _, variables, card, said = initial(sample_config(), tuple("abcdefghij"))
-    assert "replaced by one of 10" in said
+
+SEVEN = tuple("abcdefg")
+
+
+# (config.model.head, the weights' class names, whether a head for SEVEN is kept, what is said)
+@pytest.mark.parametrize(
+    ("head", "there", "kept", "said"),
+    [
+        ("auto", SEVEN, True, "its head of 7 classes kept, for they are the data's"),
+        ("auto", SEVEN[::-1], False, "its head of 7 classes, which are not the data's, replaced"),
+        ("auto", None, False, "its head of 7 classes, whose names are not known, replaced; --config.model.head=keep"),
+        ("keep", None, True, "its head of 7 classes kept as config.model.head says"),
+        ("keep", SEVEN[::-1], True, "its head of 7 classes kept as config.model.head says"),
+        ("replace", SEVEN, False, "its head of 7 classes replaced by one of 7"),
+    ],
+)
+def test_a_head_is_kept_where_its_classes_are_the_datas(tmp_path: Path, head, there, kept, said) -> None:
+    config = sample_config(head=head, weights=named_sample(tmp_path / "port", there))
+    config.data.class_order = "numeric"
+    _, variables, card, line = initial(config, SEVEN)
+    assert said in line
+    assert (card.class_names, card.class_order) == (SEVEN, "numeric")
+    source = load_file(SAMPLE)["fc.weight"].T
+    assert np.array_equal(variables["params"]["fc"]["kernel"], source) == kept
+
+
+def test_a_head_of_more_outputs_than_classes_is_fresh_and_one_of_another_width_is_not_kept(tmp_path: Path) -> None:
+    weights = named_sample(tmp_path / "port", SEVEN)
+    _, _, card, line = initial(sample_config(weights=weights, num_classes=7), SEVEN[:5])
+    assert "which are not the data's, replaced" in line
+    assert card.class_names is None
+    with pytest.raises(UserError, match="has a head of 7 classes; set --config.model.head=replace"):
+        initial(sample_config(weights=weights, head="keep"), tuple("abcdefghij"))
+
+
+def test_a_head_that_is_replaced_is_torchs_own_or_zeros() -> None:
+    _, variables, _, said = initial(sample_config(), tuple("abcdefghij"))
+    assert "its head of 7 classes replaced by one of 10" in said
     kernel = np.asarray(variables["params"]["fc"]["kernel"])
     assert kernel.shape == (128, 10)
     # torch's U(+-1/sqrt(128)), its deviation 1/sqrt(3 * 128): 1,280 draws know it to 2 %
@@ -205,13 +240,3 @@ def test_several_steps_a_call_are_the_same_steps(run, tmp_path: Path, backend: s
         assert one.get("count") == three.get("count")
         # The same sums in another program; XLA may order them anew.
         assert one["loss"] == pytest.approx(three["loss"], rel=1e-4)
-
-
-def test_ports_are_kept_and_directories_used_as_they_are(tmp_path: Path) -> None:
-    first = port("sample", "resnet10_w16")
-    assert port(str(SAMPLE), "resnet10_w16") == first
-    assert port(str(first), "resnet10_w16") == first
-    with pytest.raises(UserError, match="holds a resnet10_w16, not a resnet18"):
-        port(str(first), "resnet18")
-    with pytest.raises(UserError, match="no file"):
-        port(str(tmp_path / "absent.pth"), "resnet18")

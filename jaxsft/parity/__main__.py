@@ -17,13 +17,14 @@ from collections.abc import Iterator
 
 import jax
 
-from convert import checkpoints, names
+from convert import checkpoints, files, names
 from jaxsft import cli
-from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
+from jaxsft.models.resnet import ARCHITECTURES
 from jaxsft.parity import table
+from jaxsft.weights import shapes
 
 try:
-    checkpoints.import_torch()
+    files.import_torch()
 except cli.UserError as error:  # one line instead of a traceback, before what imports torch at its top
     sys.exit(cli.complain(error))
 
@@ -62,9 +63,7 @@ def run(options: Options, weights: str = "", every: bool = False) -> list[table.
       UserError: torchvision has no such model, or the weights can't be had or do not fit.
     """
     source = checkpoints.read(weights, options.arch) if weights else None
-    if source and not source.card.num_classes:
-        raise cli.UserError(f"{weights} has no head to compare", "give the weights of a whole model")
-    num_classes = source.card.num_classes if source else NUM_CLASSES
+    num_classes = (source and source.card.num_classes) or NUM_CLASSES
     torch_model = oracle.build(options.arch, num_classes, options.seed)
     rows: list[table.Row] = []
 
@@ -76,12 +75,13 @@ def run(options: Options, weights: str = "", every: bool = False) -> list[table.
     with precision(options.dtype):
         model = model_for(options, num_classes)
         if source:
-            # Through our table of names, whose message names every tensor that does not fit.
-            fitting = names.to_torch(names.to_flax(source.tensors, variable_shapes(model), options.arch))
-            oracle.load(torch_model, fitting)
-        print(table.HEADER)
+            # Through our table of names, whose message names every tensor that does not fit. A head that is not there
+            # stays torch's own.
+            fitting = names.to_torch(names.to_flax(source.tensors, shapes(source.card), options.arch))
+            oracle.load(torch_model, oracle.state(torch_model) | fitting)
+        cli.say(table.HEADER)
         for line in table.lines(remembered(), every):
-            print(line, flush=True)
+            cli.say(line)
     return rows
 
 
@@ -117,9 +117,9 @@ def main() -> int:
     failed = sum(not row.passed for row in rows)
     what = f"{args.arch}, {args.dtype}, {args.steps} steps: {len(rows)} tensors and numbers compared"
     if worst is None:
-        print(f"passed: {what}")
+        cli.say(f"passed: {what}")
         return 0
-    print(f"FAILED: {what}, {failed} differ; the first is {worst.name}")
+    cli.say(f"FAILED: {what}, {failed} differ; the first is {worst.name}")
     return 1
 
 
