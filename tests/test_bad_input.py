@@ -300,7 +300,7 @@ CASES: tuple[tuple[str, str], ...] = (
     ),
     (
         "convert to-flax @/file --arch resnet10_w16 --out @/out",
-        "@/file is no known kind of file; give one that torch.save wrote, or a .safetensors file",
+        "@/file is no known kind of file; give one of .safetensors, .pth, .pt",
     ),
     (
         "convert to-flax @/few.safetensors --arch resnet8 --out @/out",
