@@ -85,7 +85,8 @@ def initial(
     )
     kept, said = judge_head(c.head, origin, num_classes, names)
     if not kept:
-        variables["params"][HEAD] = init_head(model, config.seed)
+        old = variables["params"].get(HEAD) or variable_shapes(model)["params"][HEAD]
+        variables["params"][HEAD] = init_head(model, old, config.seed)
     return model, variables, card, f"{c.arch} of {origin.source}, {said}"
 
 
@@ -119,11 +120,10 @@ def judge_head(wanted: str, origin: ModelCard, num_classes: int, names: tuple[st
     return False, f"{head} replaced by one of {num_classes}"
 
 
-def init_head(model: ResNet, seed: int) -> dict[str, jax.Array]:
-    """A fresh output layer for `model`."""
-    features = variable_shapes(model)["params"][HEAD]["kernel"].shape[0]
+def init_head(model: ResNet, old: dict[str, Any], seed: int) -> dict[str, jax.Array]:
+    """A fresh output layer for `model`, over as many features as the `old` one has."""
     layer = Linear(model.num_classes, model.head_init, model.param_dtype)
-    return layer.init(jax.random.key(seed), jnp.zeros((1, features)))["params"]
+    return layer.init(jax.random.key(seed), jnp.zeros((1, old["kernel"].shape[0])))["params"]
 
 
 def init_variables(model: nn.Module, seed: int) -> dict[str, Any]:

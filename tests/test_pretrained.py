@@ -108,7 +108,6 @@ DAMAGE = {
     "half the numbers": damage_array,
     "NaN": spoil_numbers,
     "metadata that is a list": lambda port: (port / "weights" / "_METADATA").write_text("[]"),
-    "metadata that is no JSON": lambda port: (port / "weights" / "_METADATA").write_bytes(b"\xff\x00"),
     "weights that are a file": lambda port: (shutil.rmtree(port / "weights"), (port / "weights").write_text("")),
     "another head": lambda port: (port / "model.json").write_text(
         json.dumps({**json.loads((port / "model.json").read_text()), "num_classes": 9})

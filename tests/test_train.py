@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 from convert.__main__ import to_flax
 from jaxsft import config as config_module
 from jaxsft.cli import UserError
-from jaxsft.initial import initial
+from jaxsft.initial import initial, judge_head
 from jaxsft.pretrained import obtain
-from jaxsft.weights import SAMPLE, save
+from jaxsft.weights import SAMPLE, ModelCard, save
 from jaxsft.workdir import load_run
 from tests import small
 
@@ -155,45 +155,51 @@ def sample_config(**model: object):
     return config
 
 
-def named_sample(folder: Path, class_names: tuple[str, ...] | None) -> str:
-    """The sample's weights as a ported directory whose card has these class names."""
-    variables, card = obtain("sample", "resnet10_w16")
-    save(folder, variables, dataclasses.replace(card, class_names=class_names))
-    return str(folder)
-
-
 SEVEN = tuple("abcdefg")
 
 
-# (config.model.head, the weights' class names, whether a head for SEVEN is kept, what is said)
+# (config.model.head, the weights' class names, whether their head is kept for SEVEN, what is said)
 @pytest.mark.parametrize(
     ("head", "there", "kept", "said"),
     [
         ("auto", SEVEN, True, "its head of 7 classes kept, for they are the data's"),
-        ("auto", SEVEN[::-1], False, "its head of 7 classes, which are not the data's, replaced"),
-        ("auto", None, False, "its head of 7 classes, whose names are not known, replaced; --config.model.head=keep"),
+        (
+            "auto",
+            SEVEN[::-1],
+            False,
+            "its head of 7 classes, which are not the data's, replaced; --config.model.head=keep keeps it",
+        ),
+        (
+            "auto",
+            None,
+            False,
+            "its head of 7 classes, whose names are not known, replaced; --config.model.head=keep keeps it",
+        ),
         ("keep", None, True, "its head of 7 classes kept as config.model.head says"),
         ("keep", SEVEN[::-1], True, "its head of 7 classes kept as config.model.head says"),
         ("replace", SEVEN, False, "its head of 7 classes replaced by one of 7"),
     ],
 )
-def test_a_head_is_kept_where_its_classes_are_the_datas(tmp_path: Path, head, there, kept, said) -> None:
-    config = sample_config(head=head, weights=named_sample(tmp_path / "port", there))
-    config.data.class_order = "numeric"
-    _, variables, card, line = initial(config, SEVEN)
-    assert said in line
-    assert (card.class_names, card.class_order) == (SEVEN, "numeric")
+def test_a_head_is_kept_where_its_classes_are_the_datas(head, there, kept, said) -> None:
+    assert judge_head(head, ModelCard("resnet18", 7, there), 7, SEVEN) == (kept, said)
+
+
+def test_what_is_kept_is_the_head_of_the_weights(tmp_path: Path) -> None:
+    variables, card = obtain("sample", "resnet10_w16")
+    save(tmp_path / "port", variables, dataclasses.replace(card, class_names=SEVEN))
     source = load_file(SAMPLE)["fc.weight"].T
-    assert np.array_equal(variables["params"]["fc"]["kernel"], source) == kept
-
-
-def test_a_head_of_more_outputs_than_classes_is_fresh_and_one_of_another_width_is_not_kept(tmp_path: Path) -> None:
-    weights = named_sample(tmp_path / "port", SEVEN)
-    _, _, card, line = initial(sample_config(weights=weights, num_classes=7), SEVEN[:5])
+    for head, kept in (("auto", True), ("replace", False)):
+        config = sample_config(head=head, weights=str(tmp_path / "port"))
+        config.data.class_order = "numeric"
+        _, variables, card, _ = initial(config, SEVEN)
+        assert np.array_equal(variables["params"]["fc"]["kernel"], source) == kept
+        assert (card.class_names, card.class_order) == (SEVEN, "numeric")
+    # More outputs than the data has classes: whose they are is not known.
+    _, _, card, line = initial(sample_config(weights=str(tmp_path / "port"), num_classes=7), SEVEN[:5])
     assert "which are not the data's, replaced" in line
     assert card.class_names is None
     with pytest.raises(UserError, match="has a head of 7 classes; set --config.model.head=replace"):
-        initial(sample_config(weights=weights, head="keep"), tuple("abcdefghij"))
+        initial(sample_config(weights=str(tmp_path / "port"), head="keep"), tuple("abcdefghij"))
 
 
 def test_a_head_that_is_replaced_is_torchs_own_or_zeros() -> None:
