@@ -197,18 +197,18 @@ def test_weights_of_any_box_are_finite():
 
 
 def test_thin_pictures_on_a_canvas_are_finite():
-    """What trains a recipe of 224 px, with pictures so thin that a crop is narrower than the canvas's pixels."""
+    """Training's whole path, with pictures so thin that a crop is narrower than the canvas's pixels."""
     import PIL.Image
 
     from jaxsft.data.decode import onto_canvas
 
-    laid = np.empty((3, 224, 336, 3), np.uint8)
+    laid = np.empty((3, 64, 96, 3), np.uint8)
     thin = [PIL.Image.new("RGB", size, (200, 200, 200)) for size in ((2, 5000), (5000, 2), (60_000, 1))]
     sizes = np.stack([onto_canvas(image, out) for image, out in zip(thin, laid, strict=True)])
-    to, examples = Preprocessing(256, 224, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), np.arange(3)
-    train = jax.jit(lambda key: train_images(laid, ("random_resized_crop", "flip"), to, key, examples, sizes=sizes))
+    to, names = Preprocessing(64, 56, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), ("random_resized_crop", "flip")
+    train = jax.jit(lambda key, images, sizes: train_images(images, names, to, key, np.arange(3), sizes=sizes))
     for step in range(5):
-        x = np.asarray(train(jax.random.key(step)))
+        x = np.asarray(train(jax.random.key(step), laid, sizes))
         np.testing.assert_allclose(x, 200 / 255, atol=1e-5)  # of one grey, nothing of the black around
 
 

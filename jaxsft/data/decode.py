@@ -17,7 +17,8 @@ import PIL.Image
 import PIL.ImageOps
 
 # What a file is tried as, whatever its ending: PIL knows sixty more, some of which start programs (EPS: Ghostscript).
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "PPM", "TIFF", "GIF")
+# An MPO, a JPEG of several pictures, is opened as a JPEG; PIL has no other way to it.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "PPM", "TIFF", "GIF")
 LONG = 4  # times the model's input: of longer pictures only the middle is resized
 
 # Between one and two times its limit on pixels PIL warns, above that it refuses: one answer is enough.
