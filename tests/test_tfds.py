@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,9 @@ EVIL = {
         "content": json.dumps({"features": {"image": {**IMAGE, "pythonClassName": "evil.Image", "image": {}}}}),
         "proto_cls": "tensorflow_datasets.FeaturesDict",
     },
-    "of a sequence": dictionary(
-        x={"pythonClassName": f"{OWN}sequence_feature.Sequence", "sequence": {"feature": {**IMAGE, "pythonClassName": "evil.Image", "image": {}}}}
-    ),
+    "of a sequence": dictionary(x={
+        "pythonClassName": f"{OWN}sequence_feature.Sequence",
+        "sequence": {"feature": {"pythonClassName": "evil.Image", "image": {}}}}),
     "a module above": {"pythonClassName": "tensorflow_datasets.evil.Features", "featuresDict": {}},
 }  # fmt: skip
 
@@ -106,7 +107,9 @@ def test_what_a_set_names_is_not_imported(case: str, name: str, tmp_path: Path, 
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'written')!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
     folder = prepared(tmp_path, features=EVIL[case])
-    with pytest.raises(UserError, match=r"tfds:pets.* names (tensorflow_datasets\.)?evil\.\w+, which is none of TFDS's"):
+    with pytest.raises(
+        UserError, match=r"tfds:pets.* names (tensorflow_datasets\.)?evil\.\w+, which is none of TFDS's"
+    ):
         open_tfds(name, "train", Options(data_dir=str(tmp_path)))
     with pytest.raises(tfds.Foreign):
         tfds.reader(str(folder), "train")
@@ -116,6 +119,11 @@ def test_what_a_set_names_is_not_imported(case: str, name: str, tmp_path: Path, 
 
 def nested(depth: int) -> str:
     return '{"pythonClassName": "x.Y", "featuresDict": {"features": {"a": ' * depth + "{}" + "}}}" * depth
+
+
+def say(**features: Any) -> Callable[[Path], object]:
+    """Another features.json."""
+    return lambda folder: (folder / "features.json").write_text(json.dumps(dictionary(**features)))
 
 
 # What is done to the prepared folder -> what is said of it.
@@ -132,12 +140,9 @@ DAMAGED = {
     "empty records": (lambda p: records(p).write_bytes(b""), "split train in .*; prepare the set again"),
     "records that are text": (lambda p: records(p).write_text("x" * 5000), "split train in .*; prepare the set again"),
     "records cut off": (lambda p: cut(records(p)), "record 0 of split train in .* is damaged; prepare the set again"),
-    "no labels": (lambda p: (p / "features.json").write_text(json.dumps(dictionary(image=image_of(-1, -1, 3)))), "has no"),
-    "a label that is an image": (
-        lambda p: (p / "features.json").write_text(json.dumps(dictionary(image=LABEL, label=image_of(8, 8, 3)))), "has no"),
-    "no classes": (
-        lambda p: (p / "features.json").write_text(json.dumps(dictionary(
-            image=image_of(-1, -1, 3), label={**LABEL, "classLabel": {}}))), "has no"),
+    "no labels": (say(image=image_of(-1, -1, 3)), "has no 'image' and 'label'"),
+    "a label that is an image": (say(image=LABEL, label=image_of(8, 8, 3)), "has no 'image' and 'label'"),
+    "no classes": (say(image=image_of(-1, -1, 3), label={**LABEL, "classLabel": {}}), "has no 'image'"),
     "no dictionary": (lambda p: (p / "features.json").write_text(json.dumps(image_of(-1, -1, 3))), "has no"),
 }  # fmt: skip
 

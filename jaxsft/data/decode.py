@@ -21,8 +21,8 @@ import PIL.ImageOps
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "PPM", "TIFF", "GIF")
 LONG = 4  # times the model's input: of longer pictures only the middle is resized
 
-# Between one and two times its limit on pixels PIL warns, above that it refuses: one answer is enough.
-warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+# PIL warns of damaged EXIF, and between one and two times its limit on pixels; above that it refuses: that is enough.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class Unreadable(Exception):
@@ -108,7 +108,10 @@ def middle(image: PIL.Image.Image, resize: int, crop: int) -> np.ndarray:
         step = long / long_resized
         start = round((long_resized - crop) / 2)
         first, last = start * step, (start + crop) * step
-        from_, to = max(int(first - step) - 2, 0), min(int(last + step) + 3, long)  # the triangle reaches a step, or 1 px
+        from_, to = (
+            max(int(first - step) - 2, 0),
+            min(int(last + step) + 3, long),
+        )  # the triangle reaches a step, or 1 px
         if width <= height:
             image, sides = image.crop((0, from_, width, to)), (resize, crop)
             box = (0, first - from_, width, last - from_)

@@ -57,7 +57,11 @@ def are_images_of_classes(features: Any) -> bool:
     if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
         return False
     sides = image.shape[:2]
-    return len(image.shape) == 3 and all(s is None or s > 0 for s in sides) and 0 < (label.num_classes or 0) <= MOST_CLASSES
+    return (
+        len(image.shape) == 3
+        and all(s is None or s > 0 for s in sides)
+        and 0 < (label.num_classes or 0) <= MOST_CLASSES
+    )
 
 
 @dataclasses.dataclass(frozen=True)
