@@ -1,32 +1,31 @@
-"""Name what is on pictures: the most probable classes of each, by the newest checkpoint of a run.
+"""Name what is on pictures: the most probable classes of each, by a checkpoint of a run.
 
-python -m jaxsft.predict --workdir DIR IMAGE_OR_FOLDER ... [--topk 5] [--json FILE]
+python -m jaxsft.predict --workdir DIR IMAGE_OR_FOLDER ... [--topk 5] [--checkpoint last|best|STEP] [--json FILE]
 
-Folders are searched through. An image that can't be read is named on stderr and left out.
+Folders are searched through as for training; a file that is named is tried whatever its ending. An image that can't be
+read is named on stderr and left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import PIL.Image
 
 from jaxsft import cli
 from jaxsft.data import decode
-from jaxsft.data.augment import normalise, preprocess
-from jaxsft.data.folder import EXTENSIONS
+from jaxsft.data.augment import normalise
+from jaxsft.data.base import Options
+from jaxsft.data.folder import EXTENSIONS, images
+from jaxsft.data.threads import in_order
 from jaxsft.weights import Preprocessing
 from jaxsft.workdir import Run, load_run
 
-BATCH = 32  # images a step; the last batch is padded, so that one program serves all
-MATRIX = 2**26  # entries of the matrix by which the device resizes a side: 256 MB; longer pictures are PIL's
+BATCH = 32  # images a step at most
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -39,8 +38,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         try:
             if path.is_dir():
-                inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-                found.update(dict.fromkeys(inside))
+                found.update(dict.fromkeys(map(Path, images(path, Options(on_error="skip")))))
                 continue
             path.stat()
         except (OSError, ValueError) as error:
@@ -55,50 +53,66 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_image(path: Path, to: Preprocessing, upright: bool = True) -> np.ndarray:
-    """An image file as the model's input, float32 [crop_size, crop_size, 3], as the evaluation of a run makes it.
+    """The part of an image file that the model sees, [crop_size, crop_size, 3] in 0..255, as a run's evaluation has it.
 
-    Where the picture must be made smaller PIL does it, on 8 bits, as for training on files; else the device does.
+    A picture that must be made smaller is resized on 8 bits (uint8), as for training on files; else in float32, without
+    rounding to whole levels, as `augment.preprocess` does on the device, which would need a program for every size.
 
     Raises:
-      Unreadable: it is no image, is broken, too large, or too long and thin.
+      Unreadable: it is no image, is broken or too large.
     """
     image = decode.read_rgb(path, upright)
-    width, height = image.size
-    long, short = max(width, height), min(width, height)
-    long_resized = to.resize_size * long // short
-    if to.resize_size * long_resized > (PIL.Image.MAX_IMAGE_PIXELS or float("inf")):
-        raise decode.Unreadable(f"{width} x {height} px is too long and thin")
-    if short <= to.resize_size and long * long_resized <= MATRIX:
-        return np.asarray(preprocess(jnp.asarray(image)[None], to)[0])
-    middle = decode.middle(image, to.resize_size, to.crop_size)
-    return np.asarray(normalise(jnp.asarray(middle, jnp.float32), to))
+    if min(image.size) > to.resize_size:
+        return decode.middle(image, to.resize_size, to.crop_size)
+    channels = [decode.middle(channel.convert("F"), to.resize_size, to.crop_size) for channel in image.split()]
+    return np.stack(channels, -1)
 
 
 def batches(paths: Sequence[Path], to: Preprocessing, upright: bool) -> Iterator[tuple[list[Path], np.ndarray]]:
-    """The readable ones of `paths`, up to BATCH at a time: their names, and float32 [BATCH, crop, crop, 3]."""
-    names: list[Path] = []
-    images = np.zeros((BATCH, to.crop_size, to.crop_size, 3), np.float32)
-    for path in paths:
+    """The readable ones of `paths`, several at a time: their names, and float32 [B, crop, crop, 3] in 0..255.
+
+    B is one number for all, the last batch is padded. The next ones are decoded meanwhile.
+    """
+
+    def attempt(path: Path) -> np.ndarray | decode.Unreadable:
         try:
-            images[len(names)] = read_image(path, to, upright)
+            return read_image(path, to, upright)
         except decode.Unreadable as error:
-            print(f"warning: left out {path}: {error}", file=sys.stderr, flush=True)
+            return error
+
+    size = min(BATCH, 1 << (len(paths) - 1).bit_length())
+    names: list[Path] = []
+    batch = np.zeros((size, to.crop_size, to.crop_size, 3), np.float32)
+    for path, image in zip(paths, in_order(attempt, paths, size), strict=True):
+        if isinstance(image, decode.Unreadable):
+            cli.warn(f"left out {path}: {image}")
             continue
+        batch[len(names)] = image
         names.append(path)
-        if len(names) == BATCH:
-            yield names, images
+        if len(names) == size:
+            yield names, batch
             names = []
     if names:
-        yield names, images
+        yield names, batch
 
 
 def predict(run: Run, paths: Sequence[Path], topk: int) -> Iterator[dict[str, Any]]:
-    """{"file", "classes": [{"class", "probability"}, ...]} of each readable image, the most probable first."""
-    probabilities = jax.jit(lambda images: jax.nn.softmax(run.model.apply(run.variables, images, train=False)))
-    upright = run.config.data.exif_orientation
-    for names, images in batches(paths, run.card.preprocessing, upright):
-        rows = np.asarray(probabilities(images))
-        for name, row in zip(names, rows, strict=False):
+    """{"file", "classes": [{"class", "probability"}, ...]} of each readable image, the most probable first.
+
+    Raises:
+      UserError: the network computes no numbers.
+    """
+    to = run.card.preprocessing
+
+    @jax.jit
+    def probabilities(variables: Any, images: jax.Array) -> jax.Array:
+        return jax.nn.softmax(run.model.apply(variables, normalise(images, to), train=False))
+
+    for names, batch in batches(paths, to, run.config.data.exif_orientation):
+        rows = np.asarray(probabilities(run.variables, batch))[: len(names)]
+        if not np.isfinite(rows).all():
+            raise cli.UserError(f"the network of step {run.step} computes no numbers", "take another --checkpoint")
+        for name, row in zip(names, rows, strict=True):
             best = np.argsort(-row, kind="stable")[:topk]
             classes = [{"class": run.card.names[i], "probability": float(row[i])} for i in best]
             yield {"file": str(name), "classes": classes}
@@ -108,20 +122,22 @@ def main() -> None:
     parser = cli.Parser(
         prog="python -m jaxsft.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, type=Path)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
+    parser.add_argument("--workdir", required=True, type=cli.local_path)
+    parser.add_argument("images", nargs="+", type=cli.local_path, metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--topk", type=int, default=5, help="classes an image (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the predictions")
+    parser.add_argument("--checkpoint", default="last", help="last, best or a step (default: %(default)s)")
+    parser.add_argument("--json", type=cli.local_path, help="write the predictions")
     args = parser.parse_args()
     if args.topk < 1:
         raise cli.UserError(f"--topk is {args.topk}", "it must be 1 or more")
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files are any bytes
+    if args.json and not args.json.parent.is_dir():
+        raise cli.UserError(f"{args.json} can't be written: {args.json.parent} is no folder", "name another file")
     paths = find_images(args.images)
-    run = load_run(args.workdir)
+    run = load_run(args.workdir, args.checkpoint)
     results = []
     for result in predict(run, paths, args.topk):
         listed = "  ".join(f"{entry['class']} {entry['probability']:.3f}" for entry in result["classes"])
-        print(f"{result['file']}: {listed}", flush=True)
+        cli.say(f"{result['file']}: {listed}")
         results.append(result)
     if not results:
         raise cli.UserError(f"none of {len(paths)} images can be read", "name JPEG, PNG, WebP or BMP files")

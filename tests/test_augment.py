@@ -167,6 +167,51 @@ def test_a_crop_of_a_canvas_is_the_crop_of_the_picture(height: int, width: int):
         np.testing.assert_allclose(got, want, atol=1e-3)
 
 
+def test_weights_of_any_box_are_finite():
+    """Boxes narrower than a pixel, wherever they lie; those of whole pixels are as they were without that care."""
+    matrix = jax.jit(jax.vmap(crop.resize_matrix, in_axes=(0, 0, None, None)), static_argnums=(2, 3))
+    random = np.random.default_rng(0)
+    for size, out in ((96, 32), (1, 8)):
+        length = np.float32(np.concatenate([np.full(150, 1e-3), 10 ** random.uniform(-7, 0, 150), [0, 0.999999, 1]]))
+        start = np.float32(random.uniform(0, size - length))
+        start[::4] = np.floor(start[::4])  # an edge on a pixel's
+        start[1::4] = np.minimum(np.floor(start[1::4]) + 0.5, size - length[1::4])  # and on its centre
+        weights = np.asarray(matrix(start, length, size, out))
+        np.testing.assert_allclose(weights.sum(2), 1, atol=1e-6)  # a sum of up to 96 float32
+        assert (weights >= 0).all()
+        pixels = np.arange(size)
+        far = (pixels < start[:, None] - 1) | (pixels > (start + length)[:, None])
+        assert (weights.max(1)[far] == 0).all()
+
+    def plain(start: jax.Array, length: jax.Array, size: int, out: int) -> jax.Array:
+        centre = start + (jnp.arange(out) + 0.5) * (length / out)
+        pixel = jnp.arange(size) + 0.5
+        weight = jnp.maximum(1 - jnp.abs(pixel - centre[:, None]) / jnp.maximum(length / out, 1), 0)
+        weight = jnp.where((pixel > start) & (pixel < start + length), weight, 0)
+        return weight / weight.sum(1, keepdims=True)
+
+    start = random.integers(0, 60, 50).astype(np.float32)
+    length = np.floor(random.uniform(1, 64 - start + 1)).astype(np.float32)
+    before = jax.jit(jax.vmap(plain, in_axes=(0, 0, None, None)), static_argnums=(2, 3))(start, length, 64, 48)
+    np.testing.assert_array_equal(matrix(start, length, 64, 48), before)
+
+
+def test_thin_pictures_on_a_canvas_are_finite():
+    """Training's whole path, with pictures so thin that a crop is narrower than the canvas's pixels."""
+    import PIL.Image
+
+    from jaxsft.data.decode import onto_canvas
+
+    laid = np.empty((3, 64, 96, 3), np.uint8)
+    thin = [PIL.Image.new("RGB", size, (200, 200, 200)) for size in ((2, 5000), (5000, 2), (60_000, 1))]
+    sizes = np.stack([onto_canvas(image, out) for image, out in zip(thin, laid, strict=True)])
+    to, names = Preprocessing(64, 56, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), ("random_resized_crop", "flip")
+    train = jax.jit(lambda key, images, sizes: train_images(images, names, to, key, np.arange(3), sizes=sizes))
+    for step in range(5):
+        x = np.asarray(train(jax.random.key(step), laid, sizes))
+        np.testing.assert_allclose(x, 200 / 255, atol=1e-5)  # of one grey, nothing of the black around
+
+
 def test_random_erasing_as_torchvision():
     count, side = 1000, 40
     erase = jax.jit(jax.vmap(lambda key: (crop.random_erasing(key, jnp.ones((side, side, 1))) == 0).sum()))

@@ -42,7 +42,7 @@ def image(suffix: str, **options) -> bytes:
     return out.getvalue()
 
 
-# name -> (file name, content, what is said of it). The first five show in the header, the others when decoded.
+# name -> (file name, content, what is said of it).
 BAD = {
     "zero bytes": ("a.jpg", b"", "an empty file"),
     "text": ("a.jpg", b"these are no pixels", "not an image"),
@@ -127,11 +127,31 @@ def test_held_in_memory_they_are_left_out_too(tmp_path: Path):
         make_loader(source, EvalPlan(3, 3), DataParallel(), Preprocessing(8, 8), bad=BadFiles("raise"))
 
 
+LATER = ("truncated JPEG", "zero bytes", "garbled PNG", "gone")  # what may happen to a file while a run goes on
+
+
+@pytest.mark.parametrize("case", LATER)
+def test_what_breaks_after_it_was_looked_at_is_left_out_too(case: str, tmp_path: Path):
+    root = folder(tmp_path, "a.jpg", image("JPEG"))
+    options = Options(on_error="skip", divide=False)
+    source = open_folder(str(root), "train", options)
+    assert len(source) == GOOD + 1
+    file = root / "train" / "a" / "a.jpg"
+    file.unlink() if case == "gone" else file.write_bytes(BAD[case][1] or b"")
+    bad, plan = BadFiles("skip"), TrainPlan(Order(len(source), len(source), seed=0))
+    batch = make_loader(source, plan, DataParallel(), Preprocessing(16, 16), workers=0, bad=bad).batch(0)
+    levels = np.asarray(batch["image"])[0, :, 0, 0, 0] // 10
+    assert set(levels) == set(range(GOOD))  # one of them twice
+    assert list(bad.found) == [str(file)]
+    loader = make_loader(source, EvalPlan(len(source), 3), DataParallel(), Preprocessing(16, 16), workers=0, bad=bad)
+    assert sum(int(np.asarray(each["mask"]).sum()) for each in loader.batches()) == GOOD
+
+
 def test_where_nothing_can_be_read_training_ends(tmp_path: Path):
-    root = folder(tmp_path, "a.jpg", image("JPEG", quality=95)[:1500])
-    for path in root.rglob("*.png"):
-        path.write_bytes(path.read_bytes()[:60])
+    root = folder(tmp_path, "a.jpg", image("JPEG"))
     source = open_folder(str(root), "train", Options(on_error="skip", divide=False))
+    for path in (*root.rglob("*.png"), *root.rglob("*.jpg")):
+        path.write_bytes(path.read_bytes()[:60])
     plan = TrainPlan(Order(len(source), 2, seed=0))
     loader = make_loader(source, plan, DataParallel(), Preprocessing(16, 16), workers=0, bad=BadFiles("skip"))
     with pytest.raises(RuntimeError, match="no readable image"):
@@ -173,7 +193,7 @@ def test_in_memory_a_source_keeps_its_split_and_listing(tmp_path: Path, broken: 
     if broken:
         whole = (root / "1.png").read_bytes()
         (root / "1.png").write_bytes(whole[: len(whole) - 30])
-    options = Options(on_error="skip")
+    options = Options(on_error="skip", divide=False)
     source = open_folder(str(tmp_path), "train", options)
     for name in ("split", "listing"):
         object.__setattr__(source, name, f"some {name}")

@@ -47,13 +47,16 @@ def resize_matrix(start: jax.Array, length: jax.Array, size: int, out: int) -> j
     """Weights [out, size] that resize the pixels `start` .. `start` + `length` of `size` to `out`.
 
     Bilinear and antialiased as torch's `interpolate(antialias=True)` and PIL: a triangle as wide as the step between
-    outputs, at least one pixel, over the pixels of the box alone.
+    outputs, at least one pixel, over the pixels of the box alone. Those are the pixels whose centre lies in it; a box
+    that is so narrow that it holds none, as on a canvas, takes for each output the pixel in which that lies.
     """
     step = length / out
     centre = start + (jnp.arange(out) + 0.5) * step
     pixel = jnp.arange(size) + 0.5
     weight = jnp.maximum(1 - jnp.abs(pixel - centre[:, None]) / jnp.maximum(step, 1), 0)
     weight = jnp.where((pixel > start) & (pixel < start + length), weight, 0)
+    nearest = jnp.arange(size) == jnp.clip(jnp.floor(centre), 0, size - 1)[:, None]
+    weight = jnp.where(weight.sum(1, keepdims=True) > 0, weight, nearest)
     return weight / weight.sum(1, keepdims=True)
 
 

@@ -5,7 +5,10 @@ Runs in the loader's worker processes: imports neither JAX nor the rest of the p
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
+import stat
 import warnings
 from pathlib import Path
 
@@ -13,25 +16,36 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-ORIENTATION = 0x0112  # EXIF tag
-TURNED = (5, 6, 7, 8)  # its values that swap height and width
+# What a file is tried as, whatever its ending: PIL knows sixty more, some of which start programs (EPS: Ghostscript).
+# An MPO, a JPEG of several pictures, is opened as a JPEG; PIL has no other way to it.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "PPM", "TIFF", "GIF")
+LONG = 4  # times the model's input: of longer pictures only the middle is resized
 
-# Between one and two times its limit on pixels PIL warns, above that it refuses: one answer is enough.
-warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+# PIL warns of damaged EXIF, and between one and two times its limit on pixels; above that it refuses: that is enough.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class Unreadable(Exception):
     """An image can't be decoded; the message is the reason, without the file's name."""
 
 
-def reason(error: Exception) -> str:
-    """What to tell of an exception of PIL's, in one line."""
+class Unreachable(Unreadable):
+    """The system did not give what is in the file, or no memory for it: that may be otherwise next time."""
+
+
+def unreadable(error: Exception) -> Unreadable:
+    """An exception of PIL's, or the system's, as what to tell of it in one line."""
+    if isinstance(error, Unreadable):
+        return error
+    if isinstance(error, FileNotFoundError):
+        return Unreachable("no such file")
+    if isinstance(error, MemoryError) or getattr(error, "strerror", None):
+        return Unreachable(getattr(error, "strerror", None) or "it does not fit into memory")
     if isinstance(error, PIL.UnidentifiedImageError):
-        return "not an image"
+        return Unreadable("not an image, or none of JPEG, PNG, WebP, BMP, PPM, TIFF and GIF")
     if isinstance(error, PIL.Image.DecompressionBombError):
-        return str(error).split(",")[0]
-    text = " ".join(str(getattr(error, "strerror", None) or error).split())
-    return text or type(error).__name__
+        return Unreadable(str(error).split(",")[0])
+    return Unreadable(" ".join(str(error).split()) or type(error).__name__)
 
 
 def read_rgb(file: str | Path | bytes, upright: bool = True) -> PIL.Image.Image:
@@ -42,20 +56,26 @@ def read_rgb(file: str | Path | bytes, upright: bool = True) -> PIL.Image.Image:
 
     Args:
       file: a path or the bytes of a file.
-      upright: turn the picture as its EXIF orientation says, as `PIL.ImageOps.exif_transpose` does and every viewer;
-        torchvision's ImageFolder does not.
+      upright: turn the picture as its EXIF or XMP says, as `PIL.ImageOps.exif_transpose` does and every viewer;
+        torchvision's ImageFolder does not. Where they can't be read the picture is taken as it lies.
 
     Raises:
-      Unreadable: it can't be read, is no image, is cut off, or is over PIL's limit on pixels (a decompression bomb).
+      Unreadable: it is no image of FORMATS, is cut off, or is over PIL's limit on pixels (a decompression bomb).
+      Unreachable: it can't be read.
     """
     try:
-        with PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        if not isinstance(file, bytes) and not stat.S_ISREG((status := os.stat(file)).st_mode):
+            raise Unreadable("not a file")  # to open a pipe might take for ever
+        if not (file if isinstance(file, bytes) else status.st_size):
+            raise Unreadable("an empty file")
+        with PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
             image.load()
-            if upright and (image.info.keys() & {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}):
-                return to_rgb(PIL.ImageOps.exif_transpose(image))
+            if upright:
+                with contextlib.suppress(Exception):  # what strangers write into EXIF makes PIL raise nearly anything
+                    PIL.ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)
-    except Exception as error:  # on hostile files PIL raises nearly anything
-        raise Unreadable(reason(error)) from None
+    except Exception as error:  # and so do hostile files
+        raise unreadable(error) from None
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -70,32 +90,36 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def read_size(file: str | Path, upright: bool = True) -> tuple[int, int]:
-    """(height, width) of the decoded image in px, from the file's header alone.
-
-    Raises:
-      Unreadable: as `read_rgb`, as far as the header shows it.
-    """
-    try:
-        with PIL.Image.open(file) as image:
-            turned = upright and "exif" in image.info and image.getexif().get(ORIENTATION) in TURNED
-            return (image.width, image.height) if turned else (image.height, image.width)
-    except Exception as error:
-        raise Unreadable(reason(error)) from None
-
-
-def resized(image: PIL.Image.Image, short: int) -> PIL.Image.Image:
-    """torchvision's `Resize(short)` of a PIL image: bilinear, antialiased, the long side rounded down."""
-    width, height = image.size
-    if min(width, height) == short:
-        return image
-    size = (short, short * height // width) if width <= height else (short * width // height, short)
-    return image.resize(size, PIL.Image.Resampling.BILINEAR)
-
-
 def middle(image: PIL.Image.Image, resize: int, crop: int) -> np.ndarray:
-    """torchvision's `Resize(resize)` and `CenterCrop(crop)` on a PIL image: uint8 [crop, crop, 3]."""
-    image = resized(image, resize)
+    """torchvision's `Resize(resize)` and `CenterCrop(crop)` of a PIL image: bilinear, antialiased.
+
+    To the last bit, but for pictures so long and thin that resizing them whole would take gigabytes: of these the
+    strip that the middle is made of is resized alone, which may change a level by one.
+
+    Returns:
+      [crop, crop] and, where it has several, the channels; float32 for an image of mode F, else uint8.
+    """
+    width, height = image.size
+    long, short = max(width, height), min(width, height)
+    long_resized = resize * long // short  # rounded down
+    sides = (resize, long_resized) if width <= height else (long_resized, resize)
+    box: tuple[float, float, float, float] | None = None
+    if long_resized > LONG * max(resize, crop):
+        step = long / long_resized
+        start = round((long_resized - crop) / 2)
+        first, last = start * step, (start + crop) * step
+        from_, to = (
+            max(int(first - step) - 2, 0),
+            min(int(last + step) + 3, long),
+        )  # the triangle reaches a step, or 1 px
+        if width <= height:
+            image, sides = image.crop((0, from_, width, to)), (resize, crop)
+            box = (0, first - from_, width, last - from_)
+        else:
+            image, sides = image.crop((from_, 0, to, height)), (crop, resize)
+            box = (first - from_, 0, last - from_, height)
+    if image.size != sides or box is not None:
+        image = image.resize(sides, PIL.Image.Resampling.BILINEAR, box)
     left, top = (round((side - crop) / 2) for side in image.size)
     return np.asarray(image.crop((left, top, left + crop, top + crop)))
 

@@ -1,20 +1,29 @@
-"""What is known of many image files without decoding them: their sizes, and which are broken.
+"""What is known of many image files before a run reads them: their sizes, and which are broken.
 
-The index is kept in the user's cache; files that are new or have changed (size, time of modification) are read again.
+Each is decoded once, for a cut off file shows in its pixels alone, and so does what turns it. The index is kept in the
+user's cache; files that are new or have changed (size, time of modification) are decoded again.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL
 from tqdm import tqdm
 
+from jaxsft import cli
 from jaxsft.data import decode
+from jaxsft.data.threads import in_order
+
+AHEAD = 1000  # files whose answers may wait for that of one before them
+Stamp = tuple[int, int]
 
 
 class Index(NamedTuple):
@@ -24,71 +33,115 @@ class Index(NamedTuple):
     errors: list[str]  # '' or why the file can't be read
 
 
-def stamp(path: str) -> tuple[int, int]:
-    """(bytes, time of modification in ns) of a file; (-1, 0) where it is not there."""
+class Row(NamedTuple):
+    """What is kept of a file."""
+
+    stamp: Stamp
+    size: tuple[int, int]  # (height, width) in px; (0, 0) where broken
+    error: str  # '' or why it can't be read
+
+
+def stamp(path: str) -> Stamp:
+    """(bytes, time of modification in ns) of a file; (-1, 0) where that can't be told."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):
         return -1, 0
     return status.st_size, status.st_mtime_ns
 
 
 def index(root: Path, part: str, paths: Sequence[str], upright: bool) -> Index:
-    """The index of `paths`.
+    """The index of `paths`, with a progress bar while files are decoded.
 
     Args:
-      root: the folder or file that they were listed from; the cache goes by it, `part` and `upright`.
-      part: the split that they are.
+      root: the folder or file that they were listed from; the cache goes by it and by `upright`.
+      part: the split that they are, for the bar.
       paths: of files, absolute.
-      upright: whether pictures are turned as their EXIF orientation says.
+      upright: whether pictures are turned as `decode.read_rgb` says.
     """
-    stamps = np.array([stamp(path) for path in paths], np.int64).reshape(-1, 2)
     from jaxsft.weights import cache_dir  # brings JAX, which the workers do without
 
-    key = hashlib.sha256(f"{root.resolve()}\0{part}\0{upright}".encode()).hexdigest()[:16]
-    cached = cache_dir() / "index" / f"{root.name}-{key}.npz"
-    known = load(cached)
-    sizes, errors = np.zeros((len(paths), 2), np.int32), [""] * len(paths)
-    changed = False
-    for i, path in enumerate(tqdm(paths, desc=f"indexing {root.name}", unit="file", disable=None, leave=False)):
-        row = known.get(path)
-        if row is None or row[0] != tuple(stamps[i]):
-            row = (tuple(stamps[i]), *measure(path, stamps[i, 0], upright))
-            changed = True
-        _, sizes[i], errors[i] = row
-    if changed or len(known) != len(paths):
-        rows = {"paths": np.array(paths), "stamps": stamps, "sizes": sizes, "errors": np.array(errors)}
-        save_arrays(cached, **rows)
-    return Index(sizes, errors)
-
-
-def measure(path: str, length: int, upright: bool) -> tuple[tuple[int, int], str]:
-    """The size of one image and why it can't be read ('' where it can)."""
-    if length <= 0:
-        return (0, 0), "no such file" if length < 0 else "an empty file"
+    # Another Pillow may read what this one can't.
+    key = hashlib.sha256(f"decoded\0{root.resolve()}\0{upright}\0{PIL.__version__}".encode(errors="surrogateescape"))
+    cached = cache_dir() / "index" / f"{root.name}-{key.hexdigest()[:16]}.npz"
+    rows = load(cached)
+    stamps = {path: stamp(path) for path in paths}
+    fresh = [path for path, mark in stamps.items() if path not in rows or rows[path].stamp != mark]
+    passing: dict[str, str] = {}  # file -> what kept it from being read this time
+    measured = in_order(lambda path: measure(path, upright), fresh, AHEAD)
+    bar = tqdm(measured, f"looking at {root.name} {part}", len(fresh), unit="image", disable=None, leave=False)
     try:
-        return decode.read_size(path, upright), ""
+        for path, found in zip(fresh, bar, strict=True):
+            if isinstance(found, decode.Unreachable):
+                passing[path] = str(found)
+            else:
+                rows[path] = Row(stamps[path], *found)
+    finally:  # interrupted, it goes on from there the next time
+        if len(fresh) > len(passing):
+            save(cached, {path: row for path, row in rows.items() if path in stamps or os.path.exists(path)})
+    found_of = [Row((0, 0), (0, 0), passing[path]) if path in passing else rows[path] for path in paths]
+    return Index(np.array([row.size for row in found_of], np.int32).reshape(-1, 2), [row.error for row in found_of])
+
+
+def measure(path: str, upright: bool) -> tuple[tuple[int, int], str] | decode.Unreachable:
+    """The size of one image, decoded, and why it can't be ('' where it can); or what kept it from being looked at."""
+    try:
+        width, height = decode.read_rgb(path, upright).size
+    except decode.Unreachable as error:
+        return error
     except decode.Unreadable as error:
         return (0, 0), str(error)
+    return (height, width), ""
 
 
-def load(path: Path) -> dict[str, tuple[Any, Any, str]]:
-    """A kept index: path -> (stamp, size, error); nothing where there is none or it is damaged."""
+def load(path: Path) -> dict[str, Row]:
+    """A kept index by file; nothing where there is none or it is damaged."""
+    kept = load_arrays(path)
     try:
-        with np.load(path) as rows:
-            stamps, sizes = rows["stamps"].tolist(), rows["sizes"].tolist()
-            paths, errors = rows["paths"].tolist(), rows["errors"].tolist()
+        paths, errors = (bytes(kept[name]).decode(errors="surrogatepass").split("\0") for name in ("paths", "errors"))
+        stamps, sizes = kept["stamps"].tolist(), kept["sizes"].tolist()
+        return {p: Row(tuple(s), tuple(z), e) for p, s, z, e in zip(paths, stamps, sizes, errors, strict=True)}
+    except (KeyError, ValueError, TypeError):
+        return {}
+
+
+def save(path: Path, rows: dict[str, Row]) -> None:
+    """Keep an index for `load`."""
+    text = {"paths": list(rows), "errors": [row.error.replace("\0", " ") for row in rows.values()]}
+    save_arrays(
+        path,
+        stamps=np.array([row.stamp for row in rows.values()], np.int64),
+        sizes=np.array([row.size for row in rows.values()], np.int32),
+        **{k: np.frombuffer("\0".join(v).encode(errors="surrogatepass"), np.uint8) for k, v in text.items()},
+    )
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """What `save_arrays` wrote; nothing where that is not there, or damaged."""
+    try:
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in arrays.files}
     except Exception:  # whatever a torn file makes numpy raise: it is only a cache
         return {}
-    return {p: (tuple(s), tuple(z), e) for p, s, z, e in zip(paths, stamps, sizes, errors, strict=True)}
 
 
 def save_arrays(path: Path, **arrays: Any) -> None:
-    """Write an .npz that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npz")
+    """Write an .npz that appears whole or not at all; where it can't be written, a warning is all."""
     try:
-        np.savez(partial, **arrays)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as partial:
+            try:
+                np.savez(partial, **arrays)
+                partial.flush()
+                os.replace(partial.name, path)
+            except BaseException:
+                os.unlink(partial.name)
+                raise
+    except OSError as error:
+        warn_once(f"{path.parent} can't be written ({error.strerror or error}): done without keeping what was decoded")
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """A warning about a folder into which more than one file was to go."""
+    cli.warn(message)

@@ -11,29 +11,30 @@ import argparse
 import importlib.util
 
 from jaxsft import cli
-from jaxsft.data.tfds import find_builder
+from jaxsft.data.tfds import find_builder, own_tfds, reason
 
 
 def prepare(name: str, data_dir: str) -> None:
     """Prepare `name` under `data_dir` ('' is TFDS's default).
 
     Raises:
-      UserError: no such set, no TensorFlow, or it could not be downloaded.
+      UserError: no such set, no TensorFlow, or it could not be downloaded or prepared.
     """
     if importlib.util.find_spec("tensorflow") is None:
         raise cli.UserError("TensorFlow is not installed", "install the extra: pip install 'jaxsft[tfds]'")
     import requests
-    import tensorflow_datasets as tfds
 
-    find_builder(name, data_dir)
-    builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+    tfds = own_tfds()
+    builder = find_builder(name, data_dir, file_format="array_record")
     try:
-        for url in list(builder.url_infos)[:1]:  # TFDS itself would retry an absent network for minutes
+        for url in list(builder.url_infos or ())[:1]:  # TFDS itself would retry an absent network for minutes
             requests.head(url, timeout=20, allow_redirects=True)
         builder.download_and_prepare()
     except (requests.RequestException, tfds.download.DownloadError, OSError) as error:
         raise cli.UserError(f"tfds:{name} could not be fetched ({cause(error)})", cli.OFFLINE) from None
-    print(builder.data_path)
+    except (AssertionError, ImportError, ValueError) as error:  # files to be fetched by hand, packages that it needs
+        raise cli.UserError(f"tfds:{name} could not be prepared: {reason(error)}", "see TFDS's catalog") from None
+    cli.say(builder.data_path)
 
 
 def cause(error: BaseException) -> str:
@@ -49,9 +50,9 @@ def main() -> None:
         prog="python -m jaxsft.data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", help="as TFDS writes it, such as cifar10")
-    parser.add_argument("--data-dir", default="", help="TFDS's data directory")
+    parser.add_argument("--data-dir", type=cli.local_path, help="TFDS's data directory")
     args = parser.parse_args()
-    prepare(args.name, args.data_dir)
+    prepare(args.name, str(args.data_dir or ""))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -10,7 +9,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,20 +16,22 @@ import numpy as np
 import PIL.Image
 from tqdm import tqdm
 
-from jaxsft.cli import OFFLINE, UserError, nearest, run_module
+from jaxsft.cli import OFFLINE, UserError, local_path, nearest, run_module
 from jaxsft.data import decode
 from jaxsft.data.base import Arrays, Options, Source
-from jaxsft.data.index import save_arrays
+from jaxsft.data.index import load_arrays, save_arrays
 from jaxsft.data.splits import resolved, slices
 
 Parts = tuple[tuple[str, int, int], ...]  # (split, from, to)
+FEATURES = "tensorflow_datasets.core.features."  # where TFDS keeps its own classes of features
+AGAIN = "prepare the set again"
 
 
 def open_tfds(name: str, split: str, options: Options) -> Source:
     """A prepared TFDS set: an array kept in the user's cache where its images have one size and fit, else streamed."""
     builder = tfds_builder(name, options.data_dir)
     features = builder.info.features
-    if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
+    if not are_images_of_classes(features):
         raise UserError(f"tfds:{name} has no 'image' and 'label'", "name an image classification set")
     sizes = {part: info.num_examples for part, info in builder.info.splits.items()}
     split = resolved(split, sizes, f"tfds:{name}")
@@ -45,6 +45,24 @@ def open_tfds(name: str, split: str, options: Options) -> Source:
         return Arrays(images, labels, class_names, split=split)
     (labels,) = cached(builder, parts, "labels", lambda: (labels_of(builder, parts, total),))
     return Examples(str(builder.data_path), parts, np.arange(total), labels, class_names, size, options.upright, split)
+
+
+def are_images_of_classes(features: Any) -> bool:
+    """Whether `features` has an image and a label as `open_tfds` reads them."""
+    from jaxsft.weights import MOST_CLASSES  # brings JAX, which the workers do without
+
+    tfds = own_tfds()
+    if not isinstance(features, tfds.features.FeaturesDict) or not {"image", "label"} <= set(features):
+        return False
+    image, label = features["image"], features["label"]
+    if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
+        return False
+    sides = image.shape[:2]
+    return (
+        len(image.shape) == 3
+        and all(s is None or s > 0 for s in sides)
+        and 0 < (label.num_classes or 0) <= MOST_CLASSES
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +80,16 @@ class Examples(Source):
 
     def __getitem__(self, index: int) -> PIL.Image.Image:
         part, number = self.position(index)
-        return decode.read_rgb(reader(self.data_path, part)[number]["image"], self.upright)
+        try:
+            encoded = reader(self.data_path, part)[number]["image"]
+        except Exception as error:  # see `examples`
+            raise decode.Unreadable(reason(error)) from None
+        if not isinstance(encoded, bytes):
+            raise decode.Unreadable("its record is damaged")
+        image = decode.read_rgb(encoded, self.upright and self.size is None)  # else one size is as they lie
+        if self.size not in (None, image.size[::-1]):
+            raise decode.Unreadable(f"{image.height} x {image.width} px, where the set says {self.size}")
+        return image
 
     def position(self, index: int) -> tuple[str, int]:
         """The split of an example and its number there."""
@@ -84,8 +111,7 @@ class Examples(Source):
 @functools.lru_cache(maxsize=8)
 def reader(data_path: str, part: str) -> Any:
     """Random access to a split whose images stay encoded; one for a process."""
-    import tensorflow_datasets as tfds
-
+    tfds = own_tfds()
     builder = tfds.builder_from_directory(data_path)
     return builder.as_data_source(split=part, decoders={"image": tfds.decode.SkipDecoding()})
 
@@ -97,10 +123,11 @@ def cached(builder: Any, parts: Parts, what: str, make: Any) -> tuple[np.ndarray
     identity = [str(builder.data_path), builder.info.full_name, os.stat(builder.data_path).st_mtime_ns, parts]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     path = cache_dir() / what / f"{builder.info.name}-{key}.npz"
-    if path.exists():
-        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(path) as arrays:
-            return tuple(arrays[str(i)] for i in range(len(arrays.files)))
-    made = make()  # nothing there, or a damaged file: a cache is only ever made anew
+    kept = load_arrays(path)
+    names = [str(i) for i in range(len(kept))]
+    if kept and kept.keys() == set(names):
+        return tuple(kept[name] for name in names)
+    made = make()
     save_arrays(path, **{str(i): array for i, array in enumerate(made)})
     return tuple(made)
 
@@ -116,25 +143,35 @@ def decoded(builder: Any, parts: Parts, total: int, size: tuple[int, int]) -> tu
         try:
             pixels = np.asarray(decode.read_rgb(example["image"], upright=False))
         except decode.Unreadable as error:
-            raise UserError(f"image {i} of {builder.info.full_name}: {error}", "prepare the set again") from None
+            raise UserError(f"image {i} of {builder.info.full_name}: {error}", AGAIN) from None
         if pixels.shape[:2] != size:
-            raise UserError(f"image {i} of {builder.info.full_name} is {pixels.shape[:2]}", "prepare the set again")
+            raise UserError(f"image {i} of {builder.info.full_name} is {pixels.shape[:2]}, not {size}", AGAIN)
         images[i], labels[i] = pixels, example["label"]
     return images, labels
 
 
 def labels_of(builder: Any, parts: Parts, total: int) -> np.ndarray:
     """All labels int32 [N]."""
-    return np.fromiter((e["label"] for e in examples(builder, parts, total, "reading labels of")), np.int32, total)
+    return np.fromiter((e["label"] for e in examples(builder, parts, total, "reading labels of")), np.int32)
 
 
 def examples(builder: Any, parts: Parts, total: int, doing: str, chunk: int = 1000) -> Iterator[dict[str, Any]]:
-    """The examples of `parts`, their images still encoded, with a progress bar."""
+    """The examples of `parts`, their images still encoded, with a progress bar.
+
+    Raises:
+      UserError: they can't be read.
+    """
     with tqdm(total=total, desc=f"{doing} {builder.info.name}", unit="image", disable=None, leave=False) as bar:
         for part, start, stop in parts:
-            source = reader(str(builder.data_path), part)
             for begin in range(start, stop, chunk):
-                several = source.__getitems__(list(range(begin, min(begin + chunk, stop))))
+                try:
+                    source = reader(str(builder.data_path), part)
+                    several = source.__getitems__(list(range(begin, min(begin + chunk, stop))))
+                except Exception as error:  # TFDS, protobuf and the readers of records raise many kinds
+                    raise UserError(f"split {part} in {builder.data_path}: {reason(error)}", AGAIN) from None
+                if damaged := [i for i, e in enumerate(several, begin) if None in (e["image"], e["label"])]:
+                    what = f"record {damaged[0]} of split {part} in {builder.data_path} is damaged"
+                    raise UserError(what, AGAIN)
                 yield from several
                 bar.update(len(several))
 
@@ -165,20 +202,56 @@ def tfds_builder(name: str, data_dir: str) -> Any:
     return builder
 
 
-def find_builder(name: str, data_dir: str) -> Any:
+def find_builder(name: str, data_dir: str, **options: Any) -> Any:
     """TFDS's builder of `name`, prepared or not.
 
-    Raises:
-      UserError: there is no such set.
-    """
-    import tensorflow_datasets as tfds
+    Args:
+      name: as TFDS writes it.
+      data_dir: a folder, '' for TFDS's own.
+      options: of `tfds.builder`.
 
+    Raises:
+      UserError: there is no such set, what is prepared is damaged, or has features that are none of TFDS's.
+    """
+    where = str(local_path(data_dir)) if data_dir else None
+    tfds = own_tfds()
     try:
-        return tfds.builder(name, data_dir=data_dir or None)
+        return tfds.builder(name, data_dir=where, **options)
     except tfds.core.DatasetNotFoundError:
         base = name.split("/")[0].split(":")[0]
         known = tfds.list_builders(with_community_datasets=False)
         hint = nearest(base, known) if difflib.get_close_matches(base, known) else "see TFDS's catalog"
         raise UserError(f"TFDS has no data set {name!r}", hint) from None
-    except (ValueError, AssertionError, TypeError) as error:
-        raise UserError(f"tfds:{name}: {str(error).splitlines()[0]}", "see TFDS's catalog") from None
+    except Exception as error:  # a wrong name, or files of strangers, make TFDS raise nearly anything
+        raise UserError(f"tfds:{name}: {reason(error)}", f"see TFDS's catalog, or {AGAIN}") from None
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an exception says."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+class Foreign(ValueError):
+    """A prepared set has features whose code is not TFDS's."""
+
+
+@functools.cache
+def own_tfds() -> Any:
+    """The module `tensorflow_datasets`, which from now on imports no code that a prepared set names.
+
+    The features.json of a set says the classes of its features as MODULE.CLASS, and TFDS imports any MODULE in order to
+    find one that it does not know: a downloaded data set would run whatever it names. All of these names, however deep
+    in which form of the file, come to `FeatureConnector.cls_from_name`.
+    """
+    import tensorflow_datasets as tfds
+
+    base = tfds.features.FeatureConnector
+    resolve = base.cls_from_name
+
+    def cls_from_name(cls: Any, python_class_name: str) -> Any:
+        if python_class_name not in base._registered_features and not python_class_name.startswith(FEATURES):
+            raise Foreign(f"its features.json names {python_class_name}, which is none of TFDS's own features")
+        return resolve(python_class_name)
+
+    base.cls_from_name = classmethod(cls_from_name)
+    return tfds
