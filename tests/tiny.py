@@ -23,7 +23,7 @@ Variables = dict[str, Any]
 
 
 class Tiny(nn.Module):
-    """A 1x1 convolution, batch norm, ReLU, the mean over all pixels, a head: [N, H, W, 3] to [N, num_classes], float64."""
+    """A 1x1 convolution, batch norm, ReLU, the mean over all pixels, a head: [N, H, W, 3] to [N, classes], float64."""
 
     num_classes: int = CLASSES
     frozen: tuple[str, ...] = ()
