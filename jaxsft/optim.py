@@ -30,13 +30,14 @@ def schedule(config: ConfigDict, steps_per_epoch: int, total_steps: int) -> Sche
 
     Warm-up ends at the full rate: update t of W has (t + 1) / W of it, so that the first one already does something.
     "cosine" and "linear" fall to 0 just after the last update; "step" multiplies by `step_factor` at multiples of
-    `step_epochs` counted from the start, as torch's StepLR does.
+    `step_epochs`, in whole updates, counted from the start, as torch's StepLR does.
     """
     c = config.optim
     warmup = round(c.warmup_epochs * steps_per_epoch)
     if warmup >= total_steps and warmup:
         raise UserError(f"config.optim.warmup_epochs is {c.warmup_epochs}", "it must be shorter than the run")
     rest = total_steps - warmup
+    period = max(round(c.step_epochs * steps_per_epoch), 1)  # whole: XLA's quotient of 41 by 41 is just below 1
 
     def factor(t: Any) -> Any:
         done = jnp.clip((t - warmup) / rest, 0.0, 1.0)
@@ -45,7 +46,7 @@ def schedule(config: ConfigDict, steps_per_epoch: int, total_steps: int) -> Sche
         if c.schedule == "linear":
             return 1 - done
         if c.schedule == "step":
-            return c.step_factor ** jnp.floor(t / (c.step_epochs * steps_per_epoch))
+            return c.step_factor ** (t.astype(int) // period).astype(t.dtype)
         return jnp.ones_like(done)
 
     def rate(t: Any) -> Any:

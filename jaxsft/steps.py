@@ -138,7 +138,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         new = TrainState(state.step + 1, params, batch_stats, opt_state, state.average)
         if ema:
-            new = new.replace(average=move_average(new.average, new.variables(), ema))
+            new = new.replace(average=move_average(new.average, new.variables(), ema, state.step))
         return new, counts
 
     return train_step
@@ -157,14 +157,17 @@ def make_several(step: Callable[..., Any]) -> Callable[[TrainState, Dataset, Seq
     return steps
 
 
-def move_average(average: Any, values: Any, decay: float) -> Any:
-    """decay * average + (1 - decay) * values for floating leaves; counters follow `values`.
+def move_average(average: Any, values: Any, decay: float, updates: jax.Array) -> Any:
+    """decay * average + (1 - decay) * values for floating leaves, after `updates` of it; counters follow `values`.
 
-    Batch statistics are averaged with the parameters, as torchvision's ExponentialMovingAverage(use_buffers) does.
+    As torchvision's ExponentialMovingAverage(use_buffers): batch statistics are averaged with the parameters, and the
+    average begins as what the first update makes. (Counters it averages too, each time rounded down.)
     """
 
     def move(old: jax.Array, new: jax.Array) -> jax.Array:
-        return decay * old + (1 - decay) * new if jnp.issubdtype(new.dtype, jnp.floating) else new
+        if not jnp.issubdtype(new.dtype, jnp.floating):
+            return new
+        return jnp.where(updates == 0, new, decay * old + (1 - decay) * new)
 
     return jax.tree.map(move, average, values)
 

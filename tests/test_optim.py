@@ -1,4 +1,4 @@
-"""Which parameter gets which treatment; the arithmetic itself is held against torch in the parity tests."""
+"""Which parameter gets which treatment, and what torch's optimizers make of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import traverse_util
 
 from jaxsft import config as config_module
@@ -79,6 +80,87 @@ def test_patterns_that_can_not_be_meant(section: str, key: str, value: object, m
     config[section][key] = value
     with pytest.raises(UserError, match=message):
         optim.make(config, PARAMS, lambda t: 0.1)
+
+
+# A rate that changes, and gradients that a clipping norm of 1 cuts now and then.
+UPDATES, SGD = 6, torch.optim.SGD
+NAMES = ("conv1/kernel", "layer1_0/bn1/scale", "layer4_0/conv1/kernel", "fc/kernel", "fc/bias")
+
+
+def adamw(parameters, lr, momentum, weight_decay, nesterov):
+    return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
+
+
+# settings of config.optim, torch's optimizer, factors on the rates, which are decayed
+RECIPES = {
+    "plain": ({"momentum": 0.0}, SGD, {}, NAMES),
+    "momentum": ({"momentum": 0.8, "weight_decay": 0.3}, SGD, {}, NAMES),
+    "nesterov": ({"momentum": 0.8, "nesterov": True, "weight_decay": 0.3}, SGD, {}, NAMES),
+    "clipped": ({"clip_norm": 1.0, "weight_decay": 0.3}, SGD, {}, NAMES),
+    "adamw": ({"name": "adamw", "weight_decay": 0.3}, adamw, {}, NAMES),
+    "kernels": (
+        {"name": "adamw", "weight_decay": 0.3, "decay_norm_and_bias": False, "clip_norm": 2.0},
+        adamw, {}, ("conv1/kernel", "layer4_0/conv1/kernel", "fc/kernel"),
+    ),
+    "rates": (
+        {"layer_decay": 0.5, "lr_multipliers": ((r"^fc/b", 3.0), ("conv1/", 2.0)), "weight_decay": 0.3}, SGD,
+        {"conv1/kernel": 2 / 32, "layer1_0/bn1/scale": 1 / 16, "layer4_0/conv1/kernel": 1.0, "fc/bias": 3.0}, NAMES,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_updates_are_torchs(name: str) -> None:
+    """Parameters after every update, in float64."""
+    settings, optimizer_of, factors, decayed = RECIPES[name]
+    config = config_module.default()
+    config.optim.update({"lr": 0.1, "warmup_epochs": 0.2, "step_epochs": 0.4, "schedule": "step", **settings})
+    rng, shapes = np.random.default_rng(0), {"kernel": (3, 2), "scale": (4,), "bias": (2,)}
+    values = {path: rng.normal(0, 1, shapes[path.split("/")[-1]]) for path in NAMES}
+    tensors = {path: torch.tensor(value, requires_grad=True) for path, value in values.items()}
+    with jax.enable_x64(True):
+        params = traverse_util.unflatten_dict({path: jnp.asarray(value) for path, value in values.items()}, sep="/")
+        rate = optim.schedule(config, steps_per_epoch=10, total_steps=UPDATES)
+        optimizer = optim.make(config, params, rate)
+        state, update = optimizer.init(params), jax.jit(optimizer.update)
+        groups = [
+            {"params": [tensors[path]], "weight_decay": config.optim.weight_decay * (path in decayed)} for path in NAMES
+        ]
+        o = config.optim
+        theirs = optimizer_of(groups, lr=0.1, momentum=o.momentum, weight_decay=0.0, nesterov=o.nesterov)
+        for number in range(UPDATES):
+            grads = {path: rng.normal(0, 0.1 if number % 2 else 1, value.shape) for path, value in values.items()}
+            for path, tensor in tensors.items():
+                tensor.grad = torch.tensor(grads[path])
+            if config.optim.clip_norm:
+                torch.nn.utils.clip_grad_norm_(tensors.values(), config.optim.clip_norm)
+            for group, path in zip(theirs.param_groups, NAMES, strict=True):  # warm-up over 2, a tenth every 4
+                group["lr"] = 0.1 * (0.5, 1, 1, 1, 0.1, 0.1)[number] * factors.get(path, 1.0)
+            theirs.step()
+            updates, state = update(traverse_util.unflatten_dict(grads, sep="/"), state, params)
+            params = jax.tree.map(jnp.add, params, updates)
+            for path, value in traverse_util.flatten_dict(params, sep="/").items():
+                expected = tensors[path].detach().numpy()
+                # optax counts Adam's powers of beta in float32
+                rtol = 1e-6 if config.optim.name == "adamw" else 1e-12
+                np.testing.assert_allclose(value, expected, rtol=rtol, atol=1e-3 * rtol, err_msg=f"{path} {number}")
+
+
+@pytest.mark.parametrize("per_epoch", [3, 41, 110, 391])
+def test_steps_fall_at_whole_epochs(per_epoch: int) -> None:
+    """torch's StepLR by updates, also where XLA's quotient of equal numbers is just below 1 (41, 110)."""
+    config = config_module.default()
+    config.optim.update({"schedule": "step", "lr": 1.0, "step_epochs": 2.0, "step_factor": 0.5})
+    t = np.arange(9 * per_epoch, dtype=np.int32)
+    parameter = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+    scheduler, expected = torch.optim.lr_scheduler.StepLR(parameter, 2 * per_epoch, 0.5), []
+    for _ in t:
+        expected.append(parameter.param_groups[0]["lr"])
+        parameter.step()
+        scheduler.step()
+    rate = optim.schedule(config, per_epoch, len(t))
+    for found in (rate(t), jax.jit(rate)(t)):
+        np.testing.assert_array_equal(found, expected)
 
 
 def rates(total: int = 100, **settings: object) -> np.ndarray:

@@ -72,15 +72,3 @@ class Order:
         if self.labels is None:
             return permutation(self.seed, epoch, self.size)
         return balanced(self.seed, epoch, self.labels)
-
-
-def evaluation_batches(size: int, batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Every example once, in order: pairs (index int32 [batch_size], mask bool [batch_size]), the last one padded.
-
-    Padding repeats the last example under a False mask, so that all batches have one shape.
-    """
-    batches = []
-    for start in range(0, size, batch_size):
-        index = np.arange(start, start + batch_size, dtype=np.int32)
-        batches.append((np.minimum(index, size - 1), index < size))
-    return batches
