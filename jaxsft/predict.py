@@ -22,6 +22,7 @@ from jaxsft.data.augment import normalise
 from jaxsft.data.base import Options
 from jaxsft.data.folder import EXTENSIONS, images
 from jaxsft.data.threads import in_order
+from jaxsft.machine import keep_compilations
 from jaxsft.weights import Preprocessing
 from jaxsft.workdir import Run, load_run
 
@@ -126,12 +127,11 @@ def main() -> None:
     parser.add_argument("images", nargs="+", type=cli.local_path, metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--topk", type=int, default=5, help="classes an image (default: %(default)s)")
     parser.add_argument("--checkpoint", default="last", help="last, best or a step (default: %(default)s)")
-    parser.add_argument("--json", type=cli.local_path, help="write the predictions")
+    parser.add_argument("--json", type=cli.json_to, default="", help="write the predictions; -: on stdout")
     args = parser.parse_args()
     if args.topk < 1:
         raise cli.UserError(f"--topk is {args.topk}", "it must be 1 or more")
-    if args.json and not args.json.parent.is_dir():
-        raise cli.UserError(f"{args.json} can't be written: {args.json.parent} is no folder", "name another file")
+    keep_compilations()
     paths = find_images(args.images)
     run = load_run(args.workdir, args.checkpoint)
     results = []
@@ -140,9 +140,8 @@ def main() -> None:
         cli.say(f"{result['file']}: {listed}")
         results.append(result)
     if not results:
-        raise cli.UserError(f"none of {len(paths)} images can be read", "name JPEG, PNG, WebP or BMP files")
-    if args.json:
-        cli.write_json(args.json, {"step": run.step, "images": results})
+        raise cli.UserError(f"none of {len(paths)} images can be read", f"name {', '.join(decode.FORMATS)} files")
+    args.json({"step": run.step, "images": results})
 
 
 if __name__ == "__main__":
