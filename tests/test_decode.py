@@ -103,6 +103,10 @@ def test_a_picture_with_broken_exif_is_taken_as_it_lies(broken: bytes, tmp_path:
     picture().save(tmp_path / "a.jpg", exif=broken)
     plain = datasets.folder.pil_loader(str(tmp_path / "a.jpg"))
     np.testing.assert_array_equal(np.asarray(decode.read_rgb(tmp_path / "a.jpg")), np.asarray(plain))
+    info = PIL.PngImagePlugin.PngInfo()
+    info.add_text("Raw profile type exif", "\nexif\n       2\nzz\n")
+    picture().save(tmp_path / "b.png", pnginfo=info)
+    np.testing.assert_array_equal(np.asarray(decode.read_rgb(tmp_path / "b.png")), np.asarray(picture()))
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n(%pipe%touch /tmp/x) (w) file\n%%EOF\n"
