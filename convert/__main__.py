@@ -9,7 +9,6 @@ python -m convert list
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import jax
@@ -17,7 +16,6 @@ import numpy as np
 
 from convert import checkpoints, files, names
 from jaxsft import cli, weights
-from jaxsft.checkpoint import but_closed_loops
 from jaxsft.models.resnet import ARCHITECTURES
 
 LOGIT_TOLERANCE = 1e-5  # of the largest logit: a few hundred float32 roundings of 6e-8, what summation order costs
@@ -141,5 +139,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.unraisablehook = but_closed_loops(sys.unraisablehook)  # of the reads of a damaged port
     cli.run(main)

@@ -283,11 +283,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def but_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`hook` without what TensorStore's other writes of a failed checkpoint say of Orbax's event loop being gone."""
-    return lambda raised: None if "Event loop is closed" in str(raised.exc_value) else hook(raised)
-
-
 def first_line(error: Any) -> str:
     """What to tell of another library's exception: the system's reason where it names one, else 200 letters of it."""
     while error.__cause__ is not None:

@@ -140,6 +140,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     Where stdout's reader has gone (`| head -1`) it ends without a word in the shell's status for that, 128 + SIGPIPE.
     """
     fill_descriptors()
+    sys.unraisablehook = but_closed_loops(sys.unraisablehook)
     streams = sys.stdout, sys.stderr
     for stream in streams:
         if hasattr(stream, "reconfigure"):
@@ -160,6 +161,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         for stream in streams:
             settle(stream)
     sys.exit(status)
+
+
+def but_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`hook` without what TensorStore's other writes of a failed checkpoint say of Orbax's event loop being gone."""
+    return lambda raised: None if "Event loop is closed" in str(raised.exc_value) else hook(raised)
 
 
 def fill_descriptors() -> None:

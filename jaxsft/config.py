@@ -38,7 +38,8 @@ def default() -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.arch = "resnet18"  # as torchvision calls it, or resnet10_w16, a small one for 64 px
-    # '' = from scratch | 'sample' | a torchvision name (IMAGENET1K_V1) | .pth | .safetensors | a ported directory
+    # '' = from scratch | 'sample' | a torchvision name (IMAGENET1K_V1) | a file of PyTorch's or .safetensors | a ported
+    # directory | the workdir of a run
     model.weights = "IMAGENET1K_V1"
     model.checkpoint = "last"  # of a run given as weights: 'last' | 'best' | a step
     model.num_classes = placeholder(int)  # None: as many as the data has

@@ -269,7 +269,6 @@ def write_report(job: Job, workdir: Path, result: Evaluation) -> None:
 
 def main() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises too, and that is ours to tell
-    sys.unraisablehook = checkpoint.but_closed_loops(sys.unraisablehook)
     options = {
         "workdir": "where the run lies; default runs/<config file>[-<variant>]",
         "checkpoint": "of a run given as config.model.weights: last, best or a step",

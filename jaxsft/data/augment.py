@@ -112,7 +112,7 @@ def train_images(
       to: what the model wants.
       key: of the step.
       examples: int32 [N], the index of each example in its data set.
-      sizes: int32 [N, 4] of images on a canvas, which must be cropped (see `decode.canvas`).
+      sizes: int32 [N, 4] of images on a canvas, which must be cropped (see `decode.onto_canvas`).
       amounts: of the augmentations.
     """
 

@@ -14,6 +14,7 @@ import PIL.Image
 from jaxsft.cli import local_path
 
 Image = PIL.Image.Image | np.ndarray  # RGB, or uint8 [H, W, 3]
+LONG = 8  # times the short side: longer images are cut on the host, not resized whole on the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Options:
         )
 
     def fits(self, count: int, size: tuple[int, int]) -> bool:
-        """Whether `count` images of `size` (height, width) may be held as one array."""
-        return count * size[0] * size[1] * 3 <= self.resident_mb * 2**20
+        """Whether `count` images of `size` (height, width) may be held as one array: not too many, none long and thin."""
+        return max(size) <= LONG * min(size) and count * size[0] * size[1] * 3 <= self.resident_mb * 2**20
 
 
 class Source(abc.ABC):

@@ -52,7 +52,7 @@ class Row(NamedTuple):
 
 
 def open_rows(what: str, root: Path, groups: Mapping[str, Sequence[Row]], split: str, options: Options) -> Files:
-    """The files of `split`, checked by their headers; the classes are those of 'train', where there is one.
+    """The files of `split`, each decoded once; the classes are those of 'train', where there is one.
 
     Numbers in slices such as 'train[:500]' count in a fixed random order, for files lie sorted by class.
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxsft.cli import Stop, UserError, printable, warn
 from jaxsft.data.augment import RANDOM_CROP
-from jaxsft.data.base import Arrays, Source
+from jaxsft.data.base import LONG, Arrays, Source
 from jaxsft.data.files import broken
 from jaxsft.data.pipeline import Died, Pipeline, one_line
 from jaxsft.data.reading import LONGEST, Layout, Plan, Reader
@@ -216,10 +216,11 @@ class Stream:
 def layout_of(source: Source, preprocessing: Preprocessing, names: Sequence[str]) -> tuple[Layout, Preprocessing]:
     """How the images of a stream are laid out, and what is then left to be done on the device.
 
-    Images of one size up to the recipe's go to the device as they are: nothing smaller holds as much.
+    Images of one size up to the recipe's go to the device as they are: nothing smaller holds as much. Not so long and
+    thin ones, which the device would resize whole before it cuts their middle out.
     """
     resize, crop = preprocessing.resize_size, preprocessing.crop_size
-    if source.size is not None and min(source.size) <= resize:
+    if source.size is not None and min(source.size) <= resize and max(source.size) <= LONG * min(source.size):
         return Layout("whole", source.size, resize), preprocessing
     if RANDOM_CROP in names:
         return Layout("canvas", (resize, round(LONGEST * resize)), resize), preprocessing
