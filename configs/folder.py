@@ -2,9 +2,9 @@
 
     python -m jaxsft.train --config configs/folder.py[:ARCH] --config.data.source=folder:PATH
 
-PATH holds train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg, of which a tenth is kept for evaluation. Look at what
-the model will see with `python -m jaxsft.data.show --config configs/folder.py --config.data.source=folder:PATH
---out grid.png`. Sizes and colours are those that the weights were trained with.
+PATH holds train/CLASS/*.jpg and val/CLASS/*.jpg; or CLASS/*.jpg, or train/ alone, of which a tenth is kept to evaluate
+on. Look at what the model will see with `python -m jaxsft.data.show --config configs/folder.py
+--config.data.source=folder:PATH --out grid.png`. Sizes and colours are those that the weights were trained with.
 """
 
 from ml_collections import ConfigDict

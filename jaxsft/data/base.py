@@ -54,7 +54,7 @@ class Options:
         )
 
     def fits(self, count: int, size: tuple[int, int]) -> bool:
-        """Whether `count` images of `size` (height, width) may be held as one array: not too many, none long and thin."""
+        """Whether `count` images of `size` (height, width) may be held as one array: not too many, nor thin ones."""
         return max(size) <= LONG * min(size) and count * size[0] * size[1] * 3 <= self.resident_mb * 2**20
 
 
