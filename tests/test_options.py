@@ -1,0 +1,326 @@
+"""Every key of the config has a test of what it computes, here or elsewhere: not only that it is accepted."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import functional as F  # noqa: N812  (as torchvision's users write it)
+from torchvision.transforms import v2
+
+from jaxsft import checkpoint, initial, job, train
+from jaxsft import config as config_module
+from jaxsft.data import policy
+from jaxsft.data.augment import Amounts, preprocess, train_images
+from jaxsft.data.base import Options
+from jaxsft.data.sources import open_splits
+from jaxsft.log import records
+from jaxsft.models import layers
+from jaxsft.models.resnet import BasicBlock, ResNet, variable_shapes
+from jaxsft.weights import Preprocessing
+from tests.tiny import compiled
+
+# key -> the test of what it computes, by its name
+TESTS = {
+    "seed": "test_pictures_are_drawn_by_seed_step_and_example",
+    "model.arch": "test_torchvisions_networks",
+    "model.weights": "test_ports_are_kept_and_directories_used_as_they_are",
+    "model.num_classes": "test_the_model_is_the_configs",
+    "model.head_init": "test_the_model_is_the_configs",
+    "model.freeze": "test_first_step",
+    "model.batch_norm": "test_the_model_is_the_configs",
+    "data.source": "test_files_classes_and_order_are_those_of_image_folder",
+    "data.data_dir": "test_tfds_and_folder_hold_the_same_images",
+    "data.train_split": "test_slices",
+    "data.eval_split": "test_slices",
+    "data.eval_fraction": "test_one_tree_is_divided_by_class",
+    "data.fraction": "test_of_each_class_is_trained_on_what_the_config_says",
+    "data.per_class": "test_of_each_class_is_trained_on_what_the_config_says",
+    "data.on_error": "test_a_broken_image_is_left_out_and_listed",
+    "data.exif_orientation": "test_orientation",
+    "data.check_overlap": "test_a_registered_source",
+    "data.resident_mb": "test_what_fits_is_held_in_memory",
+    "data.workers": "test_worker_processes_change_nothing",
+    "data.image_size": "test_preprocessing_is_torchvisions",
+    "data.resize_size": "test_preprocessing_is_torchvisions",
+    "data.batch_size": "test_a_run_is_as_long_and_as_wide_as_its_config",
+    "data.last_batch": "test_a_run_is_as_long_and_as_wide_as_its_config",
+    "data.sampling": "test_a_run_is_as_long_and_as_wide_as_its_config",
+    "data.augment": "test_pictures_are_drawn_by_seed_step_and_example",
+    "data.crop_scale": "test_amounts_of_augmentations",
+    "data.crop_ratio": "test_amounts_of_augmentations",
+    "data.jitter": "test_amounts_of_augmentations",
+    "data.rand_augment": "test_amounts_of_augmentations",
+    "data.erasing": "test_amounts_of_augmentations",
+    "data.preset": "test_preprocessing_is_torchvisions",
+    "data.mean": "test_preprocessing_is_torchvisions",
+    "data.std": "test_preprocessing_is_torchvisions",
+    "optim.name": "test_updates_are_torchs",
+    "optim.lr": "test_updates_are_torchs",
+    "optim.momentum": "test_updates_are_torchs",
+    "optim.nesterov": "test_updates_are_torchs",
+    "optim.weight_decay": "test_updates_are_torchs",
+    "optim.decay_norm_and_bias": "test_updates_are_torchs",
+    "optim.schedule": "test_schedules_are_torchs",
+    "optim.warmup_epochs": "test_schedules_are_torchs",
+    "optim.step_epochs": "test_steps_fall_at_whole_epochs",
+    "optim.step_factor": "test_steps_fall_at_whole_epochs",
+    "optim.layer_decay": "test_updates_are_torchs",
+    "optim.lr_multipliers": "test_updates_are_torchs",
+    "optim.clip_norm": "test_updates_are_torchs",
+    "optim.accumulate": "test_gradient_accumulation_is_torchs",
+    "train.epochs": "test_a_run_is_as_long_and_as_wide_as_its_config",
+    "train.steps": "test_a_run_is_as_long_and_as_wide_as_its_config",
+    "train.label_smoothing": "test_gradient_accumulation_is_torchs",
+    "train.class_weights": "test_gradient_accumulation_is_torchs",
+    "train.mixup": "test_the_loss_of_mixed_images_is_torchs",
+    "train.cutmix": "test_mixing_as_torchvision",
+    "train.ema": "test_the_moving_average_is_torchvisions",
+    "train.precision": "test_the_model_is_the_configs",
+    "train.remat": "test_remat_computes_the_same",
+    "train.steps_per_call": "test_several_updates_a_call_are_bit_equal",
+    "train.log_every_steps": "test_what_a_run_leaves_and_when",
+    "train.on_nan": "test_a_loss_that_is_not_finite_is_ignored_where_asked",
+    "eval.every_epochs": "test_what_a_run_leaves_and_when",
+    "checkpoint.every_steps": "test_what_a_run_leaves_and_when",
+    "checkpoint.keep": "test_what_a_run_leaves_and_when",
+    "checkpoint.best_metric": "test_the_best_checkpoint_stays",
+    "parallel.backend": "test_eight_devices",
+    "parallel.batch_norm": "test_devices_are_the_whole_batch",
+    "parallel.timeout_seconds": "test_a_process_that_does_not_come_is_named",
+}
+UNREAD = ("model.checkpoint", "model.head", "data.class_order", "train.on_changed_data")  # nothing computes by them
+
+
+def test_every_key_has_a_test() -> None:
+    keys = set(config_module.flatten(config_module.default().to_dict()))
+    assert set(TESTS) | set(UNREAD) == keys
+    text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    assert [name for name in TESTS.values() if not re.search(rf"^def {name}\(", text, re.MULTILINE)] == []
+
+
+def config_of(**settings: Any):
+    """The defaults on the embedded images, with a network that compiles soon; keys as section__name."""
+    config = config_module.default()
+    config.model.update({"arch": "small", "weights": ""})
+    config.data.update({"source": "sample", "image_size": 32, "batch_size": 16, "augment": ()})
+    for key, value in settings.items():
+        section, name = key.split("__")
+        config[section][name] = value
+    return config
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block of four channels, by the name of 'small'."""
+    monkeypatch.setattr(initial, "ARCHITECTURES", {"small": partial(ResNet, (1,), BasicBlock, width=4)})
+
+
+OF_WEIGHTS = Preprocessing(232, 224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+SMALL = {"data__image_size": 40, "data__mean": (0.3, 0.4, 0.5), "data__std": (0.1, 0.2, 0.3)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "resize"),
+    [(SMALL, 40), ({**SMALL, "data__resize_size": 48}, 48), ({**SMALL, "data__preset": "weights"}, 41)],
+)
+def test_preprocessing_is_torchvisions(settings: dict[str, Any], resize: int) -> None:
+    """Resize(resize), CenterCrop(image_size) and Normalize(mean, std), those of the weights where these are asked."""
+    preset = "data__preset" in settings
+    mean, std = (OF_WEIGHTS.mean, OF_WEIGHTS.std) if preset else (SMALL["data__mean"], SMALL["data__std"])
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 60, 90, 3), np.uint8)
+    steps = (
+        v2.Resize(resize, antialias=True), v2.CenterCrop(40), v2.ToDtype(torch.float32, scale=False),
+        v2.Normalize([255 * m for m in mean], [255 * s for s in std]),
+    )  # fmt: skip
+    expected = v2.Compose(steps)(torch.from_numpy(pictures.transpose(0, 3, 1, 2)).float()).numpy()
+    found = preprocess(pictures, initial.preprocessing(config_of(**settings), OF_WEIGHTS))
+    np.testing.assert_allclose(found, expected.transpose(0, 2, 3, 1), atol=1e-4)  # float32 on 0..255 over 0.1
+
+
+def one_picture(names: tuple[str, ...], **settings: Any) -> np.ndarray:
+    """Sixteen draws of one augmentation of one picture, 0..1."""
+    plain = Preprocessing(32, 32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    amounts = Amounts.of(config_of(**settings))
+    body = partial(train_images, names=names, to=plain, amounts=amounts)
+    pictures = np.broadcast_to(PICTURE, (16, *PICTURE.shape))
+    return np.asarray(compiled(lambda key: body(pictures, key=key, examples=np.arange(16)))(jax.random.key(0)))
+
+
+PICTURE = np.random.default_rng(0).integers(60, 160, (32, 32, 3), np.uint8)
+
+
+def test_amounts_of_augmentations(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.from_numpy(PICTURE.transpose(2, 0, 1)).float() / 255
+    # Half the area, twice as wide as high: whole rows.
+    wide = one_picture(("random_resized_crop",), data__crop_scale=(0.5, 0.5), data__crop_ratio=(2.0, 2.0))
+    strips = np.stack([F.resized_crop(tensor, i, 0, 16, 32, [32, 32], antialias=True).numpy() for i in range(17)])
+    assert np.abs(strips.transpose(0, 2, 3, 1)[None] - wide[:, None]).max((2, 3, 4)).min(1).max() < 1e-4
+
+    plain = PICTURE / np.float32(255)
+    for share in (0.0, 1.0):
+        found = one_picture(("random_erasing",), data__erasing=share)
+        untouched = np.abs(found - plain).max((1, 2, 3)) < 1e-6
+        assert not untouched.any() if share else untouched.all()
+
+    # Each of the four by itself changes what its torchvision function changes, by up to its amount.
+    changed = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+    for place, change in enumerate(changed):
+        amount = 0.3 if place < 3 else 0.1
+        found = one_picture(("color_jitter",), data__jitter=tuple(amount * (i == place) for i in range(4)))
+        grid = np.linspace(-amount, amount, 601) + (place < 3)
+        every = np.stack([change(tensor, x).numpy().transpose(1, 2, 0) for x in grid])
+        nearest = np.array([np.abs(every - x).max((1, 2, 3)).min() for x in found])
+        assert nearest.max() < 3e-3, change.__name__
+        assert max(np.abs(x - plain).max() for x in found) > 0.02, change.__name__
+
+    # The operations have tests of their own; what they are told shows in the picture.
+    monkeypatch.setattr(policy, "rand_augment", lambda key, image, count, magnitude: 0 * image + 10 * count + magnitude)
+    np.testing.assert_allclose(one_picture(("rand_augment",), data__rand_augment=(3, 11)), 41 / 255, rtol=1e-6)
+
+
+def test_sources_are_opened_as_the_config_says() -> None:
+    config = config_of(data__data_dir="/x", data__eval_fraction=0.3, data__on_error="skip", data__resident_mb=7)
+    config.data.exif_orientation, config.data.class_order, config.seed = False, "numeric", 5
+    assert Options.of(config) == Options("/x", 0.3, 5, "skip", False, 7, "numeric")
+
+
+def zeros(model: nn.Module, seed: int) -> dict[str, Any]:
+    """In the place of fresh variables, where they do not matter."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variable_shapes(model))
+
+
+def test_the_model_is_the_configs(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = jnp.ones((2, 32, 32, 3))
+    for precision in ("float32", "bfloat16"):
+        model = initial.make_model(config_of(train__precision=precision), 7)
+        shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), x)
+        assert {leaf.dtype for leaf in jax.tree.leaves(shapes["params"])} == {jnp.dtype("float32")}
+        run = partial(model.apply, train=True, capture_intermediates=True, mutable=["batch_stats", "intermediates"])
+        logits, seen = jax.eval_shape(run, shapes, x)
+        assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
+        body = {k: v for k, v in seen["intermediates"].items() if k not in ("fc", "__call__")}
+        assert {leaf.dtype for leaf in jax.tree.leaves(body)} == {jnp.dtype(precision)}
+    assert initial.make_model(config_of(model__batch_norm="frozen"), 7).frozen == ("",)
+    assert initial.make_model(config_of(model__freeze=("^conv1",)), 7).frozen == ("^conv1",)
+    monkeypatch.setattr(initial, "init_variables", zeros)
+    for num_classes, width in ((None, 4), (9, 9)):
+        _, values, card, _ = initial.initial(config_of(model__num_classes=num_classes), tuple("abcd"))
+        assert values["params"]["fc"]["kernel"].shape[1] == card.num_classes == width
+    for head_init, bound in (("zeros", 0.0), ("torch", 16**-0.5)):
+        model = initial.make_model(config_of(model__head_init=head_init), 50)
+        head = initial.init_head(model, {"kernel": np.zeros((16, 3), np.float32)}, 0)
+        for leaf in jax.tree.leaves(head):
+            assert 0.9 * bound <= np.abs(leaf).max() <= bound
+
+
+def plain_conv(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
+    """In the place of `conv2d`, which takes seconds to compile."""
+    around, numbers = [(padding, padding)] * 2, ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), around, dimension_numbers=numbers)
+
+
+def test_remat_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient, with a backward pass that computes each block anew."""
+    monkeypatch.setattr(layers, "conv2d", plain_conv)
+    x, found = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32), []
+    for remat in (False, True):
+        model: nn.Module = initial.make_model(config_of(train__remat=remat), 5)
+        values = initial.init_variables(model, 0)
+
+        def loss(params: Any, model: nn.Module = model, stats: Any = values["batch_stats"]) -> jax.Array:
+            variables = {"params": params, "batch_stats": stats}
+            return (model.apply(variables, x, train=True, mutable=["batch_stats"])[0] ** 2).sum()
+
+        assert ("remat" in str(jax.make_jaxpr(jax.grad(loss))(values["params"]))) == remat
+        found.append(compiled(jax.grad(loss))(values["params"]))
+    # float32 sums in another program
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(a).max()), *found)
+
+
+def test_the_step_is_told_what_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it makes of it has tests of its own."""
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(job, "make_train_step", lambda *_, **options: told.update(options))
+    config = config_of(
+        optim__accumulate=4, train__label_smoothing=0.1, train__class_weights=(1.0, 2.0), train__mixup=0.2,
+        train__cutmix=0.3, train__ema=0.9, data__augment=("flip",), data__erasing=0.7,
+    )  # fmt: skip
+    config.seed = 5
+    job.train_step_of(config, None, None, None, "batch")
+    assert told == {
+        "augmentations": ("flip",), "amounts": Amounts(erasing=0.7), "mixup": 0.2, "cutmix": 0.3, "seed": 5,
+        "smoothing": 0.1, "class_weights": (1.0, 2.0), "accumulate": 4, "ema": 0.9, "axis_name": "batch",
+    }  # fmt: skip
+
+
+# settings -> updates of the run, of an epoch, of 100 images
+LENGTHS: tuple[tuple[dict[str, Any], int, int], ...] = (
+    ({"train__epochs": 2.5}, 15, 6),
+    ({"train__steps": 4}, 4, 6),
+    ({"data__batch_size": 30, "train__epochs": 1.0}, 3, 3),
+    ({"data__batch_size": 30, "data__last_batch": "keep", "train__epochs": 1.0}, 4, 4),
+)
+
+
+@pytest.fixture
+def _ten_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = job.open_splits
+
+    def open_few(config: Any) -> Any:
+        train_source, evaluated = real(config)
+        few = [np.flatnonzero(train_source.labels == label)[:10] for label in range(10)]
+        keep = np.sort(np.concatenate(few))
+        return train_source.take(keep), evaluated.take(np.arange(20))
+
+    monkeypatch.setattr(job, "open_splits", open_few)
+
+
+@pytest.mark.usefixtures("_ten_a_class")
+def test_a_run_is_as_long_and_as_wide_as_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(initial, "init_variables", zeros)
+    for settings, total, of_an_epoch in LENGTHS:
+        config = config_of(**settings)
+        made, _ = job.prepare(config)
+        assert (made.total_steps, made.order.steps_per_epoch) == (total, of_an_epoch), settings
+        assert len(made.rates) == total
+        assert len(made.order[0]) == config.data.batch_size
+        assert len(made.order[of_an_epoch - 1]) == (10 if config.data.last_batch == "keep" else config.data.batch_size)
+    source = made.train_source.take(np.r_[:60, 90:100])  # classes of unequal size
+    order = job.order_of(config_of(data__sampling="balanced", data__batch_size=70), source, made.parallel)
+    counts = np.bincount(source.labels[order[0]], minlength=10)
+    assert len(np.unique(source.labels)) * [len(order[0]) // len(np.unique(source.labels))] == list(counts[counts > 0])
+
+
+@pytest.mark.parametrize(("settings", "share"), [({"data__fraction": 0.3}, 0.3), ({"data__per_class": 7}, None)])
+def test_of_each_class_is_trained_on_what_the_config_says(settings: dict[str, Any], share: float | None) -> None:
+    counts = [np.bincount(open_splits(config)[0].labels) for config in (config_of(), config_of(**settings))]
+    np.testing.assert_array_equal(counts[1], 7 if share is None else np.round(share * counts[0]))
+
+
+def lines(workdir: Path, split: str) -> list[int]:
+    return [record["step"] for record in records(workdir) if record["split"] == split]
+
+
+@pytest.mark.usefixtures("_ten_a_class")
+def test_what_a_run_leaves_and_when(tmp_path: Path) -> None:
+    """Six updates an epoch, fourteen in all: lines, evaluations and checkpoints where the config puts them."""
+    config = config_of(
+        train__steps=14, train__log_every_steps=4, eval__every_epochs=0.75, checkpoint__every_steps=5,
+        checkpoint__keep=2, optim__lr=0.1,
+    )  # fmt: skip
+    made, _ = job.prepare(config)
+    train.fit(made, tmp_path)
+    assert lines(tmp_path, "train") == [4, 8, 12, 14]
+    assert lines(tmp_path, "eval") == [5, 9, 14]  # the first at or after each 4.5
+    assert checkpoint.steps(tmp_path) == [10, 14]  # of 5, 10 and 14
+    found = [record["lr"] for record in records(tmp_path) if record["split"] == "train"]
+    np.testing.assert_allclose(found, [0.05 * (1 + np.cos(np.pi * (t - 1) / 14)) for t in (4, 8, 12, 14)], rtol=1e-4)
