@@ -165,7 +165,7 @@ def test_a_picture_that_has_changed_its_size_is_named(tmp_path: Path):
     for i in range(4):
         PIL.Image.fromarray(np.full((8, 12, 3), i, np.uint8)).save(root / f"{i}.png")
     for on_error in ("skip", "raise"):
-        options = Options(on_error=on_error, resident_mb=0)
+        options = Options(on_error=on_error, resident_mb=0, divide=False)
         source = open_folder(str(tmp_path), "train", options)
         assert source.size == (8, 12)
         PIL.Image.fromarray(np.full((1, 1, 3), 9, np.uint8)).save(root / "2.png")  # numpy would spread it over all
