@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any
 
 import flax.linen as nn
@@ -58,7 +59,8 @@ class Job:
 
     def is_evaluated(self, step: int) -> bool:
         """Whether an evaluation falls on `step`: the first step at or after each multiple of eval.every_epochs."""
-        every = self.config.eval.every_epochs * self.order.steps_per_epoch
+        # As it is written: 0.1 of 11 steps, ten times, is 11, and in floating point a little more.
+        every = Fraction(str(self.config.eval.every_epochs)) * self.order.steps_per_epoch
         return step == self.total_steps or step // every > (step - 1) // every
 
     def calls(self, start: int) -> Iterator[range]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import flax.linen as nn
@@ -332,3 +333,10 @@ def test_what_a_run_leaves_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert checkpoint.steps(tmp_path) == [10, 14]  # of 5, 10 and 14
     found = [record["lr"] for record in log.records(tmp_path) if record["split"] == "train"]
     np.testing.assert_allclose(found, [0.05 * (1 + np.cos(np.pi * (t - 1) / 14)) for t in (4, 8, 12, 14)], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("every", "steps_per_epoch", "at"), [(0.1, 11, 11), (0.3, 10, 9), (1.0, 7, 14), (2.5, 4, 10)])
+def test_an_evaluation_falls_on_the_step_that_is_written(every: float, steps_per_epoch: int, at: int) -> None:
+    settings = config_of(eval__every_epochs=every)
+    run = SimpleNamespace(config=settings, order=SimpleNamespace(steps_per_epoch=steps_per_epoch), total_steps=1000)
+    assert job.Job.is_evaluated(run, at)

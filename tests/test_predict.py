@@ -160,7 +160,9 @@ def test_addresses_are_refused(arguments: tuple[str, ...], monkeypatch) -> None:
 
 
 def test_a_file_of_predictions_is_refused_before_the_work(tmp_path: Path, monkeypatch) -> None:
-    with pytest.raises(cli.UserError, match=r"none/out.json can't be written: No such file or directory; name another file"):
+    with pytest.raises(
+        cli.UserError, match=r"none/out.json can't be written: No such file or directory; name another file"
+    ):
         main(monkeypatch, "--workdir", "x", "a.png", "--json", tmp_path / "none" / "out.json")
 
 
