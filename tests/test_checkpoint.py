@@ -119,7 +119,7 @@ def test_a_damaged_file_is_found_or_does_not_matter(saved: Path, tmp_path: Path,
         said = capsys.readouterr().err
         if restored.step == 1:
             noticed += 1
-            assert said.startswith(f"the checkpoint {workdir}/checkpoints/2 is damaged (")
+            assert said.startswith(f"warning: the checkpoint {workdir}/checkpoints/2 is damaged (")
             assert said.endswith(f"now lies in {workdir}/damaged/2; the one before it is used\n")
             assert said.count("\n") == 1
             assert (workdir / "damaged" / "2" / name.relative_to("checkpoints/2")).exists() == (change is not None)

@@ -39,6 +39,14 @@ sys.stderr = open(os.devnull, "w")
 """
 
 
+@pytest.fixture(autouse=True)
+def _hear_the_end_of_the_terminal():
+    """Under nohup the tests themselves, and what they start, would ignore SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("how", ["broken", "closed"])
 def test_signals_are_heard_where_nobody_reads_stderr(run, how: str) -> None:
     done = run("-c", GONE, how, "SIGTERM", "SIGINT", "SIGHUP", timeout=60)
