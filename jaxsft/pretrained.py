@@ -33,7 +33,7 @@ def obtain(weights: str, arch: str, checkpoint: str = "last") -> tuple[dict[str,
     path = SAMPLE if weights == "sample" else local_path(weights)
     if not os.path.isdir(path):
         return convert(path, arch)
-    found = ModelCard.load(path).arch
+    found = (runs.read_card(path) if runs.is_run(path) else ModelCard.load(path)).arch
     if found != arch:
         raise UserError(f"{path} holds a {found}, not a {arch}", f"set --config.model.arch={found}")
     if not runs.is_run(path):

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jaxsft import checkpoint
+from jaxsft import checkpoint, weights
 from jaxsft import config as config_module
 from jaxsft.cli import UserError
 from jaxsft.log import records
-from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
 from jaxsft.weights import ModelCard
 
 CONFIG = "config.json"
@@ -47,9 +46,8 @@ def read(workdir: Path, which: str = "last") -> Saved:
     """
     if not is_run(workdir):
         raise UserError(f"{workdir} holds no run", "give the --workdir of `python -m jaxsft.train`")
-    config = read_config(workdir)
-    card = ModelCard.load(workdir)
-    shapes = variable_shapes(ARCHITECTURES[card.arch](num_classes=card.num_classes))
+    config, card = read_config(workdir), read_card(workdir)
+    shapes = weights.shapes(card)
     step = chosen_step(workdir, config, which)
     restored = checkpoint.newest(workdir, lambda record: evaluated(record, shapes), set_aside=False, only=step)
     if restored is None:
@@ -81,12 +79,31 @@ def config_record(workdir: Path) -> dict[str, Any]:
     try:
         return read_json(workdir / CONFIG)
     except UserError:
-        for step in reversed(checkpoint.steps(workdir)):
-            with contextlib.suppress(checkpoint.Damaged):
-                found = checkpoint.read_record(workdir / checkpoint.FOLDER / str(step)).get("config")
-                if isinstance(found, dict):
-                    return found
+        if isinstance(found := in_checkpoint(workdir, "config"), dict):
+            return found
         raise
+
+
+def read_card(workdir: Path) -> ModelCard:
+    """A run's card: what model.json says, or where it is damaged what the newest checkpoint does.
+
+    Raises:
+      UserError: neither can be read.
+    """
+    try:
+        return ModelCard.load(workdir)
+    except UserError:
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            return ModelCard.of(in_checkpoint(workdir, "card"))
+        raise
+
+
+def in_checkpoint(workdir: Path, name: str) -> Any:
+    """An entry of the host's record of the newest checkpoint whose record is whole; None where there is none."""
+    for step in reversed(checkpoint.steps(workdir)):
+        with contextlib.suppress(checkpoint.Damaged):
+            return checkpoint.read_record(workdir / checkpoint.FOLDER / str(step)).get(name)
+    return None
 
 
 def chosen_step(workdir: Path, config: ConfigDict, which: str) -> int | None:

@@ -16,6 +16,7 @@ if __name__ == "__main__":
     machine.greet()
 
 import contextlib
+import dataclasses
 import json
 import logging
 import sys
@@ -129,7 +130,8 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Start writing the checkpoint of `step`."""
-        host = {"meter": self.meter.settle(), "config": self.job.config.to_dict()}
+        card = dataclasses.asdict(self.job.card)
+        host = {"meter": self.meter.settle(), "config": self.job.config.to_dict(), "card": card}
         self.log.sync()
         self.checkpoints.save(self.job.state, step, host, best=self.best.step)
 
@@ -268,7 +270,8 @@ def write_report(job: Job, workdir: Path, result: Evaluation) -> None:
 
 
 def main() -> None:
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises too, and that is ours to tell
+    for name in ("absl", "asyncio"):  # Orbax logs what it raises too, one array after another, and that is ours to tell
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     options = {
         "workdir": "where the run lies; default runs/<config file>[-<variant>]",
         "checkpoint": "of a run given as config.model.weights: last, best or a step",

@@ -80,19 +80,21 @@ class ModelCard:
         """
         path = directory / CARD
         try:
-            fields = json.loads(path.read_text())
-            steps: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in fields["preprocessing"].items()
-            }
-            fields["preprocessing"] = Preprocessing(**steps)
-            names = fields["class_names"]
-            card = cls(**{**fields, "class_names": tuple(names) if isinstance(names, list) else names})
-            card.check()
+            return cls.of(json.loads(path.read_text()))
         except OSError:
             raise UserError(f"{path} can't be read", "make the directory with `python -m convert to-flax`") from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             what = f"{path} is not a model card: {str(error)[:MOST_SAID]}"
             raise UserError(what, "port the weights again") from None
+
+    @classmethod
+    def of(cls, fields: Any) -> ModelCard:
+        """The card that JSON describes. Raises ValueError, TypeError, KeyError or AttributeError where it is none."""
+        lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["preprocessing"].items()}
+        names = fields["class_names"]
+        names = tuple(names) if isinstance(names, list) else names
+        card = cls(**{**fields, "class_names": names, "preprocessing": Preprocessing(**lists)})
+        card.check()
         return card
 
     def check(self) -> None:

@@ -104,11 +104,10 @@ def check_data(workdir: Path, card: ModelCard, data: dict[str, Any], on_changed:
 
 
 def known_card(workdir: Path) -> ModelCard | None:
-    """The card in `workdir`, None where it is missing or damaged: it is then written anew."""
-    try:
-        return ModelCard.load(workdir)
-    except UserError:
-        return None
+    """The card of the run in `workdir`; None where neither model.json nor a checkpoint has it, and it is made anew."""
+    with contextlib.suppress(UserError):
+        return runs.read_card(workdir)
+    return None
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from jaxsft import checkpoint, train, workdir
+from jaxsft import checkpoint, runs, train, workdir
 from jaxsft.cli import Stop, UserError
 from jaxsft.log import EventsWriter, records
 from jaxsft.runs import Best
@@ -77,6 +77,22 @@ def test_a_cut_off_log_is_mended(finished: Path, tmp_path: Path) -> None:
     log = path / "metrics.jsonl"
     log.write_bytes(log.read_bytes()[:-30])
     run_here(path)
+    assert small.outcome(path) == small.outcome(finished)
+
+
+@pytest.mark.parametrize("name", ["model.json", "config.json"])
+def test_a_cut_record_is_read_from_the_newest_checkpoint(finished: Path, tmp_path: Path, name: str) -> None:
+    """What a power cut may leave of a small file: whoever reads the run, and who resumes it, misses nothing."""
+    path = shutil.copytree(finished, tmp_path / "run")
+    whole = (path / name).read_text()
+    (path / name).write_text(whole[:40])
+    saved = runs.read(path)
+    assert saved.card == runs.read(finished).card
+    assert saved.config == runs.read(finished).config
+    unfinish(path)
+    shutil.rmtree(path / "checkpoints" / "16")
+    run_here(path)
+    assert (path / name).read_text() == whole
     assert small.outcome(path) == small.outcome(finished)
 
 

@@ -22,7 +22,6 @@ from jaxsft import cli
 from jaxsft.data import decode
 from jaxsft.data.threads import in_order
 
-AHEAD = 1000  # files whose answers may wait for that of one before them
 Stamp = tuple[int, int]
 
 
@@ -68,7 +67,7 @@ def index(root: Path, part: str, paths: Sequence[str], upright: bool) -> Index:
     stamps = {path: stamp(path) for path in paths}
     fresh = [path for path, mark in stamps.items() if path not in rows or rows[path].stamp != mark]
     passing: dict[str, str] = {}  # file -> what kept it from being read this time
-    measured = in_order(lambda path: measure(path, upright), fresh, AHEAD)
+    measured = in_order(lambda path: measure(path, upright), fresh)
     bar = tqdm(measured, f"looking at {root.name} {part}", len(fresh), unit="image", disable=None, leave=False)
     try:
         for path, found in zip(fresh, bar, strict=True):

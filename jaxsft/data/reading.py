@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import sys
 from typing import Any
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from jaxsft.data import decode
 from jaxsft.data.base import Arrays, Image, Options, Source
 from jaxsft.data.order import Order
-from jaxsft.machine import cores
+from jaxsft.data.threads import in_order
 
 Numbers = dict[str, np.ndarray]
 LONGEST = 1.5  # of a canvas: long side / short side, that of most photographs; longer pictures are squeezed
@@ -168,10 +167,9 @@ def in_memory(source: Source, options: Options) -> Source:
         except decode.Unreadable as error:
             bad[number] = str(error)
 
-    with concurrent.futures.ThreadPoolExecutor(cores()) as pool:  # PIL decodes without holding the interpreter's lock
-        done = pool.map(fill, range(len(source)))
-        for _ in tqdm(done, desc="decoding", total=len(source), unit="image", disable=None, leave=False):
-            pass
+    done = in_order(fill, range(len(source)))
+    for _ in tqdm(done, desc="decoding", total=len(source), unit="image", disable=None, leave=False):
+        pass
     named = tuple((source.name(number), reason) for number, reason in sorted(bad.items()))
     bads = source.bad + named
     arrays = Arrays(images, source.labels, source.class_names, bads, source.split, source.listing)

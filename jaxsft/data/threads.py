@@ -12,8 +12,10 @@ from jaxsft.machine import cores
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+AHEAD = 1000  # results that may wait for one before them
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
+
+def in_order(function: Callable[[Item], Result], items: Iterable[Item], ahead: int = AHEAD) -> Iterator[Result]:
     """`map(function, items)`, computed in a thread a core, up to `ahead` results before they are asked for.
 
     For functions that spend their time outside Python, as PIL's decoders do. What is left of the work is dropped where
