@@ -9,6 +9,7 @@ import difflib
 import errno
 import functools
 import json
+import logging
 import math
 import os
 import re
@@ -140,7 +141,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     Where stdout's reader has gone (`| head -1`) it ends without a word in the shell's status for that, 128 + SIGPIPE.
     """
     fill_descriptors()
-    sys.unraisablehook = but_closed_loops(sys.unraisablehook)
+    sys.unraisablehook = but_abandoned_work(sys.unraisablehook)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # else it names each abandoned task's exception as an error
     streams = sys.stdout, sys.stderr
     for stream in streams:
         if hasattr(stream, "reconfigure"):
@@ -163,9 +165,18 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(status)
 
 
-def but_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`hook` without what TensorStore's other writes of a failed checkpoint say of Orbax's event loop being gone."""
-    return lambda raised: None if "Event loop is closed" in str(raised.exc_value) else hook(raised)
+def but_abandoned_work(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`hook` without what becomes of a checkpoint's other arrays where Orbax gives up at the first that fails.
+
+    Their reads and writes are abandoned: collected as garbage at any later time, or finished when their event loop is
+    closed. Each would print a traceback, of what has been told in one line.
+    """
+
+    def is_abandoned(raised: Any) -> bool:
+        code = getattr(raised.object, "cr_code", None)  # of a coroutine
+        return "Event loop is closed" in str(raised.exc_value) or (code is not None and "orbax" in code.co_filename)
+
+    return lambda raised: None if is_abandoned(raised) else hook(raised)
 
 
 def fill_descriptors() -> None:

@@ -270,8 +270,7 @@ def write_report(job: Job, workdir: Path, result: Evaluation) -> None:
 
 
 def main() -> None:
-    for name in ("absl", "asyncio"):  # Orbax logs what it raises too, one array after another, and that is ours to tell
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises too, and that is ours to tell
     options = {
         "workdir": "where the run lies; default runs/<config file>[-<variant>]",
         "checkpoint": "of a run given as config.model.weights: last, best or a step",

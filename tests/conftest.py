@@ -10,40 +10,64 @@ from pathlib import Path
 
 import pytest
 
+from jaxsft import machine
+
 ROOT = Path(__file__).parent.parent
 REAL_DATA = ROOT.parent / "shared" / "realdata"
 
-# The oracle comparisons are float32 on the CPU; an accelerator would round differently.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# In this process the CPU stays one device; a test that wants several says how many.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+DEVICES = "--xla_force_host_platform_device_count={}"
+# Code that LLVM has not optimised computes the same sums, and most of the tests' time is compilation.
+UNOPTIMISED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Say how JAX compiles here and in the commands that the tests run."""
+    # The oracle comparisons are float32 on the CPU; an accelerator would round differently.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # In this process the CPU stays one device; a test that wants several says how many.
+    os.environ.setdefault("XLA_FLAGS", f"{DEVICES.format(1)} {compile_flags(config)}")
+    # Keep every program, so that the next test has it: JAX by itself keeps those that took a second and more.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def compile_flags(config: pytest.Config) -> str:
+    """What XLA is told; the tests behind `full` compile as users do."""
+    return UNOPTIMISED if "not full" in config.option.markexpr else ""
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache directory for the whole test run: what is ported and compiled once is there for the next command."""
-    return tmp_path_factory.mktemp("cache")
+    base = tmp_path_factory.getbasetemp()
+    folder = (
+        base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    ) / "cache"  # one for all of xdist's processes
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(cache: Path):
     """Send this process's ports, arrays and compiled programs to the tests' cache, never to the user's."""
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(cache)
-    yield
-    if before is None:
-        del os.environ["XDG_CACHE_HOME"]
-    else:
-        os.environ["XDG_CACHE_HOME"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        machine.keep_compilations()
+        yield
 
 
 @pytest.fixture(scope="session")
-def run(cache: Path):
-    """Run `python ARGUMENTS...` in the project's root: run("-m", "jaxsft.train", ..., devices=8, KEY="value")."""
+def run(cache: Path, pytestconfig: pytest.Config):
+    """Run `python ARGUMENTS...` in the project's root: run("-m", "jaxsft.train", ..., devices=8, KEY="value").
 
-    def run_(*arguments: object, devices: int = 1, timeout: float = 600, **environment: str):
-        flags = f"--xla_force_host_platform_device_count={devices} {environment.get('XLA_FLAGS', '')}"
-        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache), **environment, "XLA_FLAGS": flags}
+    With optimised=True it is compiled as for a user.
+    """
+
+    def run_(*arguments: object, devices: int = 1, optimised: bool = False, timeout: float = 600, **environment: str):
+        flags = [DEVICES.format(devices), environment.get("XLA_FLAGS", "")]
+        if not optimised:
+            flags.append(compile_flags(pytestconfig))
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache), **environment}
+        env["XLA_FLAGS"] = " ".join(flags)
         command = [sys.executable, *map(str, arguments)]
         return subprocess.run(command, check=False, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
 

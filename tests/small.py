@@ -25,12 +25,6 @@ ARGUMENTS = (
     "--config.train.log_every_steps=2",
     f"--config.checkpoint.every_steps={EVERY}",
 )
-# Keep every compilation: JAX by itself keeps those of a second and more. And compile without optimising: such a run is
-# compared with its like alone, and computes for seconds.
-ENVIRONMENT = {
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-}
 
 
 def config(*overrides: str) -> ConfigDict:

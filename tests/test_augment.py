@@ -193,7 +193,8 @@ def test_weights_of_any_box_are_finite():
     start = random.integers(0, 60, 50).astype(np.float32)
     length = np.floor(random.uniform(1, 64 - start + 1)).astype(np.float32)
     before = jax.jit(jax.vmap(plain, in_axes=(0, 0, None, None)), static_argnums=(2, 3))(start, length, 64, 48)
-    np.testing.assert_array_equal(matrix(start, length, 64, 48), before)
+    # Two programs: where LLVM makes one operation of a product and a sum, 1 - |x| is rounded otherwise.
+    np.testing.assert_allclose(matrix(start, length, 64, 48), before, rtol=0, atol=float(np.finfo(np.float32).eps))
 
 
 def test_thin_pictures_on_a_canvas_are_finite():

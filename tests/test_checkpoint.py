@@ -190,10 +190,9 @@ def test_resumes_on_other_devices_and_another_back_end(run, tmp_path: Path, befo
     sync = "--config.parallel.batch_norm=sync"
     arguments = (*small.ARGUMENTS, sync, "--workdir", tmp_path)
     first = run("-m", "tests.victim", "step", 8, 0, "SIGTERM", *arguments, f"--config.parallel.backend={backend}",
-                devices=before, **small.ENVIRONMENT)  # fmt: skip
+                devices=before)  # fmt: skip
     assert first.returncode == 143, first.stderr
-    second = run("-m", "jaxsft.train", *arguments, f"--config.parallel.backend={other}", devices=after,
-                 **small.ENVIRONMENT)  # fmt: skip
+    second = run("-m", "jaxsft.train", *arguments, f"--config.parallel.backend={other}", devices=after)  # fmt: skip
     assert second.returncode == 0, second.stderr
     assert f"{after} x cpu, {other}" in second.stdout
     assert "resuming at step " in second.stdout

@@ -221,6 +221,46 @@ def test_help_into_a_reader_that_leaves() -> None:
     assert done.stderr == ""
 
 
+ABANDONED = """
+import asyncio, gc
+source = '''
+async def work():
+    try:
+        await asyncio.sleep(9)
+    except GeneratorExit:
+        raise Exception("left at %s") from None
+'''
+def main():
+    async def fails():
+        raise ValueError("of a second array")
+    async def both():
+        task = asyncio.ensure_future(fails())  # whose exception nobody asks for
+        await asyncio.sleep(0.01)
+        del task
+    for file in ("site-packages/orbax/checkpoint/serialization.py", "jaxsft/ours.py"):
+        scope = {"asyncio": asyncio}
+        exec(compile(source % file, file, "exec"), scope)
+        coroutine = scope["work"]()
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(coroutine)
+        loop.run_until_complete(asyncio.sleep(0))
+        del task, coroutine
+        loop._ready.clear(), loop._scheduled.clear()
+        gc.collect()
+    asyncio.run(both())
+    gc.collect()
+cli.run(main)
+"""
+
+
+def test_what_orbax_abandons_is_not_heard_of() -> None:
+    done = python(ABANDONED)
+    assert done.returncode == 0
+    assert "left at jaxsft/ours.py" in done.stderr
+    assert "orbax" not in done.stderr
+    assert "never retrieved" not in done.stderr
+
+
 @pytest.mark.parametrize("call", ["cli.say('x')", "print('x')"])
 def test_a_full_disk_behind_stdout(call: str) -> None:
     done = python(f"cli.run(lambda: {call})", "> /dev/full")

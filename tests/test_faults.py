@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -22,18 +21,6 @@ from jaxsft.cli import Stop, UserError
 from jaxsft.log import EventsWriter, records
 from jaxsft.runs import Best
 from tests import small
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _keep_compilations(cache: Path):
-    """All runs here compile the same programs."""
-    before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir",
-              "jax_persistent_cache_min_compile_time_secs")}  # fmt: skip
-    jax.config.update("jax_compilation_cache_dir", str(cache / "jaxsft" / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 def run_here(path: Path, *overrides: str) -> None:
@@ -133,7 +120,7 @@ exit $status
 def test_a_full_disk(run, cache: Path, finished: Path, tmp_path: Path) -> None:
     """A file system of 5 MB, in which two checkpoints of 2 MB find room, not three."""
     command = [sys.executable, "-m", "jaxsft.train", *small.ARGUMENTS, "--workdir", tmp_path / "run"]
-    env = {**os.environ, **small.ENVIRONMENT, "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
     command = ["unshare", "-rm", "bash", "-c", FULL_DISK, tmp_path, *command]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode == 77 or "unshare" in done.stderr:

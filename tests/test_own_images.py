@@ -7,7 +7,6 @@ import re
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -20,18 +19,6 @@ from jaxsft.log import records
 from jaxsft.weights import ModelCard
 
 CLASSES = ("ant", "bee", "$_$")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _keep_compilations(cache: Path):
-    """All runs here compile the same programs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update("jax_compilation_cache_dir", str(cache / "jaxsft" / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 def picture(path: Path, seed: int) -> None:

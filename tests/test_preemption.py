@@ -36,18 +36,18 @@ STOPS = (
 def undisturbed(run, tmp_path_factory):
     """What the run computes when nothing disturbs it."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = run("-m", "jaxsft.train", *small.ARGUMENTS, "--workdir", workdir, **small.ENVIRONMENT)
+    done = run("-m", "jaxsft.train", *small.ARGUMENTS, "--workdir", workdir)
     assert done.returncode == 0, done.stderr
     return small.outcome(workdir)
 
 
 def disturb(run, workdir: Path, moment: str, count: int, milliseconds: float, name: str):
     command = ("-m", "tests.victim", moment, count, milliseconds, name)
-    return run(*command, *small.ARGUMENTS, "--workdir", workdir, **small.ENVIRONMENT)
+    return run(*command, *small.ARGUMENTS, "--workdir", workdir)
 
 
 def finish(run, workdir: Path):
-    done = run("-m", "jaxsft.train", *small.ARGUMENTS, "--workdir", workdir, **small.ENVIRONMENT)
+    done = run("-m", "jaxsft.train", *small.ARGUMENTS, "--workdir", workdir)
     assert done.returncode == 0, done.stderr
     return small.outcome(workdir)
 

@@ -115,7 +115,6 @@ DAMAGE = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see checkpoint.but_closed_loops
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_port_of_the_cache_is_made_anew_and_one_of_the_users_refused(
     tmp_path: Path, port: Path, conversions: list[str], capsys, damage: str

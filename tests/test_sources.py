@@ -16,7 +16,6 @@ from jaxsft.data import decode, sources
 from jaxsft.data.base import Arrays, Options
 from jaxsft.data.sources import open_source, open_splits, with_classes
 from jaxsft.data.splits import resolved, slices
-from tests.small import ENVIRONMENT
 
 SIZES = {"train": 100, "validation": 20, "test": 50}
 SLICES = [
@@ -133,16 +132,16 @@ def get_config(variant=""):
 
 def test_a_source_of_a_config_file_is_trained_and_evaluated(run, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MINE)
-    done = run("-m", "jaxsft.train", f"--config={tmp_path}/mine.py", "--workdir", tmp_path / "run", **ENVIRONMENT)
+    done = run("-m", "jaxsft.train", f"--config={tmp_path}/mine.py", "--workdir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert list(last["per_class"]) == ["ash", "birch", "cedar"]
     report = (tmp_path / "run" / "report.html").read_text()
     assert report.count("<img ") == 3  # curves, confusions, a batch
-    unknown = run("-m", "jaxsft.evaluate", "--workdir", tmp_path / "run", **ENVIRONMENT)
+    unknown = run("-m", "jaxsft.evaluate", "--workdir", tmp_path / "run")
     assert unknown.returncode == 2
     assert "unknown data source 'mine:x'" in unknown.stderr
-    done = run("-m", "jaxsft.evaluate", "--workdir", tmp_path / "run", f"--config={tmp_path}/mine.py", **ENVIRONMENT)
+    done = run("-m", "jaxsft.evaluate", "--workdir", tmp_path / "run", f"--config={tmp_path}/mine.py")
     assert f"accuracy {last['accuracy']:.4f}" in done.stdout, done.stderr
 
 
@@ -306,23 +305,13 @@ def test_tfds_and_files_train_and_evaluate_alike(cifar: tuple[Options, Path], ru
     last = {}
     for name, arguments in data.items():
         workdir = tmp_path / name
-        done = run("-m", "jaxsft.train", *common, *arguments, f"--workdir={workdir}", **ENVIRONMENT)
+        done = run("-m", "jaxsft.train", *common, *arguments, f"--workdir={workdir}")
         assert done.returncode == 0, done.stderr
         last[name] = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     keys = ("loss", "accuracy", "top5", "count")
     assert len({tuple(record[key] for key in keys) for record in last.values()}) == 1
     report = tmp_path / "folder.json"
-    done = run(
-        "-m",
-        "jaxsft.evaluate",
-        "--workdir",
-        tmp_path / "tfds",
-        "--data",
-        f"folder:{root}",
-        "--json",
-        report,
-        **ENVIRONMENT,
-    )
+    done = run("-m", "jaxsft.evaluate", "--workdir", tmp_path / "tfds", "--data", f"folder:{root}", "--json", report)
     assert done.returncode == 0, done.stderr
     record = json.loads(report.read_text())
     assert (record["accuracy"], record["top5"], record["count"]) == tuple(last["tfds"][k] for k in keys[1:])

@@ -41,7 +41,8 @@ def records(workdir: Path) -> list[dict]:
 def finished(run, tmp_path_factory: pytest.TempPathFactory):
     """A run of the sample, two epochs long: (workdir, what it printed)."""
     workdir = tmp_path_factory.mktemp("runs") / "sample"
-    done = run("-m", "jaxsft.train", "--config", f"{CONFIG}:sample", "--workdir", workdir, "--config.train.epochs=2")
+    command = ("-m", "jaxsft.train", "--config", f"{CONFIG}:sample", "--workdir", workdir, "--config.train.epochs=2")
+    done = run(*command, optimised=True)
     assert done.returncode == 0, done.stderr
     return workdir, done.stdout
 
@@ -78,7 +79,7 @@ def test_pretrained_beats_scratch(finished, run, tmp_path: Path) -> None:
     workdir, _ = finished
     done = run(
         "-m", "jaxsft.train", "--config", f"{CONFIG}:sample", "--workdir", tmp_path / "scratch",
-        "--config.train.epochs=2", "--config.model.weights=",
+        "--config.train.epochs=2", "--config.model.weights=", optimised=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert records(workdir)[-1]["accuracy"] >= 0.6
@@ -102,7 +103,7 @@ def test_two_runs_are_bit_equal(run, tmp_path: Path) -> None:
         done = run(
             "-m", "jaxsft.train", "--config", f"{CONFIG}:sample", "--workdir", tmp_path / name,
             "--config.train.steps=4", "--config.data.train_split=train[:400]", "--config.data.eval_split=test[:50]",
-            "--config.optim.warmup_epochs=0", **small.ENVIRONMENT,
+            "--config.optim.warmup_epochs=0"
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         found.append(load_run(tmp_path / name).variables)
@@ -237,7 +238,7 @@ def test_several_steps_a_call_are_the_same_steps(run, tmp_path: Path, backend: s
     for several in (1, 3):
         done = run(
             "-m", "jaxsft.train", *small.ARGUMENTS, *options, "--workdir", tmp_path / str(several),
-            f"--config.parallel.backend={backend}", f"--config.train.steps_per_call={several}", **small.ENVIRONMENT,
+            f"--config.parallel.backend={backend}", f"--config.train.steps_per_call={several}"
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         found.append(records(tmp_path / str(several)))
