@@ -11,7 +11,7 @@ import pytest
 
 from jaxsft import machine
 from tests import small
-from tests.conftest import ROOT, UNOPTIMISED
+from tests.conftest import ROOT, compile_flags
 from tests.test_parallel import assert_same_run
 
 OF_SO_MANY_CORES = """
@@ -64,14 +64,14 @@ def test_who_says_how_many_devices_has_them_as_devices(cache: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "2 x cpu, pmap None\n"), done.stderr
 
 
-def test_a_run_on_cores_is_the_run_on_one_device(run, cache: Path, tmp_path: Path) -> None:
+def test_a_run_on_cores_is_the_run_on_one_device(run, cache: Path, pytestconfig, tmp_path: Path) -> None:
     """With batch norm 'local': to it the cores are one device."""
     one, split = tmp_path / "one", tmp_path / "split"
     done = run("-m", "jaxsft.train", *small.ARGUMENTS, "--config.checkpoint.keep=9", "--workdir", one)  # fmt: skip
     assert done.returncode == 0, done.stderr
     program = OF_SO_MANY_CORES.format(2) + TRAIN
     done = python("-c", program, *small.ARGUMENTS, "--config.checkpoint.keep=9", "--workdir", split,
-                  cache=cache, XLA_FLAGS=UNOPTIMISED)  # fmt: skip
+                  cache=cache, XLA_FLAGS=compile_flags(pytestconfig))  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 x cpu core, pmap" in done.stdout
     assert_same_run(one, split)

@@ -17,7 +17,7 @@ from jaxsft import checkpoint, processes
 from jaxsft.processes import Place
 from jaxsft.workdir import load_run
 from tests import small
-from tests.conftest import DEVICES, ROOT, UNOPTIMISED
+from tests.conftest import DEVICES, ROOT, compile_flags
 
 SYNC = (*small.ARGUMENTS, "--config.parallel.batch_norm=sync", "--config.checkpoint.keep=9")
 # Float32 rounding (6e-8) of sums in another order, carried through 16 updates: batch norm over a few values and
@@ -34,13 +34,13 @@ TRAIN = ("jaxsft.train",)
 
 
 @pytest.fixture(scope="module")
-def start(cache: Path):
+def start(cache: Path, pytestconfig: pytest.Config):
     """Start processes that are to meet: start(modules, *arguments, ids, count, devices) -> list of Popen."""
     started: list[subprocess.Popen] = []
 
     def start_(modules: list[tuple], *arguments: object, ids=None, count=None, devices: int = 1):
         address = f"127.0.0.1:{free_port()}"
-        flags = f"{DEVICES.format(devices)} {UNOPTIMISED}"
+        flags = f"{DEVICES.format(devices)} {compile_flags(pytestconfig)}"
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache), "XLA_FLAGS": flags}
         group = []
         for index, module in zip(ids or range(len(modules)), modules, strict=True):
