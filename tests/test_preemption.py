@@ -28,7 +28,7 @@ STOPS = (
     ("step", 2, 0, "SIGTERM"),
     ("evaluation", 1, 1, "SIGTERM"),
     ("checkpoint", 1, 1, "SIGINT"),
-    ("step", 1, 0, "SIGHUP"),
+    ("step", 2, 0, "SIGHUP"),  # the first is still counted as compilation
 )
 
 
