@@ -29,6 +29,7 @@ OPTIONS = {
     "process-id": "which of them this is, from 0",
 }
 PENDING = 64  # connections that have not said yet who they are, besides one for each process
+GRACE = 5  # seconds in which the end of a process is heard of by all others
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
@@ -71,14 +72,22 @@ def join(values: Mapping[str, str], timeout: int) -> Iterator[None]:
         meeting.say("done")
         raise
     except Stop as stop:
+        await_news(stop)
         meeting.say(f"ended: {stop}")
         leave(stop)  # without JAX's own ending, which would wait for the others
     except BaseException as error:
+        await_news(error)
         try:
             meeting.say(f"ended: {type(error).__name__}")
             traceback.print_exc()
         finally:
             os._exit(1)
+
+
+def await_news(error: BaseException) -> None:
+    """Wait where `error` may come of another process's end, as a collective's does: who hears of it ends this one."""
+    if any(isinstance(raised, jax.errors.JaxRuntimeError) for raised in (error, error.__context__)):
+        time.sleep(GRACE)
 
 
 def from_options(values: Mapping[str, str]) -> Place | None:

@@ -288,7 +288,7 @@ from jaxsft.weights import Preprocessing
 images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
 examples = np.arange(100, 116, dtype=np.int32)
 for names in ({ALL!r}, ("pad_crop", "flip")):
-    for count in (1, 2, 8):
+    for count in (1, 8):
         parallel = DataParallel(devices=jax.devices()[:count])
         def body(seed, _, batch):
             x = train_images(batch["image"], names, Preprocessing(48, 40), jax.random.key(seed), batch["example"])
@@ -296,7 +296,7 @@ for names in ({ALL!r}, ("pad_crop", "flip")):
         out = parallel.compile(body)(np.int32(7), {{"none": np.zeros(1)}}, parallel.split({{"image": images, "example": examples}}))
         print(hashlib.sha256(np.asarray(out).tobytes()).hexdigest())
 for alphas in ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6)):
-    for count in (1, 2, 8):
+    for count in (1, 8):
         parallel = DataParallel(devices=jax.devices()[:count])
         def body(seed, _, batch):
             x, share = mix(jax.random.key(seed), batch["image"], batch["partner"], *alphas)
@@ -311,9 +311,9 @@ def test_the_same_pictures_on_any_number_of_devices(run):
     done = run("-c", DEVICES, devices=8)
     assert done.returncode == 0, done.stderr
     hashes = done.stdout.split()
-    assert len(hashes) == (2 + 3) * 3
-    kinds = [set(hashes[i : i + 3]) for i in range(0, len(hashes), 3)]
-    assert [len(kind) for kind in kinds] == [1] * 5  # the same on one, two and eight devices
+    assert len(hashes) == (2 + 3) * 2
+    kinds = [set(hashes[i : i + 2]) for i in range(0, len(hashes), 2)]
+    assert [len(kind) for kind in kinds] == [1] * 5  # the same on one and on eight devices
     assert len(set.union(*kinds)) == 5
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import jax
 import pytest
 
 from jaxsft import messages, processes
@@ -234,3 +235,46 @@ def test_any_word_is_short_enough_to_be_heard() -> None:
         messages.send(one, {"failed": ["\U0001f600" * messages.WORD] * 2})
         assert messages.receive(other, time.monotonic() + 5)["failed"] == ["\U0001f600" * messages.WORD] * 2
     assert len(json.dumps("\U0001f600" * messages.WORD)) * 2 < messages.LONGEST
+
+
+class Left(BaseException):
+    """In a test, the end of the process."""
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_broken_collective_is_laid_to_the_process_that_broke_it(monkeypatch, wrapped: bool) -> None:
+    """Its survivors see the connection break at once; the news of who is gone may come a moment later."""
+    told: list[str] = []
+
+    class Peers:
+        address = "127.0.0.1:1"
+
+        def __init__(self, *_: object) -> None: ...
+
+        def watch(self) -> None:
+            threading.Timer(0.1, told.append, ["process 1 is gone"]).start()
+
+        def say(self, word: str) -> None:
+            told.append(word)
+
+    def leave(*_: object) -> None:
+        raise Left
+
+    monkeypatch.setattr(processes, "Meeting", Peers)
+    monkeypatch.setattr(processes, "GRACE", 0.5)
+    monkeypatch.setattr(processes, "leave", leave)
+    monkeypatch.setattr("os._exit", leave)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
+    values = {"coordinator": "127.0.0.1:1", "num-processes": "3", "process-id": "2"}
+
+    def work() -> None:
+        try:
+            raise jax.errors.JaxRuntimeError("Gloo: connection closed by peer")
+        except jax.errors.JaxRuntimeError:
+            if wrapped:
+                raise Stop("a checkpoint can't be written", "make room") from None
+            raise
+
+    with pytest.raises(Left), processes.join(values, 1):
+        work()
+    assert [word.partition(":")[0] for word in told] == ["process 1 is gone", "ended"]

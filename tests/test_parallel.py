@@ -106,14 +106,8 @@ def test_eight_devices(run, one_device: Path, tmp_path: Path, backend: str) -> N
     assert_same_run(one_device, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("count", "devices", "backend"),
-    [
-        (2, 1, "pmap"),
-        pytest.param(2, 4, "pmap", marks=pytest.mark.full),
-        pytest.param(4, 1, "shard_map", marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("count", "devices", "backend"), [(2, 4, "pmap"), (4, 1, "shard_map")])
 def test_processes(start, one_device: Path, tmp_path: Path, count: int, devices: int, backend: str) -> None:
     results = ended(
         start([TRAIN] * count, *SYNC, f"--config.parallel.backend={backend}", "--workdir", tmp_path, devices=devices)
@@ -130,6 +124,10 @@ def test_all_processes_stop_at_the_same_step_and_resume(start, one_device: Path,
     calm, victim = (("tests.victim", "step", at, 0, "SIGTERM") for at in (99, 5))
     results = ended(start([calm, victim], *SYNC, "--workdir", tmp_path))
     assert [status for status, _, _ in results] == [143, 143], results
+    assert "2 x cpu in 2 processes, pmap" in results[0][1]
+    assert "accuracy" in results[0][1]
+    assert "accuracy" not in results[1][1]  # one speaks and writes
+    assert len(list(tmp_path.glob("events.*"))) == 1
     steps = [re.search(r"stopped: SIGTERM at step (\d+) of 16, saved in", err) for _, _, err in results]
     assert len({match and match[1] for match in steps}) == 1, results
     results = ended(start([TRAIN], *SYNC, "--workdir", tmp_path))

@@ -101,9 +101,7 @@ def test_two_runs_are_bit_equal(run, tmp_path: Path) -> None:
     found = []
     for name in ("one", "two"):
         done = run(
-            "-m", "jaxsft.train", "--config", f"{CONFIG}:sample", "--workdir", tmp_path / name,
-            "--config.train.steps=4", "--config.data.train_split=train[:400]", "--config.data.eval_split=test[:50]",
-            "--config.optim.warmup_epochs=0"
+            "-m", "jaxsft.train", *small.ARGUMENTS, "--config.train.steps=4", "--workdir", tmp_path / name
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         found.append(load_run(tmp_path / name).variables)
