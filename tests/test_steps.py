@@ -60,13 +60,13 @@ def train(model: Any = Tiny(), **options: Any) -> list[tuple[TrainState, dict[st
     return results
 
 
-def same_as_torch(found: tiny.Variables, model: torch.nn.Module) -> None:
+def assert_same_as_torch(found: tiny.Variables, model: torch.nn.Module) -> None:
     expected = model.state_dict()
     for name, value in tiny.state_dict(found).items():
         np.testing.assert_allclose(value, expected[name].numpy(), **ROUNDING, err_msg=name)
 
 
-def same(found: Any, expected: Any) -> None:
+def assert_same(found: Any, expected: Any) -> None:
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, **ROUNDING), found, expected)
 
 
@@ -89,7 +89,7 @@ def test_gradient_accumulation_is_torchs(accumulate: int, options: dict[str, Any
             total += loss.item()
             right += int((logits.argmax(1).numpy() == labels[rows]).sum())
         optimizer.step()
-        same_as_torch(state.variables(), model)
+        assert_same_as_torch(state.variables(), model)
         assert int(state.step) == number + 1
         assert int(counts["count"]) == BATCH
         assert int(counts["top1"]) == right
@@ -98,8 +98,8 @@ def test_gradient_accumulation_is_torchs(accumulate: int, options: dict[str, Any
 
 def test_micro_batches_are_the_batch_where_batch_norm_stands_still() -> None:
     whole, parts = (train(FROZEN, accumulate=n) for n in (1, 8))
-    same(parts, whole)
-    same(whole[-1][0].batch_stats, tiny.variables()["batch_stats"])
+    assert_same(parts, whole)
+    assert_same(whole[-1][0].batch_stats, tiny.variables()["batch_stats"])
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.25])
@@ -117,7 +117,7 @@ def test_the_moving_average_is_torchvisions(decay: float) -> None:
         assert int(state.average["batch_stats"]["bn1"]["count"]) == 7 + number + 1
         expected = average.module
         expected.load_state_dict({"bn1.num_batches_tracked": values["bn1.num_batches_tracked"]}, strict=False)
-        same_as_torch(state.evaluated(), expected)
+        assert_same_as_torch(state.evaluated(), expected)
         if number:
             assert np.abs(state.average["params"]["fc"]["kernel"] - state.params["fc"]["kernel"]).max() > 1e-3
 
@@ -125,7 +125,7 @@ def test_the_moving_average_is_torchvisions(decay: float) -> None:
 def test_the_average_changes_nothing_but_what_is_evaluated() -> None:
     with_average, without = train(ema=0.9), train()
     for (one, counts), (other, expected) in zip(with_average, without, strict=True):
-        same((one.variables(), one.opt_state, counts), (other.variables(), other.opt_state, expected))
+        assert_same((one.variables(), one.opt_state, counts), (other.variables(), other.opt_state, expected))
         assert other.average is None
         assert other.evaluated() == other.variables()
 
@@ -156,7 +156,7 @@ AS_ONE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", AS_ONE)
 def test_devices_are_the_whole_batch(case: str) -> None:
     model, divided, options = AS_ONE[case]
-    same(on_devices(4, divided, **options), train(model, **options))
+    assert_same(on_devices(4, divided, **options), train(model, **options))
 
 
 def test_statistics_of_their_own_are_averaged() -> None:
@@ -221,7 +221,7 @@ def test_the_loss_of_mixed_images_is_torchs(options: dict[str, Any], monkeypatch
     loss.backward()
     torch.optim.SGD(model.parameters(), LR).step()
     assert float(counts["loss"] / counts["count"]) == pytest.approx(loss.item(), rel=1e-12)
-    same_as_torch(state.variables(), model)
+    assert_same_as_torch(state.variables(), model)
     assert int(counts["top1"]) == int((logits.argmax(1) == own).sum())
 
 
