@@ -37,12 +37,14 @@ def keep_compilations() -> None:
     """
     import jax
 
-    from jaxsft.weights import cache_dir
+    from jaxsft.cli import UserError
+    from jaxsft.weights import cache_dir, check_name
 
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     folder = cache_dir() / "compiled"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
+        check_name(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -46,6 +46,7 @@ def read(workdir: Path, which: str = "last") -> Saved:
     """
     if not is_run(workdir):
         raise UserError(f"{workdir} holds no run", "give the --workdir of `python -m jaxsft.train`")
+    weights.check_name(workdir)
     config, card = read_config(workdir), read_card(workdir)
     shapes = weights.shapes(card)
     step = chosen_step(workdir, config, which)

@@ -131,12 +131,21 @@ def shapes(card: ModelCard) -> dict[str, Any]:
     return found
 
 
+def check_name(directory: Path) -> None:
+    """Raise a UserError where TensorStore and XLA can't name `directory`: their paths are UTF-8."""
+    try:
+        str(directory.resolve()).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{directory} can't be used: its path is no UTF-8", "name another directory") from None
+
+
 def save(directory: Path, variables: dict[str, Any], card: ModelCard) -> None:
     """Write variables and card as a new directory, which appears whole or not at all.
 
     Raises:
-      UserError: `directory` exists and is not empty, or can't be written.
+      UserError: `directory` exists and is not empty, can't be written, or has a name that `check_name` refuses.
     """
+    check_name(directory)
     try:
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise UserError(f"{directory} exists", "name another directory or remove it")
@@ -161,6 +170,7 @@ def load(directory: Path) -> tuple[dict[str, Any], ModelCard]:
     Raises:
       UserError: it is not one, its arrays are not those of the card, or they are not finite.
     """
+    check_name(directory)
     card = ModelCard.load(directory)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes(card))

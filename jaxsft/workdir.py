@@ -23,7 +23,7 @@ from jaxsft.initial import make_model
 from jaxsft.log import records
 from jaxsft.models.resnet import ResNet
 from jaxsft.runs import CONFIG, read_json
-from jaxsft.weights import ModelCard
+from jaxsft.weights import ModelCard, check_name
 
 LOCK, DATA = "lock", "data.json"
 
@@ -44,6 +44,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
             pass
     except OSError as error:
         raise UserError(f"{workdir} can't be written: {error.strerror}", "give another --workdir") from None
+    check_name(workdir)
     check_config(workdir, config)
     if (workdir / LOCK).exists():
         with lock(workdir):

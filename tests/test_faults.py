@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from jaxsft import checkpoint, runs, train, workdir
+from jaxsft import checkpoint, runs, train, weights, workdir
 from jaxsft.cli import Stop, UserError
 from jaxsft.log import EventsWriter, records
 from jaxsft.runs import Best
@@ -170,6 +170,26 @@ def test_an_unwritable_workdir_is_noticed_before_any_work(tmp_path: Path, where:
     path = unwritable(tmp_path)[where]
     with pytest.raises(UserError, match=f"{path} can't be written: .*; give another --workdir"):
         workdir.check(path, small.config())
+
+
+def test_a_path_that_is_no_utf8_is_noticed_before_any_work(tmp_path: Path) -> None:
+    """TensorStore has no name for it; a letter beyond ASCII is no matter."""
+    odd = tmp_path / os.fsdecode(b"\xff") / "run"
+    with pytest.raises(UserError, match="can't be used: its path is no UTF-8; name another directory"):
+        workdir.check(odd, small.config())
+    with pytest.raises(UserError, match="can't be used: its path is no UTF-8; name another directory"):
+        weights.save(odd, {}, weights.ModelCard("resnet18", 10))
+    assert not any(tmp_path.iterdir())
+    workdir.check(tmp_path / "Läufe", small.config())
+
+
+def test_what_has_come_to_a_path_that_is_no_utf8_is_not_called_damaged(finished: Path, tmp_path: Path, run) -> None:
+    odd = tmp_path / os.fsdecode(b"\xff")
+    moved = shutil.copytree(finished, odd / "run")
+    with pytest.raises(UserError, match="can't be used: its path is no UTF-8"):
+        runs.read(moved)
+    done = run("-m", "jaxsft.evaluate", "--workdir", finished, XDG_CACHE_HOME=str(odd))  # it does without a cache
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("backend", ["pmap", "shard_map"])
