@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from convert import checkpoints, files, names
-from jaxsft import cli, weights
+from jaxsft import cli
+from jaxsft.models import weights
 from jaxsft.models.resnet import ARCHITECTURES
 
 LOGIT_TOLERANCE = 1e-5  # of the largest logit: a few hundred float32 roundings of 6e-8, what summation order costs

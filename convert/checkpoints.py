@@ -14,7 +14,7 @@ import numpy as np
 from convert import files, layouts, tensors
 from jaxsft.cli import OFFLINE, UserError, local_path, nearest
 from jaxsft.models.resnet import ARCHITECTURES
-from jaxsft.weights import HEAD, MOST_CLASSES, ModelCard, Preprocessing, file_sha256
+from jaxsft.models.weights import HEAD, MOST_CLASSES, ModelCard, Preprocessing, file_sha256
 
 REGISTERED = re.compile(r"(\w+_weights\.)?\w+", re.IGNORECASE)  # torchvision's enumeration and its member
 

@@ -8,7 +8,7 @@ known once that file is loaded: --config FILE.
 
 from __future__ import annotations
 
-from jaxsft import machine
+from jaxsft.run import machine
 
 if __name__ == "__main__":
     machine.ask_for_huge_pages()  # before the imports below: it starts this command anew
@@ -27,11 +27,11 @@ from jaxsft.data.loader import BadFiles, Loader, make_loader
 from jaxsft.data.reading import EvalPlan, in_memory
 from jaxsft.data.sources import open_source, with_classes
 from jaxsft.flags import parse_flags
-from jaxsft.machine import keep_compilations
-from jaxsft.metrics import Evaluation
-from jaxsft.parallel import IN_FLIGHT, all_devices
-from jaxsft.steps import make_eval_step
-from jaxsft.workdir import load_run
+from jaxsft.run.machine import keep_compilations
+from jaxsft.interpret.metrics import Evaluation
+from jaxsft.run.parallel import IN_FLIGHT, all_devices
+from jaxsft.learn.steps import make_eval_step
+from jaxsft.run.workdir import load_run
 
 
 def evaluate(

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from convert import checkpoints, names
 from jaxsft import cli
 from jaxsft.data.augment import preprocess
-from jaxsft.machine import keep_compilations
-from jaxsft.workdir import Run, load_run
+from jaxsft.run.machine import keep_compilations
+from jaxsft.run.workdir import Run, load_run
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

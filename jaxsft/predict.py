@@ -22,9 +22,9 @@ from jaxsft.data.augment import normalise
 from jaxsft.data.base import Options
 from jaxsft.data.folder import EXTENSIONS, images
 from jaxsft.data.threads import in_order
-from jaxsft.machine import keep_compilations
-from jaxsft.weights import Preprocessing
-from jaxsft.workdir import Run, load_run
+from jaxsft.models.weights import Preprocessing
+from jaxsft.run.machine import keep_compilations
+from jaxsft.run.workdir import Run, load_run
 
 BATCH = 32  # images a step at most
 

@@ -9,7 +9,7 @@ Several machines, one process each: TPU pods and Slurm are recognised; elsewhere
 
 from __future__ import annotations
 
-from jaxsft import machine
+from jaxsft.run import machine
 
 if __name__ == "__main__":
     machine.ask_for_huge_pages()  # before the imports below: it starts this command anew
@@ -30,15 +30,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from jaxsft import checkpoint, cli, flags, processes
+from jaxsft.run import checkpoint, processes
+from jaxsft import cli, flags
 from jaxsft import config as config_module
-from jaxsft import workdir as workdir_module
-from jaxsft.checkpoint import Checkpoints, Unwritten
-from jaxsft.interrupts import Interrupted, Interrupts
-from jaxsft.job import Job, prepare
-from jaxsft.log import Log, Meter, NotFinite, Speed, progress
-from jaxsft.metrics import Evaluation
-from jaxsft.runs import Best
+from jaxsft.run import workdir as workdir_module
+from jaxsft.run.checkpoint import Checkpoints, Unwritten
+from jaxsft.run.interrupts import Interrupted, Interrupts
+from jaxsft.run.job import Job, prepare
+from jaxsft.run.log import Log, Meter, NotFinite, Speed, progress
+from jaxsft.interpret.metrics import Evaluation
+from jaxsft.run.saved import Best
 
 IN_REPORT = 32  # images of the first batch
 
@@ -258,7 +259,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
 def write_report(job: Job, workdir: Path, result: Evaluation) -> None:
     """Leave report.html in the run's directory. Whatever its drawing comes to grief of, the run is whole without it."""
-    from jaxsft import report  # here: a start need not wait for matplotlib
+    from jaxsft.interpret import html as report  # here: a start need not wait for matplotlib
     from jaxsft.data import show
 
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxsft import machine
+from jaxsft.run import machine
 
 ROOT = Path(__file__).parent.parent
 REAL_DATA = ROOT.parent / "shared" / "realdata"

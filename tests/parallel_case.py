@@ -19,14 +19,14 @@ import torch
 
 from convert import names
 from jaxsft import config as config_module
-from jaxsft import optim
+from jaxsft.learn import optim
+from jaxsft.learn.state import TrainState
+from jaxsft.learn.steps import make_train_step
 from jaxsft.models.resnet import ARCHITECTURES, ResNet
-from jaxsft.parallel import DataParallel
 from jaxsft.parity import oracle, ours
 from jaxsft.parity.compare import Options, class_weights, inputs
 from jaxsft.parity.table import compared
-from jaxsft.state import TrainState
-from jaxsft.steps import make_train_step
+from jaxsft.run.parallel import DataParallel
 
 ARCH, CLASSES, STEPS = "resnet10_w16", 10, 2
 OPTIONS = Options(ARCH, "float64", batch_size=16, image_size=(32, 32))

@@ -8,8 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxsft import checkpoint
 from jaxsft.flags import parse_flags
+from jaxsft.run import checkpoint
 
 STEPS, EVERY = 16, 3
 ARGUMENTS = (

@@ -16,7 +16,7 @@ from torchvision.transforms import functional as F  # noqa: N812  (as torchvisio
 
 from jaxsft.data import augment, color, crop, mix, policy
 from jaxsft.data.augment import Amounts, train_images
-from jaxsft.weights import Preprocessing
+from jaxsft.models.weights import Preprocessing
 
 TO = Preprocessing(64, 64)
 
@@ -283,8 +283,8 @@ DEVICES = f"""
 import jax, numpy as np, hashlib
 from jaxsft.data.augment import train_images
 from jaxsft.data.mix import mix
-from jaxsft.parallel import DataParallel
-from jaxsft.weights import Preprocessing
+from jaxsft.run.parallel import DataParallel
+from jaxsft.models.weights import Preprocessing
 images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
 examples = np.arange(100, 116, dtype=np.int32)
 for names in ({ALL!r}, ("pad_crop", "flip")):

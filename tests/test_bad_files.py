@@ -17,8 +17,8 @@ from jaxsft.data.folder import open_folder
 from jaxsft.data.loader import BadFiles, make_loader
 from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, TrainPlan, in_memory
-from jaxsft.parallel import DataParallel
-from jaxsft.weights import Preprocessing
+from jaxsft.models.weights import Preprocessing
+from jaxsft.run.parallel import DataParallel
 
 GOOD = 7
 

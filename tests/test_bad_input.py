@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxsft import config as config_module
-from jaxsft.weights import ModelCard
+from jaxsft.models.weights import ModelCard
 from tests.commands import assert_refused, run_command
 
 SAMPLE = "train --config configs/cifar10.py:sample --workdir @/new"

@@ -11,12 +11,12 @@ import numpy as np
 import optax
 import pytest
 
-from jaxsft import checkpoint
-from jaxsft.checkpoint import Checkpoints, Damaged
 from jaxsft.cli import Stop, UserError
-from jaxsft.log import NotFinite
-from jaxsft.parallel import DataParallel
-from jaxsft.state import TrainState
+from jaxsft.learn.state import TrainState
+from jaxsft.run import checkpoint
+from jaxsft.run.checkpoint import Checkpoints, Damaged
+from jaxsft.run.log import NotFinite
+from jaxsft.run.parallel import DataParallel
 from tests import small
 
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)

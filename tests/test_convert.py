@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from convert.__main__ import to_flax, torchvision_logits, verify
-from jaxsft import weights
 from jaxsft.cli import UserError
+from jaxsft.models import weights
 from jaxsft.models.resnet import ARCHITECTURES
 
 

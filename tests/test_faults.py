@@ -16,10 +16,13 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from jaxsft import checkpoint, runs, train, weights, workdir
+from jaxsft import train
 from jaxsft.cli import Stop, UserError
-from jaxsft.log import EventsWriter, records
-from jaxsft.runs import Best
+from jaxsft.models import weights
+from jaxsft.run import checkpoint, workdir
+from jaxsft.run import saved as runs
+from jaxsft.run.log import EventsWriter, records
+from jaxsft.run.saved import Best
 from tests import small
 
 
@@ -223,7 +226,7 @@ def test_a_loss_that_is_not_finite_is_ignored_where_asked(tmp_path: Path) -> Non
 HOLD = """
 import sys, time
 from pathlib import Path
-from jaxsft.workdir import lock
+from jaxsft.run.workdir import lock
 with lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

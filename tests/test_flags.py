@@ -10,9 +10,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxsft import config as config_module
-from jaxsft import flags, runs, workdir
+from jaxsft import flags
 from jaxsft.cli import UserError
 from jaxsft.data import show
+from jaxsft.run import saved as runs
+from jaxsft.run import workdir
 from tests.conftest import ROOT
 
 SAMPLE = f"--config={ROOT}/configs/cifar10.py:sample"

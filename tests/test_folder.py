@@ -136,7 +136,7 @@ def test_the_index_is_kept_until_files_change(tree: Path, monkeypatch: pytest.Mo
 
 
 def index_files(tree: Path) -> list[Path]:
-    from jaxsft.weights import cache_dir
+    from jaxsft.models.weights import cache_dir
 
     return list((cache_dir() / "index").glob(f"{tree.name}-*.npz"))
 

@@ -10,7 +10,7 @@ SCRIPT = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax import lax
-from jaxsft import parallel
+from jaxsft.run import parallel
 
 devices = parallel.DataParallel(sys.argv[1])
 

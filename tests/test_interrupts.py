@@ -8,15 +8,15 @@ import sys
 
 import pytest
 
-from jaxsft.interrupts import Interrupted, Interrupts
-from jaxsft.parallel import DataParallel
+from jaxsft.run.interrupts import Interrupted, Interrupts
+from jaxsft.run.parallel import DataParallel
 from tests.conftest import ROOT
 
 # Two loops that poll until they are told to stop, the stop printed on stdout; before the second, stderr's reader dies.
 GONE = """
 import os, signal, sys, time
-from jaxsft.interrupts import Interrupted, Interrupts
-from jaxsft.parallel import DataParallel
+from jaxsft.run.interrupts import Interrupted, Interrupts
+from jaxsft.run.parallel import DataParallel
 
 read_end, write_end = os.pipe()
 os.dup2(write_end, 2)
@@ -96,8 +96,8 @@ def test_a_signal_of_the_program_around_is_no_reason_to_stop() -> None:
 
 BEFORE = """
 import os, signal, time
-from jaxsft.interrupts import Interrupts
-from jaxsft.parallel import DataParallel
+from jaxsft.run.interrupts import Interrupts
+from jaxsft.run.parallel import DataParallel
 with Interrupts(DataParallel()):
     print("ready", flush=True)
     time.sleep(60)

@@ -15,8 +15,8 @@ from jaxsft.data.base import Arrays, Options, Source
 from jaxsft.data.loader import Stream, layout_of, make_loader
 from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, TrainPlan, in_memory
-from jaxsft.parallel import DataParallel
-from jaxsft.weights import Preprocessing
+from jaxsft.models.weights import Preprocessing
+from jaxsft.run.parallel import DataParallel
 from tests.pictures import Pictures
 
 BATCH = 4
@@ -150,8 +150,8 @@ from jaxsft.data.folder import open_folder
 from jaxsft.data.loader import make_loader
 from jaxsft.data.order import Order
 from jaxsft.data.reading import TrainPlan
-from jaxsft.parallel import DataParallel
-from jaxsft.weights import Preprocessing
+from jaxsft.run.parallel import DataParallel
+from jaxsft.models.weights import Preprocessing
 import pictures
 
 source = pictures.Spy(open_folder(sys.argv[1], "train", Options(divide=False)))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxsft import machine
+from jaxsft.run import machine
 from tests import small
 from tests.conftest import ROOT, compile_flags
 from tests.test_parallel import assert_same_run
@@ -24,7 +24,7 @@ else:
 TRAIN = "import runpy\nrunpy.run_module('jaxsft.train', run_name='__main__')"
 CORES = """
 from jaxsft.config import default
-from jaxsft.parallel import all_devices
+from jaxsft.run.parallel import all_devices
 for batch_size, accumulate, last_batch, count in (
     (48, 1, "drop", 6),
     (64, 1, "drop", 4),   # 6 and 5 do not divide it
@@ -58,7 +58,7 @@ def test_as_many_cores_as_the_batch_splits_over(cache: Path) -> None:
 
 def test_who_says_how_many_devices_has_them_as_devices(cache: Path) -> None:
     """Each of its own statistics, as on accelerators."""
-    program = "from jaxsft.config import default\nfrom jaxsft.parallel import all_devices\n"
+    program = "from jaxsft.config import default\nfrom jaxsft.run.parallel import all_devices\n"
     program += "parallel = all_devices(default())\nprint(parallel, parallel.statistics_axis('local'))"
     done = python("-c", program, cache=cache, XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert (done.returncode, done.stdout) == (0, "2 x cpu, pmap None\n"), done.stderr
@@ -109,7 +109,7 @@ def test_huge_pages_are_asked_for_once(monkeypatch, tmp_path: Path, kernel, said
 
 
 def test_compiled_programs_are_kept_where_they_can_be(tmp_path: Path, cache: Path) -> None:
-    ask = "import jax; from jaxsft.machine import keep_compilations as keep; keep(); "
+    ask = "import jax; from jaxsft.run.machine import keep_compilations as keep; keep(); "
     ask += "print(jax.config.jax_compilation_cache_dir)"
     for place, said in ((tmp_path, f"{tmp_path}/jaxsft/compiled"), (Path("/proc/nowhere"), "None")):
         done = python("-W", "error", "-c", ask, cache=cache, XDG_CACHE_HOME=str(place))
@@ -118,7 +118,9 @@ def test_compiled_programs_are_kept_where_they_can_be(tmp_path: Path, cache: Pat
 
 def test_a_command_says_at_once_that_it_has_begun(cache: Path) -> None:
     """Before the imports that take seconds, and also where nobody reads it any more."""
-    script = "import os, sys\nfrom jaxsft.machine import greet\n{}greet()\nprint(sorted(sys.modules), file=sys.stderr)"
+    script = (
+        "import os, sys\nfrom jaxsft.run.machine import greet\n{}greet()\nprint(sorted(sys.modules), file=sys.stderr)"
+    )
     done = python("-c", script.format(""), cache=cache)
     assert done.stdout == "starting ...\n"
     assert "'jax'" not in done.stderr and "'numpy'" not in done.stderr

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 import jax
 import pytest
 
-from jaxsft import messages, processes
 from jaxsft.cli import Stop
-from jaxsft.processes import Meeting, Place
+from jaxsft.run import messages, processes
+from jaxsft.run.processes import Meeting, Place
 
 DEEP = b"[" * 20_000 + b"\n"
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn
 
-from jaxsft import metrics
-from jaxsft.metrics import Evaluation
-from jaxsft.steps import cross_entropy
+from jaxsft.interpret import metrics
+from jaxsft.interpret.metrics import Evaluation
+from jaxsft.learn.steps import cross_entropy
 
 ROWS, BATCH = 203, 64  # the last batch holds 11
 count = jax.jit(lambda *arrays: metrics.count(arrays[0], arrays[1], cross_entropy(arrays[0], arrays[1]), arrays[2]))

@@ -10,8 +10,8 @@ import torch
 from flax import traverse_util
 
 from jaxsft import config as config_module
-from jaxsft import optim
 from jaxsft.cli import UserError
+from jaxsft.learn import optim
 from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
 
 SHAPES = variable_shapes(ARCHITECTURES["resnet10_w16"](num_classes=3))["params"]

@@ -17,15 +17,17 @@ import torch
 from torchvision.transforms import functional as F  # noqa: N812  (as torchvision's users write it)
 from torchvision.transforms import v2
 
-from jaxsft import checkpoint, initial, job, log, metrics, train
 from jaxsft import config as config_module
+from jaxsft import train
 from jaxsft.data import color, policy
 from jaxsft.data.augment import Amounts, preprocess, train_images
 from jaxsft.data.base import Options
 from jaxsft.data.sources import open_splits
-from jaxsft.models import layers
+from jaxsft.interpret import metrics
+from jaxsft.models import initial, layers
 from jaxsft.models.resnet import BasicBlock, ResNet, variable_shapes
-from jaxsft.weights import Preprocessing
+from jaxsft.models.weights import Preprocessing
+from jaxsft.run import checkpoint, job, log
 from tests.tiny import compiled
 
 # key -> the test of what it computes, by its name

@@ -11,12 +11,15 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from jaxsft import checkpoint, evaluate, report, runs, train, workdir
+from jaxsft import evaluate, train
 from jaxsft.cli import Stop, UserError
 from jaxsft.data.fingerprint import difference
 from jaxsft.flags import parse_flags
-from jaxsft.log import records
-from jaxsft.weights import ModelCard
+from jaxsft.interpret import html as report
+from jaxsft.models.weights import ModelCard
+from jaxsft.run import checkpoint, workdir
+from jaxsft.run import saved as runs
+from jaxsft.run.log import records
 
 CLASSES = ("ant", "bee", "$_$")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxsft import checkpoint, processes
-from jaxsft.processes import Place
-from jaxsft.workdir import load_run
+from jaxsft.run import checkpoint, processes
+from jaxsft.run.processes import Place
+from jaxsft.run.workdir import load_run
 from tests import small
 from tests.conftest import DEVICES, ROOT, compile_flags
 

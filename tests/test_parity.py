@@ -17,8 +17,8 @@ import pytest
 import torchvision
 from jax import lax
 
-from jaxsft import optim
 from jaxsft.cli import UserError
+from jaxsft.learn import optim
 from jaxsft.models import layers, resnet
 from jaxsft.parity import compare, oracle, ours, table
 from jaxsft.parity.__main__ import main, precision

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxsft.flags import parse_flags
-from jaxsft.job import Job, prepare
+from jaxsft.run.job import Job, prepare
 from tests.conftest import ROOT
 
 

@@ -21,9 +21,9 @@ from jaxsft.data.augment import preprocess
 from jaxsft.data.base import Options
 from jaxsft.data.sources import open_source
 from jaxsft.flags import parse_flags
-from jaxsft.job import prepare
+from jaxsft.models.weights import Preprocessing
 from jaxsft.parity import oracle
-from jaxsft.weights import Preprocessing
+from jaxsft.run.job import prepare
 from tests.conftest import ROOT
 
 # Resize and crop of torchvision's presets V1 and V2, of CIFAR-10 at 224 and 64 px; up- and down-sampling.

@@ -14,14 +14,14 @@ from torch import nn
 
 from convert import checkpoints
 from jaxsft import config as config_module
-from jaxsft import optim
 from jaxsft.cli import UserError
+from jaxsft.learn import optim
+from jaxsft.learn.steps import cross_entropy, mean_weight
 from jaxsft.models import layers
 from jaxsft.parity import compare, oracle, ours
 from jaxsft.parity.__main__ import precision
 from jaxsft.parity.compare import Options, class_weights
 from jaxsft.parity.table import first_failure
-from jaxsft.steps import cross_entropy, mean_weight
 from tests.oracle import TEN
 
 CLASSES = 10

@@ -24,8 +24,8 @@ from jaxsft.data import decode
 from jaxsft.data.augment import preprocess
 from jaxsft.data.base import Options
 from jaxsft.data.embedded import open_sample
-from jaxsft.weights import ModelCard, Preprocessing
-from jaxsft.workdir import Run
+from jaxsft.models.weights import ModelCard, Preprocessing
+from jaxsft.run.workdir import Run
 from tests import small
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxsft import checkpoint
+from jaxsft.run import checkpoint
 from tests import small
 
 pytestmark = pytest.mark.full  # many processes, killed one after the other: minutes
@@ -81,8 +81,8 @@ def test_a_second_interrupt_leaves_at_once(run, tmp_path):
     """Also where Python's own handlers can't run: the main thread stays in one call of C for a minute."""
     script = (
         "import os, signal, threading, time, hashlib\n"
-        "from jaxsft.interrupts import Interrupts\n"
-        "from jaxsft.parallel import DataParallel\n"
+        "from jaxsft.run.interrupts import Interrupts\n"
+        "from jaxsft.run.parallel import DataParallel\n"
         "with Interrupts(DataParallel()) as interrupts:\n"
         "    interrupts.begin()\n"
         "    for wait in (0.5, 1.0): threading.Timer(wait, os.kill, (os.getpid(), signal.SIGINT)).start()\n"

@@ -19,13 +19,14 @@ from ml_collections import ConfigDict
 from convert import names
 from convert.__main__ import to_flax
 from jaxsft import config as config_module
-from jaxsft import pretrained, weights
-from jaxsft.checkpoint import Checkpoints
 from jaxsft.cli import UserError
-from jaxsft.initial import initial
-from jaxsft.pretrained import obtain
-from jaxsft.state import TrainState
-from jaxsft.weights import SAMPLE, ModelCard, Preprocessing, file_sha256
+from jaxsft.learn.state import TrainState
+from jaxsft.models import weights
+from jaxsft.models.initial import initial
+from jaxsft.models.weights import SAMPLE, ModelCard, Preprocessing, file_sha256
+from jaxsft.run import pretrained
+from jaxsft.run.checkpoint import Checkpoints
+from jaxsft.run.pretrained import obtain
 
 ARCH = "resnet10_w16"
 NAMES = tuple("abcdefg")

@@ -15,13 +15,13 @@ import torch
 from sklearn import metrics as sklearn
 from torch.optim.swa_utils import AveragedModel
 
-from jaxsft import steps
 from jaxsft.data.augment import train_images
-from jaxsft.metrics import Evaluation
+from jaxsft.interpret.metrics import Evaluation
+from jaxsft.learn import steps
+from jaxsft.learn.state import TrainState
+from jaxsft.learn.steps import make_eval_step, make_several, make_train_step
+from jaxsft.models.weights import Preprocessing
 from jaxsft.parity.oracle import nchw
-from jaxsft.state import TrainState
-from jaxsft.steps import make_eval_step, make_several, make_train_step
-from jaxsft.weights import Preprocessing
 from tests import tiny
 from tests.tiny import CLASSES, SIDE, Tiny, compiled
 

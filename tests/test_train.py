@@ -13,10 +13,10 @@ from safetensors.numpy import load_file
 from convert.__main__ import to_flax
 from jaxsft import config as config_module
 from jaxsft.cli import UserError
-from jaxsft.initial import initial, judge_head
-from jaxsft.pretrained import obtain
-from jaxsft.weights import SAMPLE, ModelCard, save
-from jaxsft.workdir import load_run
+from jaxsft.models.initial import initial, judge_head
+from jaxsft.models.weights import SAMPLE, ModelCard, save
+from jaxsft.run.pretrained import obtain
+from jaxsft.run.workdir import load_run
 from tests import small
 
 CONFIG = "configs/cifar10.py"

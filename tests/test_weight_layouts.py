@@ -17,10 +17,10 @@ import torch
 
 from convert import checkpoints
 from convert.__main__ import main, to_flax, to_torch, verify
-from jaxsft import weights
 from jaxsft.cli import UserError
+from jaxsft.models import weights
+from jaxsft.models.weights import SAMPLE
 from jaxsft.parity import __main__ as parity
-from jaxsft.weights import SAMPLE
 
 ARCH = "resnet10_w16"
 REAL = safetensors.torch.load_file(SAMPLE)

@@ -18,8 +18,8 @@ from jaxsft.cli import Stop
 from jaxsft.data import handover, loader, pipeline
 from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, TrainPlan
-from jaxsft.parallel import DataParallel
-from jaxsft.weights import Preprocessing
+from jaxsft.models.weights import Preprocessing
+from jaxsft.run.parallel import DataParallel
 from tests.conftest import ROOT
 from tests.failing import Deadly, Raising
 from tests.pictures import Pictures

@@ -14,7 +14,8 @@ import sys
 import threading
 from typing import Any
 
-from jaxsft import checkpoint, cli, job, train
+from jaxsft import cli, train
+from jaxsft.run import checkpoint, job
 
 MOMENTS: dict[str, tuple[Any, str]] = {
     "compilation": (job.Job, "compile_evaluation"),

@@ -8,7 +8,7 @@ python -m jaxsft.bench tpu   [--topology v5e:2x2] [--arch resnet50] [--batch-siz
 
 from __future__ import annotations
 
-from jaxsft import machine
+from jaxsft.run import machine
 
 if __name__ == "__main__":
     machine.ask_for_huge_pages()  # before the imports below: it starts this command anew

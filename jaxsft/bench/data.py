@@ -18,7 +18,7 @@ import numpy as np
 import PIL.Image
 from tqdm import tqdm
 
-from jaxsft import cli, optim
+from jaxsft import cli
 from jaxsft import config as config_module
 from jaxsft.bench.step import whole
 from jaxsft.data.augment import RANDOM_CROP
@@ -28,12 +28,13 @@ from jaxsft.data.folder import open_folder
 from jaxsft.data.loader import Loader, make_loader
 from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, Plan, TrainPlan
-from jaxsft.initial import init_variables, make_model
-from jaxsft.job import train_step_of
+from jaxsft.learn import optim
+from jaxsft.learn.state import TrainState
+from jaxsft.models.initial import init_variables, make_model
 from jaxsft.models.resnet import ARCHITECTURES
-from jaxsft.parallel import DataParallel
-from jaxsft.state import TrainState
-from jaxsft.weights import Preprocessing
+from jaxsft.models.weights import Preprocessing
+from jaxsft.run.job import train_step_of
+from jaxsft.run.parallel import DataParallel
 
 PHOTOGRAPHS = ((375, 500), (500, 375), (480, 640), (427, 640))  # (height, width) px, as ImageNet's are
 WARM_UP, MOST_STEPS = 6, 30

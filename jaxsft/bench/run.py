@@ -15,12 +15,13 @@ from typing import Any
 
 import jax
 
-from jaxsft import cli, log
+from jaxsft import cli
 from jaxsft import config as config_module
 from jaxsft import train as train_module
 from jaxsft.bench.step import above_zero
 from jaxsft.flags import parse_flags
-from jaxsft.job import Job, prepare
+from jaxsft.run import log
+from jaxsft.run.job import Job, prepare
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from jaxsft import cli, config, optim
-from jaxsft.initial import make_model, preprocessing
-from jaxsft.job import train_step_of
+from jaxsft import cli, config
+from jaxsft.learn import optim
+from jaxsft.learn.state import TrainState
+from jaxsft.learn.steps import make_eval_step
+from jaxsft.models.initial import make_model, preprocessing
 from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
-from jaxsft.parallel import DataParallel
-from jaxsft.state import TrainState
-from jaxsft.steps import make_eval_step
+from jaxsft.run.job import train_step_of
+from jaxsft.run.parallel import DataParallel
 
 CLASSES = 1000
 

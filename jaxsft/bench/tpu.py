@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxsft import cli
 from jaxsft.bench import step
 from jaxsft.bench.plain import PlainResNet
-from jaxsft.parallel import AXIS, DataParallel
+from jaxsft.run.parallel import AXIS, DataParallel
 
 
 class Chip(NamedTuple):

@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 from jaxsft import cli
 from jaxsft.bench import step
 from jaxsft.bench.plain import PlainResNet
-from jaxsft.initial import init_variables
-from jaxsft.parallel import all_devices
-from jaxsft.state import TrainState
+from jaxsft.learn.state import TrainState
+from jaxsft.models.initial import init_variables
+from jaxsft.run.parallel import all_devices
 
 Step = Callable[[], Any]  # makes one step and returns what to wait for
 KINDS = ("train", "eval")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsft.data import color, crop, policy
-from jaxsft.weights import Preprocessing
+from jaxsft.models.weights import Preprocessing
 
 PAD = 4  # px at source size, as usual for 32 px images
 RANDOM_CROP, ERASING = "random_resized_crop", "random_erasing"

@@ -58,7 +58,7 @@ def index(root: Path, part: str, paths: Sequence[str], upright: bool) -> Index:
       paths: of files, absolute.
       upright: whether pictures are turned as `decode.read_rgb` says.
     """
-    from jaxsft.weights import cache_dir  # brings JAX, which the workers do without
+    from jaxsft.models.weights import cache_dir  # brings JAX, which the workers do without
 
     # Another Pillow may read what this one can't.
     key = hashlib.sha256(f"decoded\0{root.resolve()}\0{upright}\0{PIL.__version__}".encode(errors="surrogateescape"))

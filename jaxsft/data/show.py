@@ -23,10 +23,10 @@ from jaxsft.data.order import Order
 from jaxsft.data.reading import TrainPlan
 from jaxsft.data.sources import open_splits
 from jaxsft.flags import parse_flags
-from jaxsft.initial import preprocessing
-from jaxsft.parallel import DataParallel
-from jaxsft.steps import gather
-from jaxsft.weights import Preprocessing
+from jaxsft.learn.steps import gather
+from jaxsft.models.initial import preprocessing
+from jaxsft.models.weights import Preprocessing
+from jaxsft.run.parallel import DataParallel
 
 COLUMNS, MOST = 8, 64
 

@@ -49,7 +49,7 @@ def open_tfds(name: str, split: str, options: Options) -> Source:
 
 def are_images_of_classes(features: Any) -> bool:
     """Whether `features` has an image and a label as `open_tfds` reads them."""
-    from jaxsft.weights import MOST_CLASSES  # brings JAX, which the workers do without
+    from jaxsft.models.weights import MOST_CLASSES  # brings JAX, which the workers do without
 
     tfds = own_tfds()
     if not isinstance(features, tfds.features.FeaturesDict) or not {"image", "label"} <= set(features):
@@ -118,7 +118,7 @@ def reader(data_path: str, part: str) -> Any:
 
 def cached(builder: Any, parts: Parts, what: str, make: Any) -> tuple[np.ndarray, ...]:
     """The arrays that `make` returns, from the user's cache where they are there."""
-    from jaxsft.weights import cache_dir  # brings JAX, which the workers do without
+    from jaxsft.models.weights import cache_dir  # brings JAX, which the workers do without
 
     identity = [str(builder.data_path), builder.info.full_name, os.stat(builder.data_path).st_mtime_ns, parts]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]

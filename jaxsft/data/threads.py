@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from jaxsft.machine import cores
+from jaxsft.run.machine import cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

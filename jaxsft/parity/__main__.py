@@ -20,8 +20,8 @@ import jax
 from convert import checkpoints, files, names
 from jaxsft import cli
 from jaxsft.models.resnet import ARCHITECTURES
+from jaxsft.models.weights import shapes
 from jaxsft.parity import table
-from jaxsft.weights import shapes
 
 try:
     files.import_torch()

@@ -13,12 +13,12 @@ import optax
 
 from convert import names
 from jaxsft import config as config_module
-from jaxsft import optim
-from jaxsft.metrics import Evaluation
+from jaxsft.interpret.metrics import Evaluation
+from jaxsft.learn import optim
+from jaxsft.learn.state import TrainState
+from jaxsft.learn.steps import cross_entropy, make_eval_step, make_train_step, mean_weight
 from jaxsft.models.resnet import ResNet, variable_shapes
 from jaxsft.parity.oracle import Arrays, Recipe, Step
-from jaxsft.state import TrainState
-from jaxsft.steps import cross_entropy, make_eval_step, make_train_step, mean_weight
 
 CALL = "__call__"
 Evaluate = Callable[[Arrays, np.ndarray, np.ndarray], tuple[float, int]]

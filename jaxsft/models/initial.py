@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from jaxsft.cli import UserError
 from jaxsft.models.layers import Linear
 from jaxsft.models.resnet import ARCHITECTURES, ResNet, variable_shapes
-from jaxsft.pretrained import obtain
-from jaxsft.weights import HEAD, ModelCard, Preprocessing
+from jaxsft.models.weights import HEAD, ModelCard, Preprocessing
+from jaxsft.run.pretrained import obtain
 
 TORCHVISION = Preprocessing()  # its weights' but for the V2 ones' 232 px
 EVERYWHERE = ("",)  # the pattern that every path contains

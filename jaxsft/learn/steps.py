@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxsft import metrics
 from jaxsft.data.augment import Amounts, preprocess, train_images
 from jaxsft.data.mix import mix
-from jaxsft.state import TrainState
-from jaxsft.weights import Preprocessing
+from jaxsft.interpret import metrics
+from jaxsft.learn.state import TrainState
+from jaxsft.models.weights import Preprocessing
 
 Batch = dict[str, jax.Array]
 Dataset = dict[str, jax.Array]  # {"images": uint8 [N, H, W, 3], "labels": int32 [N]}, on the device; or {}

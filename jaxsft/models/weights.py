@@ -3,8 +3,8 @@
     DIR/weights/     Orbax: {"params": ..., "batch_stats": ...}
     DIR/model.json   ModelCard
 
-`python -m convert to-flax` writes such directories, `jaxsft.pretrained` makes one in the user's cache for training, and
-the workdir of a run carries a `model.json` of the same form.
+`python -m convert to-flax` writes such directories, `jaxsft.run.pretrained` makes one in the user's cache for training,
+and the workdir of a run carries a `model.json` of the same form.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CARD = "model.json"
 HEAD = "fc"  # the module whose outputs are the classes
 MOST_SAID = 200  # letters of another library's or a file's own words in a message
 MOST_CLASSES = 1_000_000  # a head of 2 GB on 512 features
-SAMPLE = Path(__file__).parent / "data" / "sample" / "resnet10_w16.safetensors"
+SAMPLE = Path(__file__).parent.parent / "data" / "sample" / "resnet10_w16.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,7 @@ def keep_compilations() -> None:
     import jax
 
     from jaxsft.cli import UserError
-    from jaxsft.weights import cache_dir, check_name
+    from jaxsft.models.weights import cache_dir, check_name
 
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return

@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 
 from jaxsft import config as config_module
 from jaxsft.cli import printable
-from jaxsft.log import records as read_records
-from jaxsft.metrics import Evaluation
-from jaxsft.weights import ModelCard
+from jaxsft.interpret.metrics import Evaluation
+from jaxsft.models.weights import ModelCard
+from jaxsft.run.log import records as read_records
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; color: #222 }

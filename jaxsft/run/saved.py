@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jaxsft import checkpoint, weights
 from jaxsft import config as config_module
 from jaxsft.cli import UserError
-from jaxsft.log import records
-from jaxsft.weights import ModelCard
+from jaxsft.models import weights
+from jaxsft.models.weights import ModelCard
+from jaxsft.run import checkpoint
+from jaxsft.run.log import records
 
 CONFIG = "config.json"
 

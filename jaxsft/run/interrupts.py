@@ -18,7 +18,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from jaxsft.cli import Preempted, leave
-from jaxsft.parallel import DataParallel
+from jaxsft.run.parallel import DataParallel
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

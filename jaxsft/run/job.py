@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from jaxsft import cli, optim
+from jaxsft import cli
 from jaxsft.data.augment import Amounts
 from jaxsft.data.base import Source
 from jaxsft.data.fingerprint import fingerprint
@@ -23,14 +23,15 @@ from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, TrainPlan
 from jaxsft.data.sources import open_splits
 from jaxsft.evaluate import evaluate, of_split
-from jaxsft.initial import initial, make_model
-from jaxsft.metrics import Evaluation
+from jaxsft.interpret.metrics import Evaluation
+from jaxsft.learn import optim
+from jaxsft.learn.state import TrainState
+from jaxsft.learn.steps import make_eval_step, make_several, make_train_step
+from jaxsft.models.initial import initial, make_model
 from jaxsft.models.layers import OneValueError
 from jaxsft.models.resnet import variable_shapes
-from jaxsft.parallel import DataParallel, all_devices
-from jaxsft.state import TrainState
-from jaxsft.steps import make_eval_step, make_several, make_train_step
-from jaxsft.weights import ModelCard, Preprocessing
+from jaxsft.models.weights import ModelCard, Preprocessing
+from jaxsft.run.parallel import DataParallel, all_devices
 
 
 @dataclasses.dataclass

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxsft.cli import Stop
-from jaxsft.parallel import IN_FLIGHT
+from jaxsft.run.parallel import IN_FLIGHT
 
 # tensorboardX imports torch where it is installed, and does without where it is not. Training never loads torch: it is
 # hidden for as long as the import takes.

@@ -24,8 +24,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from jaxsft.cli import Stop, UserError, warn
-from jaxsft.log import NotFinite
-from jaxsft.state import TrainState
+from jaxsft.learn.state import TrainState
+from jaxsft.run.log import NotFinite
 
 FOLDER, SET_ASIDE = "checkpoints", "damaged"
 LIBRARIES = ("jaxsft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

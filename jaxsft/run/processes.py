@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 
 from jaxsft.cli import Preempted, Stop, UserError, leave
-from jaxsft.messages import WORD, greetings, is_count, receive, send
+from jaxsft.run.messages import WORD, greetings, is_count, receive, send
 
 OPTIONS = {
     "coordinator": "HOST:PORT on which process 0 listens, for a run of several processes",

@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 
-from jaxsft import runs
 from jaxsft.cli import UserError, local_path, run_module, warn
-from jaxsft.weights import SAMPLE, ModelCard, cache_dir, file_sha256, load
+from jaxsft.models.weights import SAMPLE, ModelCard, cache_dir, file_sha256, load
+from jaxsft.run import saved as runs
 
 
 def obtain(weights: str, arch: str, checkpoint: str = "last") -> tuple[dict[str, Any], ModelCard]:

@@ -15,15 +15,16 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from jaxsft import checkpoint, runs
 from jaxsft import config as config_module
 from jaxsft.cli import UserError
 from jaxsft.data.fingerprint import classes_difference, difference
-from jaxsft.initial import make_model
-from jaxsft.log import records
+from jaxsft.models.initial import make_model
 from jaxsft.models.resnet import ResNet
-from jaxsft.runs import CONFIG, read_json
-from jaxsft.weights import ModelCard, check_name
+from jaxsft.models.weights import ModelCard, check_name
+from jaxsft.run import checkpoint
+from jaxsft.run import saved as runs
+from jaxsft.run.log import records
+from jaxsft.run.saved import CONFIG, read_json
 
 LOCK, DATA = "lock", "data.json"
 

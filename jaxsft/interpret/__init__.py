@@ -1,0 +1,1 @@
+"""What a model does: its metrics and the report on them."""

@@ -1,0 +1,1 @@
+"""A run on machines and disks: its job, devices, processes, signals, checkpoints and log."""
