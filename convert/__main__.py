@@ -99,15 +99,15 @@ def list_registry() -> None:
     files.import_torch()
     import torchvision
 
-    cli.say(f"{'arch':18} {'weights':14} {'top-1 %':>8} {'params':>11} {'MB':>6}  resize, crop")
+    cli.say(f"{'arch':18} {'weights':14} {'top-1 %':>8} {'params':>11} {'MB':>6}  resize, crop, interpolation")
     for arch in ARCHITECTURES:
         if arch not in torchvision.models.list_models():
             continue
         for name, entry in checkpoints.registry(arch).items():
             meta, preset = entry.meta, entry.transforms()
             top1 = meta["_metrics"]["ImageNet-1K"]["acc@1"]
-            sizes = f"{preset.resize_size[0]}, {preset.crop_size[0]}"
-            cli.say(f"{arch:18} {name:14} {top1:8.3f} {meta['num_params']:11,d} {meta['_file_size']:6.0f}  {sizes}")
+            how = f"{preset.resize_size[0]}, {preset.crop_size[0]}, {preset.interpolation.value}"
+            cli.say(f"{arch:18} {name:14} {top1:8.3f} {meta['num_params']:11,d} {meta['_file_size']:6.0f}  {how}")
 
 
 def main() -> int:

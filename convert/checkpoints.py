@@ -14,7 +14,7 @@ import numpy as np
 from convert import files, layouts, tensors
 from jaxsft.cli import OFFLINE, UserError, local_path, nearest
 from jaxsft.models.resnet import ARCHITECTURES
-from jaxsft.models.weights import HEAD, MOST_CLASSES, ModelCard, Preprocessing, file_sha256
+from jaxsft.models.weights import HEAD, INTERPOLATIONS, MOST_CLASSES, ModelCard, Preprocessing, file_sha256
 
 REGISTERED = re.compile(r"(\w+_weights\.)?\w+", re.IGNORECASE)  # torchvision's enumeration and its member
 
@@ -80,7 +80,8 @@ def read_registry(weights: str, arch: str) -> Weights:
     """Download (once, into torch's own cache) one of torchvision's weights and check its sha256.
 
     Raises:
-      UserError: `arch` has no such weights, they can't be fetched, or are not what their name says.
+      UserError: `arch` has no such weights, they want another interpolation than INTERPOLATIONS, can't be fetched, or
+        are not what their name says.
     """
     known = registry(arch)
     torch = files.import_torch()
@@ -90,8 +91,8 @@ def read_registry(weights: str, arch: str) -> Weights:
     if owner not in ("", get_model_weights(arch).__name__.upper()) or name not in known:
         raise UserError(f"{arch} has no weights {weights!r}", nearest(name, list(known)))
     entry = known[name]
+    preprocessing = preprocessing_of(entry.transforms(), f"{arch}'s {name}")
     path = download(entry.url, Path(torch.hub.get_dir()) / "checkpoints")
-    preset = entry.transforms()
     card = ModelCard(
         arch,
         num_classes=len(entry.meta["categories"]),
@@ -99,9 +100,23 @@ def read_registry(weights: str, arch: str) -> Weights:
         source=path.name,
         sha256=file_sha256(path),
         weights_version=entry.name,
-        preprocessing=Preprocessing(preset.resize_size[0], preset.crop_size[0], tuple(preset.mean), tuple(preset.std)),
+        preprocessing=preprocessing,
     )
     return Weights(read_file(path), card)
+
+
+def preprocessing_of(preset: Any, whose: str) -> Preprocessing:
+    """A preset of torchvision's (`transforms._presets.ImageClassification`) as ours; `whose` names it in the error.
+
+    Raises:
+      UserError: it resizes by another interpolation than INTERPOLATIONS.
+    """
+    interpolation = preset.interpolation.value
+    if interpolation not in INTERPOLATIONS:
+        what = f"{whose} weights are for images resized by {interpolation!r} interpolation"
+        raise UserError(what, f"take weights for {' or '.join(INTERPOLATIONS)}")
+    mean, std = tuple(preset.mean), tuple(preset.std)
+    return Preprocessing(preset.resize_size[0], preset.crop_size[0], mean, std, interpolation)
 
 
 def download(url: str, folder: Path) -> Path:

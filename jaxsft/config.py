@@ -74,6 +74,7 @@ def default() -> ConfigDict:
     data.jitter = (0.4, 0.4, 0.4, 0.1)  # of color_jitter: brightness, contrast, saturation, hue
     data.rand_augment = (2, 9)  # of rand_augment: operations, magnitude of 0..30
     data.erasing = 0.5  # of random_erasing: probability
+    data.interpolation = "bilinear"  # of resizing: 'bilinear' | 'bicubic'; with preset 'weights' theirs is taken
     # 'config': resize_size, mean and std below | 'weights': those of the weights' model.json (256 or 232 px for 224)
     data.preset = "config"
     data.mean = (0.485, 0.456, 0.406)  # of red, green and blue in 0..1, subtracted
@@ -193,6 +194,7 @@ CHECKS: tuple[tuple[str, str, Any], ...] = (
     ("data.augment", "a tuple of names", lambda v: all(isinstance(name, str) for name in v)),
     ("data.image_size", "32 to 4096", lambda v: 32 <= v <= 4096),
     ("data.resize_size", "None or image_size to 4096", lambda v: v is None or v <= 4096),
+    ("data.interpolation", "'bilinear' or 'bicubic'", lambda v: v in ("bilinear", "bicubic")),
     ("data.batch_size", "1 or more", lambda v: v >= 1),
     ("data.preset", "'config' or 'weights'", lambda v: v in ("config", "weights")),
     ("data.mean", "three numbers", is_rgb),

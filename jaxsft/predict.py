@@ -64,9 +64,10 @@ def read_image(path: Path, to: Preprocessing, upright: bool = True) -> np.ndarra
     """
     image = decode.read_rgb(path, upright)
     if min(image.size) > to.resize_size:
-        return decode.middle(image, to.resize_size, to.crop_size)
-    channels = [decode.middle(channel.convert("F"), to.resize_size, to.crop_size) for channel in image.split()]
-    return np.stack(channels, -1)
+        return decode.middle(image, to.resize_size, to.crop_size, to.interpolation)
+    floats = [channel.convert("F") for channel in image.split()]
+    channels = [decode.middle(channel, to.resize_size, to.crop_size, to.interpolation) for channel in floats]
+    return np.clip(np.stack(channels, -1), 0, 255)  # bicubic interpolation overshoots
 
 
 def batches(paths: Sequence[Path], to: Preprocessing, upright: bool) -> Iterator[tuple[list[Path], np.ndarray]]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxsft.data import color, crop, policy
 from jaxsft.models.weights import Preprocessing
 
+METHODS = MappingProxyType({"bilinear": "bilinear", "bicubic": "cubic"})  # interpolation -> jax.image.resize's word
 PAD = 4  # px at source size, as usual for 32 px images
 RANDOM_CROP, ERASING = "random_resized_crop", "random_erasing"
 
@@ -123,7 +124,7 @@ def train_images(
         for name, own_key in zip(names, keys(example), strict=False):
             if name == RANDOM_CROP:
                 image = crop.random_resized_crop(
-                    own_key, image, size, to.crop_size, amounts.crop_scale, amounts.crop_ratio
+                    own_key, image, size, to.crop_size, to.interpolation, amounts.crop_scale, amounts.crop_ratio
                 )
             elif name != ERASING:
                 image = IN_PLACE[name](own_key, image, amounts)
@@ -142,15 +143,16 @@ def train_images(
 def preprocess(images: jax.Array, to: Preprocessing) -> jax.Array:
     """Images [N, H, W, 3] in 0..255 as the model's input float32 [N, crop_size, crop_size, 3].
 
-    torchvision's `Resize(resize_size)`, `CenterCrop(crop_size)`, `ToTensor()`, `Normalize(mean, std)` on float images:
-    bilinear with antialiasing, no rounding to whole grey levels in between.
+    torchvision's `Resize(resize_size, interpolation)`, `CenterCrop(crop_size)`, `ToTensor()`, `Normalize(mean, std)` on
+    float images: with antialiasing, clipped to 0..255, no rounding to whole grey levels in between.
     """
     x = images.astype(jnp.float32)
     count, height, width, channels = x.shape
     short = min(height, width)
     size = (to.resize_size * height // short, to.resize_size * width // short)
     if size != (height, width):
-        x = jax.image.resize(x, (count, *size, channels), "bilinear", antialias=True)
+        x = jax.image.resize(x, (count, *size, channels), METHODS[to.interpolation], antialias=True)
+        x = jnp.clip(x, 0, 255)  # bicubic interpolation overshoots, and PIL clips it too
     # Half rounds to even, as in torchvision's center_crop.
     top, left = (round((side - to.crop_size) / 2) for side in size)
     return normalise(x[:, top : top + to.crop_size, left : left + to.crop_size], to)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
 import jax
 import jax.numpy as jnp
 
 TRIES = 10  # torchvision's, before it falls back
 Box = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # top, left, height, width
+Kernel = Callable[[jax.Array], jax.Array]  # distance, 0 or more, in steps of the kernel -> weight
 
 
 def sample_crop(
@@ -43,30 +47,51 @@ def boxes(
     return h, w, (h > 0) & (w > 0), jax.random.uniform(keys[2], (2, TRIES))
 
 
-def resize_matrix(start: jax.Array, length: jax.Array, size: int, out: int) -> jax.Array:
+def triangle(x: jax.Array) -> jax.Array:
+    """The kernel of bilinear interpolation, which reaches 1."""
+    return jnp.maximum(1 - x, 0)
+
+
+def keys_cubic(x: jax.Array) -> jax.Array:
+    """Keys' kernel of bicubic interpolation with a = -0.5, which reaches 2: torch's with antialiasing, and PIL's.
+
+    In factors: near 1 and 2 the terms of the polynomial cancel, and of a weight that stands alone only rounding errors
+    would be left to divide by.
+    """
+    near = (1 - x) * (1 + x - 1.5 * x**2)
+    far = -0.5 * (x - 1) * (x - 2) ** 2
+    return jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
+
+
+KERNELS: Mapping[str, Kernel] = MappingProxyType({"bilinear": triangle, "bicubic": keys_cubic})  # by interpolation
+
+
+def resize_matrix(start: jax.Array, length: jax.Array, size: int, out: int, kernel: Kernel) -> jax.Array:
     """Weights [out, size] that resize the pixels `start` .. `start` + `length` of `size` to `out`.
 
-    Bilinear and antialiased as torch's `interpolate(antialias=True)` and PIL: a triangle as wide as the step between
-    outputs, at least one pixel, over the pixels of the box alone. Those are the pixels whose centre lies in it; a box
-    that is so narrow that it holds none, as on a canvas, takes for each output the pixel in which that lies.
+    Antialiased as torch's `interpolate(antialias=True)` and PIL: a kernel as wide as the step between outputs, at least
+    one pixel, over the pixels of the box alone. Those are the pixels whose centre lies in it; a box that is so narrow
+    that it holds none, as on a canvas, takes for each output the pixel in which that lies.
     """
     step = length / out
     centre = start + (jnp.arange(out) + 0.5) * step
     pixel = jnp.arange(size) + 0.5
-    weight = jnp.maximum(1 - jnp.abs(pixel - centre[:, None]) / jnp.maximum(step, 1), 0)
+    weight = kernel(jnp.abs(pixel - centre[:, None]) / jnp.maximum(step, 1))
     weight = jnp.where((pixel > start) & (pixel < start + length), weight, 0)
     nearest = jnp.arange(size) == jnp.clip(jnp.floor(centre), 0, size - 1)[:, None]
     weight = jnp.where(weight.sum(1, keepdims=True) > 0, weight, nearest)
     return weight / weight.sum(1, keepdims=True)
 
 
-def crop_resize(image: jax.Array, box: Box, out: int) -> jax.Array:
-    """The box of an image float32 [H, W, 3] as [out, out, 3]."""
+def crop_resize(image: jax.Array, box: Box, out: int, interpolation: str) -> jax.Array:
+    """The box of an image float32 [H, W, 3] in 0..255 as [out, out, 3], clipped to 0..255; one of KERNELS."""
     top, left, height, width = box
-    rows = resize_matrix(top, height, image.shape[0], out)
-    columns = resize_matrix(left, width, image.shape[1], out)
+    kernel = KERNELS[interpolation]
+    rows = resize_matrix(top, height, image.shape[0], out, kernel)
+    columns = resize_matrix(left, width, image.shape[1], out, kernel)
     x = jnp.einsum("oh,hwc->owc", rows, image, precision="highest")
-    return jnp.einsum("pw,owc->opc", columns, x, precision="highest")
+    x = jnp.einsum("pw,owc->opc", columns, x, precision="highest")
+    return jnp.clip(x, 0, 255)  # bicubic interpolation overshoots
 
 
 def random_resized_crop(
@@ -74,29 +99,31 @@ def random_resized_crop(
     image: jax.Array,
     size: jax.Array | None,
     out: int,
+    interpolation: str,
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> jax.Array:
-    """`RandomResizedCrop(out, scale, ratio)` of one image: [out, out, 3].
+    """`RandomResizedCrop(out, scale, ratio, interpolation)` of one image: [out, out, 3].
 
     Args:
       key: of this example and step.
-      image: float32 [H, W, 3].
+      image: float32 [H, W, 3] in 0..255.
       size: None, or int32 [4] where the picture lies on a canvas: (height, width) of the original, in which the box is
         sampled, and (rows, columns) that it takes; upright pictures lie with rows and columns swapped.
       out: px.
+      interpolation: one of KERNELS.
       scale, ratio: as torchvision's.
     """
     if size is None:
         height, width = (jnp.float32(side) for side in image.shape[:2])
-        return crop_resize(image, sample_crop(key, height, width, scale, ratio), out)
+        return crop_resize(image, sample_crop(key, height, width, scale, ratio), out, interpolation)
     height, width, rows, columns = size.astype(jnp.float32)
     top, left, h, w = sample_crop(key, height, width, scale, ratio)
     turned = height > width
     across, down = jnp.where(turned, width, height), jnp.where(turned, height, width)  # of the original, on the canvas
     first = jnp.where(turned, jnp.stack([left, w]), jnp.stack([top, h])) * rows / across
     second = jnp.where(turned, jnp.stack([top, h]), jnp.stack([left, w])) * columns / down
-    x = crop_resize(image, (first[0], second[0], first[1], second[1]), out)
+    x = crop_resize(image, (first[0], second[0], first[1], second[1]), out, interpolation)
     return jnp.where(turned, x.swapaxes(0, 1), x)
 
 

@@ -19,6 +19,8 @@ import PIL.ImageOps
 # What a file is tried as, whatever its ending: PIL knows sixty more, some of which start programs (EPS: Ghostscript).
 # An MPO, a JPEG of several pictures, is opened as a JPEG; PIL has no other way to it.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "PPM", "TIFF", "GIF")
+# How far the kernel of an interpolation reaches to each side: steps from output to output, or px where a step is less.
+REACH = {"bilinear": 1, "bicubic": 2}
 LONG = 4  # times the model's input: of longer pictures only the middle is resized
 
 # PIL warns of damaged EXIF, and between one and two times its limit on pixels; above that it refuses: that is enough.
@@ -90,14 +92,26 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def middle(image: PIL.Image.Image, resize: int, crop: int) -> np.ndarray:
-    """torchvision's `Resize(resize)` and `CenterCrop(crop)` of a PIL image: bilinear, antialiased.
+def resampling(interpolation: str) -> PIL.Image.Resampling:
+    """PIL's word for an interpolation of REACH."""
+    return PIL.Image.Resampling[interpolation.upper()]
+
+
+def middle(image: PIL.Image.Image, resize: int, crop: int, interpolation: str) -> np.ndarray:
+    """torchvision's `Resize(resize, interpolation)` and `CenterCrop(crop)` of a PIL image, antialiased.
 
     To the last bit, but for pictures so long and thin that resizing them whole would take gigabytes: of these the
     strip that the middle is made of is resized alone, which may change a level by one.
 
+    Args:
+      image: of any mode that PIL resizes.
+      resize: px, the short side.
+      crop: px, the side of the square.
+      interpolation: one of REACH.
+
     Returns:
-      [crop, crop] and, where it has several, the channels; float32 for an image of mode F, else uint8.
+      [crop, crop] and, where it has several, the channels; float32 for an image of mode F, which bicubic interpolation
+      may carry beyond the levels that it came with, else uint8.
     """
     width, height = image.size
     long, short = max(width, height), min(width, height)
@@ -106,12 +120,10 @@ def middle(image: PIL.Image.Image, resize: int, crop: int) -> np.ndarray:
     box: tuple[float, float, float, float] | None = None
     if long_resized > LONG * max(resize, crop):
         step = long / long_resized
+        reach = REACH[interpolation] * max(step, 1)
         start = round((long_resized - crop) / 2)
         first, last = start * step, (start + crop) * step
-        from_, to = (
-            max(int(first - step) - 2, 0),
-            min(int(last + step) + 3, long),
-        )  # the triangle reaches a step, or 1 px
+        from_, to = max(int(first - reach) - 1, 0), min(int(last + reach) + 2, long)
         if width <= height:
             image, sides = image.crop((0, from_, width, to)), (resize, crop)
             box = (0, first - from_, width, last - from_)
@@ -119,12 +131,12 @@ def middle(image: PIL.Image.Image, resize: int, crop: int) -> np.ndarray:
             image, sides = image.crop((from_, 0, to, height)), (crop, resize)
             box = (first - from_, 0, last - from_, height)
     if image.size != sides or box is not None:
-        image = image.resize(sides, PIL.Image.Resampling.BILINEAR, box)
+        image = image.resize(sides, resampling(interpolation), box)
     left, top = (round((side - crop) / 2) for side in image.size)
     return np.asarray(image.crop((left, top, left + crop, top + crop)))
 
 
-def onto_canvas(image: PIL.Image.Image, out: np.ndarray) -> np.ndarray:
+def onto_canvas(image: PIL.Image.Image, out: np.ndarray, interpolation: str) -> np.ndarray:
     """Lay the whole picture at the upper left of `out`, a canvas of one shape for all, and blacken the rest.
 
     Its short side is resized to the canvas's unless it is shorter. Upright pictures lie on their side (rows and columns
@@ -133,6 +145,7 @@ def onto_canvas(image: PIL.Image.Image, out: np.ndarray) -> np.ndarray:
     Args:
       image: RGB.
       out: uint8 [short, long, 3], written to.
+      interpolation: one of REACH.
 
     Returns:
       int32 [4]: (height, width) of the original, (rows, columns) that the picture takes on the canvas.
@@ -142,7 +155,7 @@ def onto_canvas(image: PIL.Image.Image, out: np.ndarray) -> np.ndarray:
     columns = min(max(rows * max(width, height) // min(width, height), rows), out.shape[1])
     size = (rows, columns) if height > width else (columns, rows)
     if image.size != size:
-        image = image.resize(size, PIL.Image.Resampling.BILINEAR)
+        image = image.resize(size, resampling(interpolation))
     pixels = np.asarray(image)
     out[:rows, :columns] = pixels.swapaxes(0, 1) if height > width else pixels
     out[rows:] = 0

@@ -219,12 +219,12 @@ def layout_of(source: Source, preprocessing: Preprocessing, names: Sequence[str]
     Images of one size up to the recipe's go to the device as they are: nothing smaller holds as much. Not so long and
     thin ones, which the device would resize whole before it cuts their middle out.
     """
-    resize, crop = preprocessing.resize_size, preprocessing.crop_size
+    resize, crop, how = preprocessing.resize_size, preprocessing.crop_size, preprocessing.interpolation
     if source.size is not None and min(source.size) <= resize and max(source.size) <= LONG * min(source.size):
-        return Layout("whole", source.size, resize), preprocessing
+        return Layout("whole", source.size, resize, how), preprocessing
     if RANDOM_CROP in names:
-        return Layout("canvas", (resize, round(LONGEST * resize)), resize), preprocessing
-    return Layout("middle", (crop, crop), resize), dataclasses.replace(preprocessing, resize_size=crop)
+        return Layout("canvas", (resize, round(LONGEST * resize)), resize, how), preprocessing
+    return Layout("middle", (crop, crop), resize, how), dataclasses.replace(preprocessing, resize_size=crop)
 
 
 def make_loader(

@@ -68,6 +68,7 @@ class Layout:
     kind: str
     shape: tuple[int, int]  # of an image in the batch, (height, width) px
     resize: int  # px, the short side
+    interpolation: str = "bilinear"  # one of decode.REACH; 'whole' resizes nothing
 
     def put(self, image: Image, out: np.ndarray) -> np.ndarray | None:
         """Write an image to `out`, uint8 [*shape, 3]; its size on a canvas (see `decode.onto_canvas`), else None.
@@ -85,9 +86,9 @@ class Layout:
         if isinstance(image, np.ndarray):
             image = PIL.Image.fromarray(image)
         if self.kind == "middle":
-            out[:] = decode.middle(image, self.resize, self.shape[0])
+            out[:] = decode.middle(image, self.resize, self.shape[0], self.interpolation)
             return None
-        return decode.onto_canvas(image, out)
+        return decode.onto_canvas(image, out, self.interpolation)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,11 +59,12 @@ def facts(card: ModelCard, records: list[dict[str, Any]]) -> list[tuple[str, str
     speeds = [r["images_per_sec"] for r in records if "images_per_sec" in r]
     seconds = records[-1]["time"] - records[0]["time"]
     p = card.preprocessing
+    size = f"short side {p.resize_size} px ({p.interpolation})"
     return [
         ("model", f"{card.arch}, {card.num_classes} classes"),
         ("weights", f"{card.source} {card.weights_version}".strip() or "from scratch"),
         ("sha256 of the weights", card.sha256 or "-"),
-        ("input", f"short side {p.resize_size} px, middle {p.crop_size} px, mean {p.mean}, deviation {p.std}"),
+        ("input", f"{size}, middle {p.crop_size} px, mean {p.mean}, deviation {p.std}"),
         ("steps", str(records[-1]["step"])),
         ("speed", f"{np.median(speeds):.0f} images/s (median)" if speeds else "-"),
         ("from the first line of the log to the last", f"{seconds:.0f} s"),

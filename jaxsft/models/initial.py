@@ -39,13 +39,15 @@ def make_model(config: ConfigDict, num_classes: int, axis_name: str | None = Non
 def preprocessing(config: ConfigDict, of_weights: Preprocessing = TORCHVISION) -> Preprocessing:
     """What turns this run's images into the model's input.
 
-    With data.preset 'weights' what the weights were trained for, in proportion where the image size is another.
+    With data.preset 'weights' what the weights were trained for, in proportion where the image size is another, resized
+    by their interpolation.
     """
     data, preset = config.data, of_weights
     if data.preset == "weights":
         resize_size = round(data.image_size * preset.resize_size / preset.crop_size)
         return dataclasses.replace(preset, resize_size=resize_size, crop_size=data.image_size)
-    return Preprocessing(data.resize_size or data.image_size, data.image_size, tuple(data.mean), tuple(data.std))
+    resize_size = data.resize_size or data.image_size
+    return Preprocessing(resize_size, data.image_size, tuple(data.mean), tuple(data.std), data.interpolation)
 
 
 def initial(

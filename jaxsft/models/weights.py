@@ -29,6 +29,7 @@ CARD = "model.json"
 HEAD = "fc"  # the module whose outputs are the classes
 MOST_SAID = 200  # letters of another library's or a file's own words in a message
 MOST_CLASSES = 1_000_000  # a head of 2 GB on 512 features
+INTERPOLATIONS = ("bilinear", "bicubic")  # of resizing
 SAMPLE = Path(__file__).parent.parent / "data" / "sample" / "resnet10_w16.safetensors"
 
 
@@ -36,8 +37,8 @@ SAMPLE = Path(__file__).parent.parent / "data" / "sample" / "resnet10_w16.safete
 class Preprocessing:
     """What turns a decoded RGB image into the model's input, in evaluation.
 
-    The short side is resized to `resize_size` px (bilinear, antialiased), the middle `crop_size` x `crop_size` px are
-    cut out, and (x / 255 - mean) / std is taken per channel.
+    The short side is resized to `resize_size` px (antialiased, by `interpolation`, one of INTERPOLATIONS), the middle
+    `crop_size` x `crop_size` px are cut out, and (x / 255 - mean) / std is taken per channel.
     """
 
     resize_size: int = 256
@@ -119,8 +120,8 @@ class ModelCard:
             raise ValueError("mean and std are three numbers each")
         if min(p.std) <= 0:
             raise ValueError(f"std is {p.std}, it must be above 0")
-        if p.interpolation != "bilinear":
-            raise ValueError(f"interpolation {p.interpolation!r}, only bilinear is known")
+        if p.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation {p.interpolation!r}, known are {', '.join(INTERPOLATIONS)}")
 
 
 def shapes(card: ModelCard) -> dict[str, Any]:
