@@ -8,10 +8,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from torchvision import transforms
-from torchvision.transforms import autoaugment, v2
+from torchvision.transforms import InterpolationMode, autoaugment, v2
 from torchvision.transforms import functional as F  # noqa: N812  (as torchvision's users write it)
 
 from jaxsft.data import augment, color, crop, mix, policy
@@ -136,52 +137,110 @@ def test_where_no_box_fits_the_middle_is_cut_out(height: int, width: int):
     assert tuple(map(int, box)) == transforms.RandomResizedCrop.get_params(image, [5.0, 6.0], [3 / 4, 4 / 3])
 
 
-crop_resize = jax.jit(crop.crop_resize, static_argnums=2)
+def noise(height: int, width: int) -> np.ndarray:
+    """uint8 [height, width, 3]: full contrast from pixel to pixel, as no lens gives it."""
+    return np.random.default_rng(height * 1000 + width).integers(256, size=(height, width, 3), dtype=np.uint8)
 
 
+MODES = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
+crop_resize = jax.jit(crop.crop_resize, static_argnums=(2, 3))
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("out", [16, 64])
 @pytest.mark.parametrize("box", [(0, 0, 37, 53), (3, 5, 30, 40), (20, 30, 5, 4), (0, 0, 1, 1)])
-def test_crops_are_resized_as_torchvision(box: tuple[int, int, int, int], out: int):
-    image = picture()
-    want = from_torch(F.resized_crop(to_torch(image).float(), *box, [out, out], antialias=True))
-    got = crop_resize(jnp.float32(image), tuple(map(jnp.float32, box)), out)
-    np.testing.assert_allclose(got, want, atol=1e-3)  # float32 sums of up to some hundred products of 0..255
+def test_crops_are_resized_as_torchvision(box: tuple[int, int, int, int], out: int, mode: InterpolationMode):
+    # Float32 sums of up to some hundred products of 0..255, and places in float32, to 4e-6 px of these sizes, times the
+    # contrast from pixel to pixel; bicubic kernels are half as steep again as bilinear ones.
+    steep = 1.5 if mode == InterpolationMode.BICUBIC else 1.0
+    for image, bound in ((picture(), 1e-3), (noise(37, 53), 2e-3)):
+        tensor = to_torch(image).float()
+        want = from_torch(F.resized_crop(tensor, *box, [out, out], interpolation=mode, antialias=True).clip(0, 255))
+        got = crop_resize(jnp.float32(image), tuple(map(jnp.float32, box)), out, mode.value)
+        np.testing.assert_allclose(got, want, rtol=0, atol=steep * bound)
 
 
-random_resized_crop = jax.jit(crop.random_resized_crop, static_argnums=3)
+# As in test_parity_data: half a level for each of PIL's roundings, the second of which bicubic interpolation may carry
+# on by a quarter; and what PIL clips between its passes is lost to the second one.
+OF_PIL = (
+    (InterpolationMode.BILINEAR, 1.0, 1.0),
+    (InterpolationMode.BICUBIC, 1.125, 26.0),
+)  # fmt: skip
 
 
+@pytest.mark.parametrize(("mode", "of_pictures", "of_noise"), OF_PIL)
+@pytest.mark.parametrize("box", [(0, 0, 375, 500), (31, 7, 200, 260), (50, 60, 61, 44)])
+def test_crops_are_near_pils(
+    box: tuple[int, int, int, int], mode: InterpolationMode, of_pictures: float, of_noise: float
+):
+    mild = picture(375, 500) // 2 + 64  # nothing to clip
+    for image, bound in ((mild, of_pictures), (noise(375, 500), of_noise)):
+        want = F.resized_crop(PIL.Image.fromarray(image), *box, [224, 224], interpolation=mode)
+        got = crop_resize(jnp.float32(image), tuple(map(jnp.float32, box)), 224, mode.value)
+        # 2.5e-3 and 1.1e-2 are what float32 makes of places in pictures of 500 px.
+        np.testing.assert_allclose(got, np.asarray(want), rtol=0, atol=bound + 1.1e-2)
+
+
+def test_random_crops_are_resized_by_the_models_interpolation():
+    """The box of the first key of an example, resized by either kernel, through all that training does."""
+    images, key = np.stack([noise(48, 64)] * 3), jax.random.key(3)
+    for interpolation in crop.KERNELS:
+        to = Preprocessing(40, 32, (0.0, 0.0, 0.0), (1 / 255,) * 3, interpolation)
+        found = train_images(images, ("random_resized_crop",), to, key, np.arange(3))
+        for number in range(3):
+            (own_key,) = jax.random.split(jax.random.fold_in(key, number), 1)
+            box = crop.sample_crop(own_key, jnp.float32(48), jnp.float32(64), (0.08, 1.0), (3 / 4, 4 / 3))
+            top, left, height, width = map(int, box)
+            tensor, mode = to_torch(images[number]).float(), InterpolationMode(interpolation)
+            cut = F.resized_crop(tensor, top, left, height, width, [32, 32], interpolation=mode, antialias=True)
+            np.testing.assert_allclose(found[number], from_torch(cut.clip(0, 255)), rtol=0, atol=5e-3)
+
+
+random_resized_crop = jax.jit(crop.random_resized_crop, static_argnums=(3, 4))
+
+
+@pytest.mark.parametrize("interpolation", crop.KERNELS)
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 48), (48, 72)])
-def test_a_crop_of_a_canvas_is_the_crop_of_the_picture(height: int, width: int):
+def test_a_crop_of_a_canvas_is_the_crop_of_the_picture(height: int, width: int, interpolation: str):
     """A picture that is no larger than the canvas loses nothing on it, lying or upright."""
-    import PIL.Image
-
     from jaxsft.data.decode import onto_canvas
 
     image = picture(height, width)
     laid = np.empty((64, 96, 3), np.uint8)
-    size = onto_canvas(PIL.Image.fromarray(image), laid)
+    size = onto_canvas(PIL.Image.fromarray(image), laid, interpolation)
     for key in jax.random.split(jax.random.key(1), 5):
-        want = random_resized_crop(key, jnp.float32(image), None, 32)
-        got = random_resized_crop(key, jnp.float32(laid), jnp.asarray(size), 32)
+        want = random_resized_crop(key, jnp.float32(image), None, 32, interpolation)
+        got = random_resized_crop(key, jnp.float32(laid), jnp.asarray(size), 32, interpolation)
         np.testing.assert_allclose(got, want, atol=1e-3)
 
 
-def test_weights_of_any_box_are_finite():
-    """Boxes narrower than a pixel, wherever they lie; those of whole pixels are as they were without that care."""
-    matrix = jax.jit(jax.vmap(crop.resize_matrix, in_axes=(0, 0, None, None)), static_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def matrices(start: jax.Array, length: jax.Array, size: int, out: int, interpolation: str) -> jax.Array:
+    kernel = crop.KERNELS[interpolation]
+    return jax.vmap(lambda s, n: crop.resize_matrix(s, n, size, out, kernel))(start, length)
+
+
+@pytest.mark.parametrize("interpolation", crop.KERNELS)
+def test_weights_of_any_box_are_finite(interpolation: str):
+    """Boxes narrower than a pixel, wherever they lie."""
     random = np.random.default_rng(0)
     for size, out in ((96, 32), (1, 8)):
-        length = np.float32(np.concatenate([np.full(150, 1e-3), 10 ** random.uniform(-7, 0, 150), [0, 0.999999, 1]]))
+        length = np.concatenate([np.full(150, 1e-3), 10 ** random.uniform(-7, 0, 150), [0, 0.999999, 1]])
+        length = np.float32(np.concatenate([length, random.uniform(1, max(size / 8, 1), 1000)]))
         start = np.float32(random.uniform(0, size - length))
         start[::4] = np.floor(start[::4])  # an edge on a pixel's
         start[1::4] = np.minimum(np.floor(start[1::4]) + 0.5, size - length[1::4])  # and on its centre
-        weights = np.asarray(matrix(start, length, size, out))
+        weights = np.asarray(matrices(start, length, size, out, interpolation))
         np.testing.assert_allclose(weights.sum(2), 1, atol=1e-6)  # a sum of up to 96 float32
-        assert (weights >= 0).all()
+        # Bilinear ones are shares; bicubic ones overshoot by an eighth, at the edge of a box by a little more.
+        assert np.abs(weights).sum(2).max() <= (1 + 1e-6 if interpolation == "bilinear" else 1.5)
         pixels = np.arange(size)
         far = (pixels < start[:, None] - 1) | (pixels > (start + length)[:, None])
-        assert (weights.max(1)[far] == 0).all()
+        assert (np.abs(weights).max(1)[far] == 0).all()
+
+
+def test_weights_of_whole_pixels_are_plain_triangles():
+    """As they are without the care for boxes that hold no pixel's centre."""
 
     def plain(start: jax.Array, length: jax.Array, size: int, out: int) -> jax.Array:
         centre = start + (jnp.arange(out) + 0.5) * (length / out)
@@ -190,23 +249,24 @@ def test_weights_of_any_box_are_finite():
         weight = jnp.where((pixel > start) & (pixel < start + length), weight, 0)
         return weight / weight.sum(1, keepdims=True)
 
+    random = np.random.default_rng(0)
     start = random.integers(0, 60, 50).astype(np.float32)
     length = np.floor(random.uniform(1, 64 - start + 1)).astype(np.float32)
     before = jax.jit(jax.vmap(plain, in_axes=(0, 0, None, None)), static_argnums=(2, 3))(start, length, 64, 48)
     # Two programs: where LLVM makes one operation of a product and a sum, 1 - |x| is rounded otherwise.
-    np.testing.assert_allclose(matrix(start, length, 64, 48), before, rtol=0, atol=float(np.finfo(np.float32).eps))
+    found = matrices(start, length, 64, 48, "bilinear")
+    np.testing.assert_allclose(found, before, rtol=0, atol=float(np.finfo(np.float32).eps))
 
 
-def test_thin_pictures_on_a_canvas_are_finite():
+@pytest.mark.parametrize("interpolation", crop.KERNELS)
+def test_thin_pictures_on_a_canvas_are_finite(interpolation: str):
     """Training's whole path, with pictures so thin that a crop is narrower than the canvas's pixels."""
-    import PIL.Image
-
     from jaxsft.data.decode import onto_canvas
 
     laid = np.empty((3, 64, 96, 3), np.uint8)
     thin = [PIL.Image.new("RGB", size, (200, 200, 200)) for size in ((2, 5000), (5000, 2), (60_000, 1))]
-    sizes = np.stack([onto_canvas(image, out) for image, out in zip(thin, laid, strict=True)])
-    to, names = Preprocessing(64, 56, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), ("random_resized_crop", "flip")
+    sizes = np.stack([onto_canvas(image, out, interpolation) for image, out in zip(thin, laid, strict=True)])
+    to, names = Preprocessing(64, 56, (0.0,) * 3, (1.0,) * 3, interpolation), ("random_resized_crop", "flip")
     train = jax.jit(lambda key, images, sizes: train_images(images, names, to, key, np.arange(3), sizes=sizes))
     for step in range(5):
         x = np.asarray(train(jax.random.key(step), laid, sizes))

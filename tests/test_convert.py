@@ -109,6 +109,8 @@ DAMAGE = {
     "a field too many": lambda card: json.dumps({**card, "command": "rm"}),
     "a field too few": lambda card: json.dumps({k: v for k, v in card.items() if k != "arch"}),
     "a huge crop": lambda card: json.dumps({**card, "preprocessing": {**card["preprocessing"], "crop_size": 10**9}}),
+    "an unknown interpolation": lambda card: json.dumps({**card, "preprocessing": {"interpolation": "lanczos"}}),
+    "interpolations": lambda card: json.dumps({**card, "preprocessing": {"interpolation": ["bilinear", "bicubic"]}}),
     "a mean of words": lambda card: json.dumps({**card, "preprocessing": {**card["preprocessing"], "mean": "abc"}}),
 }
 

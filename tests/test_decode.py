@@ -13,6 +13,7 @@ import PIL.ImageOps
 import PIL.PngImagePlugin
 import pytest
 from torchvision import datasets, transforms
+from torchvision.transforms import InterpolationMode
 
 from jaxsft.data import decode
 from jaxsft.data.base import Options
@@ -137,17 +138,38 @@ def test_formats_that_are_read(kind: str, tmp_path: Path):
     np.testing.assert_array_equal(np.asarray(decode.read_rgb(tmp_path / "a.dat")), np.asarray(want))
 
 
+def in_two_passes(image: PIL.Image.Image, resize: int, mode: InterpolationMode, columns_first: bool) -> PIL.Image.Image:
+    """`Resize(resize, mode)`, PIL's two passes in the order that is asked for instead of the one that it chooses."""
+    (width, height), short = image.size, min(image.size)
+    size = (resize * width // short, resize * height // short)
+    half_way = (width, size[1]) if columns_first else (size[0], height)
+    return image.resize(half_way, decode.resampling(mode.value)).resize(size, decode.resampling(mode.value))
+
+
+# A level: resized alone the strip lies elsewhere by rounding. Bicubic weights add up to 1.25 without their signs, which
+# makes a second one of it.
+LONG_PICTURES = ((InterpolationMode.BILINEAR, 1), (InterpolationMode.BICUBIC, 2))
+
+
+@pytest.mark.parametrize(("mode", "bound"), LONG_PICTURES)
 @pytest.mark.parametrize(("resize", "crop"), [(32, 28), (64, 64), (65, 60)])
-def test_the_middle_of_long_pictures_is_torchvisions(resize: int, crop: int):
-    """Within one level: resized alone it lies elsewhere by rounding."""
+def test_the_middle_of_long_pictures_is_torchvisions(resize: int, crop: int, mode: InterpolationMode, bound: int):
+    """Within the bound of it; bicubic in one of the two orders of PIL's passes, of which it may choose the other."""
     random = np.random.default_rng(resize)
-    transform = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(crop)])
+    transform = transforms.Compose([transforms.Resize(resize, mode), transforms.CenterCrop(crop)])
     for _ in range(40):
         short = int(random.integers(1, 50))
         size = (short, int(short * random.uniform(1, 40)) + 1)
         image = picture(*(size if random.random() < 0.5 else size[::-1]), seed=short)
-        want = np.asarray(transform(image)).astype(int)
-        assert np.abs(decode.middle(image, resize, crop) - want).max() <= (1 if max(size) > decode.LONG * short else 0)
+        found = decode.middle(image, resize, crop, mode.value).astype(int)
+        off = np.abs(found - np.asarray(transform(image))).max()
+        if max(size) <= decode.LONG * short:
+            assert off == 0
+            continue
+        if mode == InterpolationMode.BICUBIC:
+            wholes = [transforms.CenterCrop(crop)(in_two_passes(image, resize, mode, order)) for order in (False, True)]
+            off = min(np.abs(found - np.asarray(whole)).max() for whole in wholes)
+        assert off <= bound
 
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (3, 900_000)])
@@ -163,12 +185,28 @@ def test_thin_pictures_take_little_memory(size: tuple[int, int], monkeypatch: py
     monkeypatch.setattr(PIL.Image.Image, "resize", spy)
     image = picture(*size)
     tracemalloc.start()
-    for turned in (image, image.convert("F")):
-        assert decode.middle(turned, 256, 224).shape[:2] == (224, 224)
-    decode.onto_canvas(image, np.empty((256, 384, 3), np.uint8))
+    for interpolation in decode.REACH:
+        for turned in (image, image.convert("F")):
+            assert decode.middle(turned, 256, 224, interpolation).shape[:2] == (224, 224)
+        decode.onto_canvas(image, np.empty((256, 384, 3), np.uint8), interpolation)
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
     assert max(made) <= 256 * 384
+
+
+@pytest.mark.parametrize("interpolation", decode.REACH)
+@pytest.mark.parametrize("size", [(90, 100), (100, 90), (400, 90), (30, 50)])
+def test_a_canvas_holds_the_picture_as_pil_resizes_it(size: tuple[int, int], interpolation: str):
+    """Smaller pictures as they are, upright ones on their side, and no kernel but the one that is asked for."""
+    image, laid = picture(*size), np.empty((64, 96, 3), np.uint8)
+    height, width, rows, columns = decode.onto_canvas(image, laid, interpolation)
+    upright = height > width
+    if min(size) > 64:
+        image = image.resize((rows, columns) if upright else (columns, rows), decode.resampling(interpolation))
+    want = np.asarray(image)
+    np.testing.assert_array_equal(laid[:rows, :columns], want.swapaxes(0, 1) if upright else want)
+    assert not laid[rows:].any()
+    assert not laid[:, columns:].any()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from torchvision import datasets, transforms
+from torchvision.transforms import InterpolationMode
 
 from jaxsft.cli import UserError
 from jaxsft.data import decode, folder, index
@@ -86,12 +87,13 @@ def test_of_16_bits_the_upper_8_count(tmp_path: Path):
     np.testing.assert_array_equal(got, np.repeat((wide >> 8).astype(np.uint8)[..., None], 3, 2))
 
 
+@pytest.mark.parametrize("mode", [InterpolationMode.BILINEAR, InterpolationMode.BICUBIC])
 @pytest.mark.parametrize("size", [(20, 30), (300, 401), (401, 300), (256, 256), (255, 511), (640, 333)])
-def test_resizing_is_torchvisions_to_the_last_bit(size: tuple[int, int]):
+def test_resizing_is_torchvisions_to_the_last_bit(size: tuple[int, int], mode: InterpolationMode):
     image = PIL.Image.fromarray(picture(*size))
     for resize, crop in ((256, 224), (232, 224), (64, 64), (65, 32)):
-        want = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(crop)])(image)
-        np.testing.assert_array_equal(decode.middle(image, resize, crop), np.asarray(want))
+        want = transforms.Compose([transforms.Resize(resize, mode), transforms.CenterCrop(crop)])(image)
+        np.testing.assert_array_equal(decode.middle(image, resize, crop, mode.value), np.asarray(want))
 
 
 def test_one_tree_is_divided_by_class(tmp_path: Path):

@@ -10,12 +10,13 @@ import numpy as np
 import PIL.Image
 import pytest
 from torchvision import transforms
+from torchvision.transforms import InterpolationMode
 
 from jaxsft.data.base import Arrays, Options, Source
 from jaxsft.data.loader import Stream, layout_of, make_loader
 from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, TrainPlan, in_memory
-from jaxsft.models.weights import Preprocessing
+from jaxsft.models.weights import INTERPOLATIONS, Preprocessing
 from jaxsft.run.parallel import DataParallel
 from tests.pictures import Pictures
 
@@ -54,10 +55,12 @@ def test_streamed_and_resident_are_the_same(partners: bool):
                 np.testing.assert_array_equal(one[prefix + name], np.asarray(resident.dataset[whole])[other[role]])
 
 
-def test_the_middle_of_photographs_is_torchvisions():
-    stream = loader(PICTURES, EvalPlan(10, BATCH))
-    assert stream.preprocessing == dataclasses.replace(TO, resize_size=40)  # nothing is left to resize
-    transform = transforms.Compose([transforms.Resize(48), transforms.CenterCrop(40)])
+@pytest.mark.parametrize("mode", [InterpolationMode.BILINEAR, InterpolationMode.BICUBIC])
+def test_the_middle_of_photographs_is_torchvisions(mode: InterpolationMode):
+    to = dataclasses.replace(TO, interpolation=mode.value)
+    stream = make_loader(PICTURES, EvalPlan(10, BATCH), DEVICES, to, workers=0)
+    assert stream.preprocessing == dataclasses.replace(to, resize_size=40)  # nothing is left to resize
+    transform = transforms.Compose([transforms.Resize(48, mode), transforms.CenterCrop(40)])
     seen = []
     for batch in map(host, stream.batches()):
         for number, image in zip(batch["example"][batch["mask"]], batch["image"], strict=False):
@@ -126,8 +129,11 @@ def test_layouts():
         (None, ("flip",), "middle", 40),
         (None, ("random_resized_crop", "flip"), "canvas", 48),
     ):
-        layout, preprocessing = layout_of(dataclasses.replace(PICTURES, size=size), TO, names)
-        assert (layout.kind, preprocessing.resize_size) == (kind, left)
+        for interpolation in INTERPOLATIONS:
+            to = dataclasses.replace(TO, interpolation=interpolation)
+            layout, preprocessing = layout_of(dataclasses.replace(PICTURES, size=size), to, names)
+            assert (layout.kind, preprocessing.resize_size) == (kind, left)
+            assert layout.interpolation == preprocessing.interpolation == interpolation
 
 
 def test_what_fits_is_held_in_memory():

@@ -56,6 +56,7 @@ TESTS = {
     "data.workers": "test_worker_processes_change_nothing",
     "data.image_size": "test_preprocessing_is_torchvisions",
     "data.resize_size": "test_preprocessing_is_torchvisions",
+    "data.interpolation": "test_preprocessing_is_torchvisions",
     "data.batch_size": "test_a_run_is_as_long_and_as_wide_as_its_config",
     "data.last_batch": "test_a_run_is_as_long_and_as_wide_as_its_config",
     "data.sampling": "test_a_run_is_as_long_and_as_wide_as_its_config",
@@ -136,22 +137,27 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(initial, "ARCHITECTURES", {"small": partial(ResNet, (1,), BasicBlock, width=4)})
 
 
-OF_WEIGHTS = Preprocessing(232, 224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+OF_WEIGHTS = Preprocessing(232, 224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic")
 SMALL = {"data__image_size": 40, "data__mean": (0.3, 0.4, 0.5), "data__std": (0.1, 0.2, 0.3)}
 
 
 @pytest.mark.parametrize(
-    ("settings", "resize"),
-    [(SMALL, 40), ({**SMALL, "data__resize_size": 48}, 48), ({**SMALL, "data__preset": "weights"}, 41)],
+    ("settings", "resize", "mode"),
+    [
+        (SMALL, 40, F.InterpolationMode.BILINEAR),
+        ({**SMALL, "data__interpolation": "bicubic"}, 40, F.InterpolationMode.BICUBIC),
+        ({**SMALL, "data__resize_size": 48}, 48, F.InterpolationMode.BILINEAR),
+        ({**SMALL, "data__preset": "weights"}, 41, F.InterpolationMode.BICUBIC),
+    ],
 )
-def test_preprocessing_is_torchvisions(settings: dict[str, Any], resize: int) -> None:
+def test_preprocessing_is_torchvisions(settings: dict[str, Any], resize: int, mode: F.InterpolationMode) -> None:
     """Resize(resize), CenterCrop(image_size) and Normalize(mean, std), those of the weights where these are asked."""
     preset = "data__preset" in settings
     mean, std = (OF_WEIGHTS.mean, OF_WEIGHTS.std) if preset else (SMALL["data__mean"], SMALL["data__std"])
     pictures = np.random.default_rng(0).integers(0, 256, (2, 60, 90, 3), np.uint8)
     steps = (
-        v2.Resize(resize, antialias=True), v2.CenterCrop(40), v2.ToDtype(torch.float32, scale=False),
-        v2.Normalize([255 * m for m in mean], [255 * s for s in std]),
+        v2.Resize(resize, mode, antialias=True), v2.Lambda(lambda x: x.clip(0, 255)), v2.CenterCrop(40),
+        v2.ToDtype(torch.float32, scale=False), v2.Normalize([255 * m for m in mean], [255 * s for s in std]),
     )  # fmt: skip
     expected = v2.Compose(steps)(torch.from_numpy(pictures.transpose(0, 3, 1, 2)).float()).numpy()
     found = preprocess(pictures, initial.preprocessing(config_of(**settings), OF_WEIGHTS))

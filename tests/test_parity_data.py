@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ import torch
 from ml_collections import ConfigDict
 from torch import nn
 from torchvision import transforms
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, normalize, resize
 
 from convert import names
+from convert.checkpoints import preprocessing_of
 from jaxsft.data.augment import preprocess
 from jaxsft.data.base import Options
 from jaxsft.data.sources import open_source
@@ -50,14 +53,23 @@ def noise(height: int, width: int) -> np.ndarray:
 # in float32, to 1e-5 px; times the contrast from pixel to pixel that is the difference. torchvision's float32 is two to
 # four times as far from its own float64.
 IMAGES = ((photo, 1e-3), (noise, 3e-3))
+# And against PIL, which rounds to whole grey levels after each of its two passes, half a level each. The weights of
+# bicubic interpolation add up to 1.25 without their signs, by which the second pass stretches the first one's half; and
+# what the first carries beyond 0..255 PIL clips before the second, which in noise is up to an eighth of 255.
+OF_PIL = {
+    "bilinear": {photo: 1.0, noise: 1.0},
+    "bicubic": {photo: 1.125, noise: 26.0},
+}  # fmt: skip
 
 
+@pytest.mark.parametrize("mode", [InterpolationMode.BILINEAR, InterpolationMode.BICUBIC])
 @pytest.mark.parametrize("to", PRESETS, ids=lambda p: f"{p.resize_size}-{p.crop_size}")
-def test_pixels_are_torchvisions(to: Preprocessing) -> None:
+def test_pixels_are_torchvisions(to: Preprocessing, mode: InterpolationMode) -> None:
+    to = dataclasses.replace(to, interpolation=mode.value)
     grey_levels = 255 * np.array(to.std)  # in one unit of the model's input
     pil = transforms.Compose(
         [
-            transforms.Resize(to.resize_size),
+            transforms.Resize(to.resize_size, mode),
             transforms.CenterCrop(to.crop_size),
             transforms.ToTensor(),
             transforms.Normalize(to.mean, to.std),
@@ -68,23 +80,31 @@ def test_pixels_are_torchvisions(to: Preprocessing) -> None:
         found = np.asarray(preprocess(image[None], to))[0]
 
         tensor = torch.from_numpy(image.transpose(2, 0, 1).copy()).float()
-        tensor = center_crop(resize(tensor, to.resize_size, antialias=True), to.crop_size) / 255
+        tensor = resize(tensor, to.resize_size, mode, antialias=True).clip(0, 255)
+        tensor = center_crop(tensor, to.crop_size) / 255
         exact = normalize(tensor, to.mean, to.std).numpy().transpose(1, 2, 0)
         assert (np.abs(found - exact) * grey_levels).max() <= bound, (make.__name__, size)
 
         rounded = pil(PIL.Image.fromarray(image)).numpy().transpose(1, 2, 0)
-        # PIL rounds to whole grey levels after each of its two passes: half a level each.
-        assert (np.abs(found - rounded) * grey_levels).max() <= 1 + bound, (make.__name__, size)
+        of_pil = OF_PIL[mode.value][make]
+        assert (np.abs(found - rounded) * grey_levels).max() <= of_pil + bound, (make.__name__, size)
 
 
 def test_torchvisions_own_presets_are_these_steps() -> None:
-    from torchvision.models import ResNet50_Weights
+    from torchvision.models import EfficientNet_B0_Weights, ResNet50_Weights, Swin_T_Weights
 
-    for weights, to in ((ResNet50_Weights.IMAGENET1K_V1, PRESETS[0]), (ResNet50_Weights.IMAGENET1K_V2, PRESETS[1])):
+    for weights, to in (
+        (ResNet50_Weights.IMAGENET1K_V1, PRESETS[0]),
+        (ResNet50_Weights.IMAGENET1K_V2, PRESETS[1]),
+        (EfficientNet_B0_Weights.IMAGENET1K_V1, Preprocessing(256, 224, interpolation="bicubic")),
+        (Swin_T_Weights.IMAGENET1K_V1, Preprocessing(232, 224, interpolation="bicubic")),
+    ):
+        assert preprocessing_of(weights.transforms(), "they") == to
         image = photo(375, 500)
         expected = weights.transforms()(PIL.Image.fromarray(image)).numpy().transpose(1, 2, 0)
         found = np.asarray(preprocess(image[None], to))[0]
-        assert (np.abs(found - expected) * 255 * np.array(to.std)).max() <= 1 + 1e-3
+        bound = OF_PIL[to.interpolation][photo] + 1e-3
+        assert (np.abs(found - expected) * 255 * np.array(to.std)).max() <= bound
 
 
 def reference(*overrides: str) -> ConfigDict:

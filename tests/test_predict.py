@@ -24,7 +24,7 @@ from jaxsft.data import decode
 from jaxsft.data.augment import preprocess
 from jaxsft.data.base import Options
 from jaxsft.data.embedded import open_sample
-from jaxsft.models.weights import ModelCard, Preprocessing
+from jaxsft.models.weights import INTERPOLATIONS, ModelCard, Preprocessing
 from jaxsft.run.workdir import Run
 from tests import small
 
@@ -60,25 +60,29 @@ def test_says_what_the_evaluation_counts(workdir: Path, tmp_path: Path, monkeypa
     assert len(capsys.readouterr().out.splitlines()) == 40
 
 
-def test_large_pictures_are_read_as_training_on_files_reads_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_large_pictures_are_read_as_training_on_files_reads_them(interpolation: str, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)
     PIL.Image.fromarray(pixels).save(tmp_path / "large.png")
-    read = predict.read_image(tmp_path / "large.png", Preprocessing(32, 28))
-    middle = decode.middle(PIL.Image.fromarray(pixels), 32, 28)
+    read = predict.read_image(tmp_path / "large.png", Preprocessing(32, 28, interpolation=interpolation))
+    middle = decode.middle(PIL.Image.fromarray(pixels), 32, 28, interpolation)
     assert read.dtype == np.uint8
     np.testing.assert_array_equal(read, middle)
 
 
+@pytest.mark.parametrize("mode", [F.InterpolationMode.BILINEAR, F.InterpolationMode.BICUBIC])
 @pytest.mark.parametrize("size", [(30, 41), (64, 64), (50, 33), (1, 1), (64, 300), (7, 900), (900, 7)])
-def test_small_pictures_are_read_as_float_images(size: tuple[int, int], tmp_path: Path) -> None:
+def test_small_pictures_are_read_as_float_images(
+    size: tuple[int, int], mode: F.InterpolationMode, tmp_path: Path
+) -> None:
     """As torchvision resizes float images and as a run's evaluation does it on the device."""
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     PIL.Image.fromarray(pixels).save(tmp_path / "small.png")
-    to = Preprocessing(64, 56, (0.0, 0.0, 0.0), (1 / 255,) * 3)
+    to = Preprocessing(64, 56, (0.0, 0.0, 0.0), (1 / 255,) * 3, mode.value)
     read = predict.read_image(tmp_path / "small.png", to)
     assert read.dtype == np.float32
     exact = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float64))
-    want = F.center_crop(F.resize(exact, 64, antialias=True), 56).numpy().transpose(1, 2, 0)
+    want = F.center_crop(F.resize(exact, 64, mode, antialias=True).clip(0, 255), 56).numpy().transpose(1, 2, 0)
     np.testing.assert_allclose(read, want, atol=1e-3)  # PIL rounds to float32 between rows and columns
     # Places in float32 on a side of 8,000 px are off by 2**-11, and neighbours differ by up to 255.
     np.testing.assert_allclose(read, preprocess(pixels[None], to)[0], atol=2e-3 if max(size) < 100 else 0.2)
