@@ -5,17 +5,31 @@ from __future__ import annotations
 import functools
 import hashlib
 import http.server
+import itertools
 import pickle
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import PIL.Image
 import pytest
 import safetensors.torch
 import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms._presets import ImageClassification
 
+import convert.__main__
 from convert import checkpoints
+from convert.__main__ import to_flax
+from jaxsft import config as config_module
 from jaxsft.cli import UserError
+from jaxsft.data.augment import preprocess
+from jaxsft.models import weights
+from jaxsft.models.weights import Preprocessing
+from jaxsft.run.job import prepare
+from tests.files import write
 from tests.oracle import tensors, torch_model
 
 ARCH = "resnet18"
@@ -162,6 +176,82 @@ def test_registry_weights_carry_their_preset(server, tmp_path: Path, monkeypatch
     assert (card.preprocessing.resize_size, card.preprocessing.crop_size) == (232, 224)
     assert card.class_names is not None
     assert card.class_names[0] == "tench"
+
+
+def preset(interpolation: InterpolationMode) -> Callable[[], torch.nn.Module]:
+    """What torchvision's weights carry, for images of 40 px cut out of 48."""
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    return functools.partial(
+        ImageClassification, crop_size=40, resize_size=48, mean=mean, std=std, interpolation=interpolation
+    )
+
+
+@pytest.fixture
+def registered(server, tmp_path: Path, monkeypatch, state_dict):
+    """Give torchvision's resnet18 one set of weights, of ten classes, with the preset that is asked for."""
+    folder, address = server
+    torch.save(state_dict, folder / "x.pth")
+    digest = hashlib.sha256((folder / "x.pth").read_bytes()).hexdigest()[:8]
+    (folder / "x.pth").rename(folder / f"resnet18-{digest}.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+    def register(transforms: Callable[[], torch.nn.Module]) -> None:
+        entry = SimpleNamespace(
+            url=f"{address}/resnet18-{digest}.pth",
+            transforms=transforms,
+            name="NEW",
+            meta={"categories": [*"abcdefghij"]},
+        )
+        monkeypatch.setattr(checkpoints, "registry", lambda arch: {"NEW": entry})
+
+    return register
+
+
+@pytest.mark.parametrize("interpolation", [InterpolationMode.BILINEAR, InterpolationMode.BICUBIC])
+def test_the_pictures_of_a_run_are_those_of_the_weights_preset(
+    registered, tmp_path: Path, interpolation: InterpolationMode
+) -> None:
+    """From torchvision's registry by way of the card to the pixels that are evaluated and the crops of training."""
+    transforms = preset(interpolation)
+    registered(transforms)
+    to_flax("NEW", ARCH, tmp_path / "ported")
+    card = weights.ModelCard.load(tmp_path / "ported")
+    assert card.preprocessing == Preprocessing(48, 40, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), interpolation.value)
+
+    sizes = ((60, 80), (90, 50))  # two: a set of one size would go to the device as it is
+    for split, label, (i, size) in itertools.product(("train", "val"), "ab", enumerate(sizes)):
+        write(tmp_path / "data" / split / label / f"{i}.png", 2 * ord(label) + i, size)
+    config = config_module.default()
+    config.model.update({"weights": str(tmp_path / "ported")})
+    config.data.update({"source": f"folder:{tmp_path / 'data'}", "preset": "weights", "image_size": 40, "workers": 0})
+    config.data.update({"batch_size": 4, "augment": ("random_resized_crop",)})
+    made, _ = prepare(config)
+    assert made.card.preprocessing == card.preprocessing
+    batch = made.eval_loader.batch(0)
+    pixels, numbers = (np.asarray(batch[name]).reshape(4, *batch[name].shape[2:]) for name in ("image", "example"))
+    found = np.asarray(preprocess(pixels, made.eval_loader.preprocessing))
+    for number, image in zip(numbers, found, strict=True):
+        path = sorted((tmp_path / "data" / "val").rglob("*.png"))[number]
+        expected = transforms()(PIL.Image.open(path)).numpy().transpose(1, 2, 0)
+        np.testing.assert_allclose(image, expected, rtol=0, atol=1e-6)  # float32, after the same levels
+    assert made.train_loader.preprocessing == card.preprocessing  # the crop is resized on the device
+    assert made.train_loader.reader.layout.interpolation == interpolation.value  # and the canvas before
+
+
+def test_an_unknown_interpolation_is_refused_before_anything_is_fetched(registered, tmp_path: Path) -> None:
+    registered(preset(InterpolationMode.LANCZOS))
+    with pytest.raises(UserError, match="resnet18's NEW weights are .* by 'lanczos' interpolation; take weights for"):
+        checkpoints.read("NEW", ARCH)
+    assert not (tmp_path / "torch").exists()
+
+
+def test_the_list_says_how_images_are_resized(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(convert.__main__, "ARCHITECTURES", dict.fromkeys(("resnet18", "efficientnet_b0")))
+    convert.__main__.list_registry()
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.endswith("  resize, crop, interpolation")
+    found = {line.split()[0]: line.split("  ")[-1] for line in lines if " IMAGENET1K_V1 " in line}
+    assert found == {"resnet18": "256, 224, bilinear", "efficientnet_b0": "256, 224, bicubic"}
 
 
 def test_write_leaves_nothing_half_written(tmp_path: Path, state_dict) -> None:

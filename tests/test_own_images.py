@@ -16,7 +16,7 @@ from jaxsft.cli import Stop, UserError
 from jaxsft.data.fingerprint import difference
 from jaxsft.flags import parse_flags
 from jaxsft.interpret import html as report
-from jaxsft.models.weights import ModelCard
+from jaxsft.models.weights import INTERPOLATIONS, ModelCard, Preprocessing
 from jaxsft.run import checkpoint, workdir
 from jaxsft.run import saved as runs
 from jaxsft.run.log import records
@@ -128,6 +128,13 @@ def test_the_same_data_elsewhere_are_the_same(finished: Path) -> None:
 
 def test_names_with_dollars_are_drawn_as_they_are(finished: Path) -> None:
     assert "$_$" in (finished / "report.html").read_text()
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_a_report_says_how_images_are_resized(interpolation: str) -> None:
+    card = ModelCard("resnet18", 2, preprocessing=Preprocessing(48, 40, interpolation=interpolation))
+    facts = dict(report.facts(card, [{"time": 0.0, "step": 1}]))
+    assert facts["input"].startswith(f"short side 48 px ({interpolation}), middle 40 px, mean")
 
 
 def test_a_report_that_fails_costs_no_run(images: Path, tmp_path: Path, monkeypatch, capsys) -> None:
