@@ -241,6 +241,16 @@ def test_weights_of_any_box_are_finite(interpolation: str):
         assert (np.abs(weights).max(1)[far] == 0).all()
 
 
+def test_the_cubic_kernel_is_exact_near_its_zeros():
+    """A weight alone at the edge of a box is divided by itself: what counts are its digits, not its size."""
+    off = 2.0 ** -np.arange(1, 14)  # closer, and float64 cancels as well
+    x = np.float32(np.concatenate([1 - off, 1 + off, 2 - off]))
+    wide = x.astype(np.float64)
+    near, far = 1.5 * wide**3 - 2.5 * wide**2 + 1, -0.5 * wide**3 + 2.5 * wide**2 - 4 * wide + 2
+    np.testing.assert_allclose(crop.keys_cubic(jnp.asarray(x)), np.where(wide < 1, near, far), rtol=1e-6)
+    assert not np.asarray(crop.keys_cubic(jnp.float32([1, 2, 2.5, 1e6]))).any()
+
+
 def test_weights_of_whole_pixels_are_plain_triangles():
     """As they are without the care for boxes that hold no pixel's centre."""
 

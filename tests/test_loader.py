@@ -13,6 +13,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from jaxsft.data.base import Arrays, Options, Source
+from jaxsft.data.decode import onto_canvas
 from jaxsft.data.loader import Stream, layout_of, make_loader
 from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, TrainPlan, in_memory
@@ -71,14 +72,19 @@ def test_the_middle_of_photographs_is_torchvisions(mode: InterpolationMode):
     stream.close()
 
 
-def test_random_crops_get_the_whole_picture():
-    stream = loader(PICTURES, TrainPlan(ORDER), augmentations=("random_resized_crop",))
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_random_crops_get_the_whole_picture(interpolation: str):
+    to, names = dataclasses.replace(TO, interpolation=interpolation), ("random_resized_crop",)
+    stream = make_loader(PICTURES, TrainPlan(ORDER), DEVICES, to, workers=0, augmentations=names)
     batch = host(stream.batch(0))
     assert batch["image"].shape == (BATCH, 48, 72, 3)
-    for number, size in zip(batch["example"], batch["size"], strict=True):
+    for number, size, image in zip(batch["example"], batch["size"], batch["image"], strict=True):
         height, width = np.asarray(PICTURES[number]).shape[:2]
         long = min(48 * max(height, width) // min(height, width), 72)  # what is longer than the canvas is squeezed
         assert tuple(size) == (height, width, 48, long)
+        laid = np.empty((48, 72, 3), np.uint8)
+        onto_canvas(PICTURES[number], laid, interpolation)
+        np.testing.assert_array_equal(image, laid)
     stream.close()
 
 

@@ -55,8 +55,8 @@ def triangle(x: jax.Array) -> jax.Array:
 def keys_cubic(x: jax.Array) -> jax.Array:
     """Keys' kernel of bicubic interpolation with a = -0.5, which reaches 2: torch's with antialiasing, and PIL's.
 
-    In factors: near 1 and 2 the terms of the polynomial cancel, and of a weight that stands alone only rounding errors
-    would be left to divide by.
+    In factors, for the terms of the polynomials cancel near 1 and 2: at the edge of a box all weights may be so small,
+    and are divided by their sum.
     """
     near = (1 - x) * (1 + x - 1.5 * x**2)
     far = -0.5 * (x - 1) * (x - 2) ** 2
