@@ -160,25 +160,25 @@ def test_crops_are_resized_as_torchvision(box: tuple[int, int, int, int], out: i
         np.testing.assert_allclose(got, want, rtol=0, atol=steep * bound)
 
 
-# As in test_parity_data: half a level for each of PIL's roundings, the second of which bicubic interpolation may carry
-# on by a quarter; and what PIL clips between its passes is lost to the second one.
-OF_PIL = (
-    (InterpolationMode.BILINEAR, 1.0, 1.0),
-    (InterpolationMode.BICUBIC, 1.125, 26.0),
-)  # fmt: skip
+# Of crops of pictures of 500 px: kind of image, and the bound in grey levels against torchvision's float path (places are
+# float32, to 3e-5 px) and, as in test_parity_data, against PIL.
+BOUNDS = {
+    "bilinear": (("mild", 2.5e-3, 1.0), ("noise", 1e-2, 1.0)),
+    "bicubic": (("mild", 3e-3, 1.125), ("noise", 1.2e-2, 26.0)),
+}
 
 
-@pytest.mark.parametrize(("mode", "of_pictures", "of_noise"), OF_PIL)
-@pytest.mark.parametrize("box", [(0, 0, 375, 500), (31, 7, 200, 260), (50, 60, 61, 44)])
-def test_crops_are_near_pils(
-    box: tuple[int, int, int, int], mode: InterpolationMode, of_pictures: float, of_noise: float
-):
-    mild = picture(375, 500) // 2 + 64  # nothing to clip
-    for image, bound in ((mild, of_pictures), (noise(375, 500), of_noise)):
-        want = F.resized_crop(PIL.Image.fromarray(image), *box, [224, 224], interpolation=mode)
-        got = crop_resize(jnp.float32(image), tuple(map(jnp.float32, box)), 224, mode.value)
-        # 2.5e-3 and 1.1e-2 are what float32 makes of places in pictures of 500 px.
-        np.testing.assert_allclose(got, np.asarray(want), rtol=0, atol=bound + 1.1e-2)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("box", [(0, 0, 375, 500), (31, 7, 200, 260), (50, 60, 61, 44), (300, 420, 70, 75)])
+def test_crops_of_larger_pictures_keep_to_their_bounds(box: tuple[int, int, int, int], mode: InterpolationMode):
+    images = {"mild": picture(375, 500) // 2 + 64, "noise": noise(375, 500)}  # a mild one has nothing to clip
+    for kind, of_floats, of_pil in BOUNDS[mode.value]:
+        resized = functools.partial(F.resized_crop, size=[224, 224], interpolation=mode, antialias=True)
+        exact = from_torch(resized(to_torch(images[kind]).float(), *box).clip(0, 255))
+        rounded = np.asarray(resized(PIL.Image.fromarray(images[kind]), *box))
+        got = crop_resize(jnp.float32(images[kind]), tuple(map(jnp.float32, box)), 224, mode.value)
+        np.testing.assert_allclose(got, exact, rtol=0, atol=of_floats)
+        np.testing.assert_allclose(got, rounded, rtol=0, atol=of_pil + of_floats)
 
 
 def test_random_crops_are_resized_by_the_models_interpolation():

@@ -145,6 +145,11 @@ def preprocess(images: jax.Array, to: Preprocessing) -> jax.Array:
 
     torchvision's `Resize(resize_size, interpolation)`, `CenterCrop(crop_size)`, `ToTensor()`, `Normalize(mean, std)` on
     float images: with antialiasing, clipped to 0..255, no rounding to whole grey levels in between.
+
+    Bounds, in grey levels of 0..255: it is torchvision's within 1e-3 on pictures and 3e-3 on noise, by either
+    interpolation. What PIL makes of 8-bit images, for torchvision and for the host, is within 1 (bilinear) or 1.125
+    (bicubic, where nothing is clipped): it rounds after each of its two passes. It clips in between, too, which in
+    bicubic interpolation changes up to 10 on photographs, at a few edges in black or white, and 26 on noise.
     """
     x = images.astype(jnp.float32)
     count, height, width, channels = x.shape
