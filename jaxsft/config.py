@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from jaxsft.cli import UserError, nearest
-from jaxsft.models.resnet import ARCHITECTURES
+from jaxsft.models.families import ARCHITECTURES
 
 SCHEDULES = ("constant", "cosine", "linear", "step")
 OPTIMIZERS = ("sgd", "adamw")
@@ -86,6 +86,7 @@ def default() -> ConfigDict:
     optim.nesterov = False  # of sgd: Nesterov's momentum
     optim.weight_decay = 0.0  # coupled for sgd (torch: added to the gradient), decoupled for adamw
     optim.decay_norm_and_bias = True  # whether norms and biases decay too: torch decays every parameter
+    optim.no_decay = ()  # kinds of parameters that do not decay
     optim.schedule = "cosine"  # 'constant' | 'cosine' | 'linear' (both to 0) | 'step'
     optim.warmup_epochs = 0.0  # over which the rate rises from 0 in a straight line
     optim.step_epochs = 30.0  # of the schedule 'step': multiply by step_factor every so many epochs

@@ -39,7 +39,7 @@ from jaxsft.run.interrupts import Interrupted, Interrupts
 from jaxsft.run.job import Job, prepare
 from jaxsft.run.log import Log, Meter, NotFinite, Speed, progress
 from jaxsft.interpret.metrics import Evaluation
-from jaxsft.run.saved import Best
+from jaxsft.run.best import Best
 
 IN_REPORT = 32  # images of the first batch
 
@@ -113,14 +113,14 @@ class Trainer:
         """Evaluate, write the line of the log, and note whether this is the best so far."""
         result = self.job.evaluate(between=lambda: self.interrupts.poll(step))
         self.log.write("eval", step, epoch=self.job.epoch(step), **result.scalars())
-        self.best.offer(step, result.scalars())
+        self.best.update(step, result.scalars())
         self.speed.restart()
         return result
 
     def finish(self, total: int) -> Evaluation:
         """The last evaluation, the last checkpoint, and only then the line that says that the run is finished."""
         result = self.job.evaluate(between=lambda: self.interrupts.poll(total))
-        self.best.offer(total, result.scalars())
+        self.best.update(total, result.scalars())
         self.tell_epoch(total, result)
         self.save(total)
         self.checkpoints.wait()
@@ -258,14 +258,15 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
 
 def write_report(job: Job, workdir: Path, result: Evaluation) -> None:
-    """Leave report.html in the run's directory. Whatever its drawing comes to grief of, the run is whole without it."""
-    from jaxsft.interpret import html as report  # here: a start need not wait for matplotlib
+    """Leave report.html in the run's directory. Without one the run is whole."""
     from jaxsft.data import show
+    from jaxsft.interpret import html
 
     try:
         images, labels = show.batch_of(job.config, job.train_source, job.card.preprocessing, IN_REPORT)
         batch = show.grid(images, labels, job.train_source.class_names)
-        report.write(workdir, job.card, job.config, result, batch)
+        page = html.page(workdir.name, job.card, job.config, records(workdir), result, batch)
+        cli.write_file(workdir / "report.html", page.encode(errors="replace"))
     except Exception as error:
         cli.warn(f"no report.html could be made: {type(error).__name__}: {error}")
 

@@ -13,8 +13,7 @@ from jaxsft import config as config_module
 from jaxsft import flags
 from jaxsft.cli import UserError
 from jaxsft.data import show
-from jaxsft.run import saved as runs
-from jaxsft.run import workdir
+from jaxsft.run import saved, workdir
 from tests.conftest import ROOT
 
 SAMPLE = f"--config={ROOT}/configs/cifar10.py:sample"
@@ -183,7 +182,7 @@ def test_keys_of_a_config() -> None:
 
 def test_a_resumed_run_may_be_evaluated_at_other_times(tmp_path: Path) -> None:
     config = config_module.default()
-    (tmp_path / runs.CONFIG).write_text(config_module.to_json(config))
+    (tmp_path / saved.CONFIG).write_text(config_module.to_json(config))
     config.eval.every_epochs = 0.5
     workdir.check_config(tmp_path, config)
     config.data.eval_split = "test"

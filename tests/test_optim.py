@@ -11,8 +11,10 @@ from flax import traverse_util
 
 from jaxsft import config as config_module
 from jaxsft.cli import UserError
-from jaxsft.learn import optim
-from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
+from jaxsft.learn.optim import make_optimizer
+from jaxsft.learn.schedule import make_schedule
+from jaxsft.models.families import ARCHITECTURES
+from jaxsft.models.family import variable_shapes
 
 SHAPES = variable_shapes(ARCHITECTURES["resnet10_w16"](num_classes=3))["params"]
 PARAMS = jax.tree.map(lambda s: jnp.full(s.shape, 2.0), SHAPES)
@@ -26,8 +28,8 @@ def step_sizes(**settings: object) -> dict[str, float]:
     for key, value in settings.items():
         section, name = key.split("__")
         config[section][name] = value
-    rate = optim.schedule(config, steps_per_epoch=10, total_steps=100)
-    optimizer = optim.make(config, PARAMS, rate)
+    rate = make_schedule(config, steps_per_epoch=10, total_steps=100)
+    optimizer = make_optimizer(config, PARAMS, rate)
     updates, _ = optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS)
     return {path: -float(leaf.ravel()[0]) for path, leaf in traverse_util.flatten_dict(updates, sep="/").items()}
 
@@ -62,7 +64,7 @@ def test_first_step(settings: dict[str, object], path: str, expected: float) -> 
 def test_frozen_parameters_hold_no_momentum() -> None:
     config = config_module.default()
     config.model.freeze = (r"^(?!fc)",)
-    optimizer = optim.make(config, PARAMS, lambda t: 0.1)
+    optimizer = make_optimizer(config, PARAMS, lambda t: 0.1)
     held = sum(np.size(leaf) for leaf in jax.tree.leaves(optimizer.init(PARAMS)))
     assert held == 128 * 3 + 3 + 1  # fc's kernel and bias, and the count of updates
 
@@ -79,7 +81,7 @@ def test_patterns_that_can_not_be_meant(section: str, key: str, value: object, m
     config = config_module.default()
     config[section][key] = value
     with pytest.raises(UserError, match=message):
-        optim.make(config, PARAMS, lambda t: 0.1)
+        make_optimizer(config, PARAMS, lambda t: 0.1)
 
 
 # A rate that changes, and gradients that a clipping norm of 1 cuts now and then.
@@ -120,8 +122,8 @@ def test_updates_are_torchs(name: str) -> None:
     tensors = {path: torch.tensor(value, requires_grad=True) for path, value in values.items()}
     with jax.enable_x64(True):
         params = traverse_util.unflatten_dict({path: jnp.asarray(value) for path, value in values.items()}, sep="/")
-        rate = optim.schedule(config, steps_per_epoch=10, total_steps=UPDATES)
-        optimizer = optim.make(config, params, rate)
+        rate = make_schedule(config, steps_per_epoch=10, total_steps=UPDATES)
+        optimizer = make_optimizer(config, params, rate)
         state, update = optimizer.init(params), jax.jit(optimizer.update)
         groups = [
             {"params": [tensors[path]], "weight_decay": config.optim.weight_decay * (path in decayed)} for path in NAMES
@@ -158,7 +160,7 @@ def test_steps_fall_at_whole_epochs(per_epoch: int) -> None:
         expected.append(parameter.param_groups[0]["lr"])
         parameter.step()
         scheduler.step()
-    rate = optim.schedule(config, per_epoch, len(t))
+    rate = make_schedule(config, per_epoch, len(t))
     for found in (rate(t), jax.jit(rate)(t)):
         np.testing.assert_array_equal(found, expected)
 
@@ -167,7 +169,7 @@ def rates(total: int = 100, **settings: object) -> np.ndarray:
     config = config_module.default()
     config.optim.lr = 1.0
     config.optim.update(settings)
-    return np.asarray(optim.schedule(config, steps_per_epoch=10, total_steps=total)(np.arange(total)))
+    return np.asarray(make_schedule(config, steps_per_epoch=10, total_steps=total)(np.arange(total)))
 
 
 def test_schedules() -> None:

@@ -25,7 +25,8 @@ from jaxsft.data.base import Options
 from jaxsft.data.sources import open_splits
 from jaxsft.interpret import metrics
 from jaxsft.models import initial, layers
-from jaxsft.models.resnet import BasicBlock, ResNet, variable_shapes
+from jaxsft.models.family import variable_shapes
+from jaxsft.models.resnet import BasicBlock, ResNet
 from jaxsft.models.weights import Preprocessing
 from jaxsft.run import checkpoint, job, log
 from tests.tiny import compiled

@@ -15,7 +15,7 @@ import pytest
 
 from jaxsft.run import checkpoint, processes
 from jaxsft.run.processes import Place
-from jaxsft.run.workdir import load_run
+from jaxsft.run.saved import load_run
 from tests import small
 from tests.conftest import DEVICES, ROOT, compile_flags
 

@@ -21,8 +21,8 @@ from jaxsft.data.base import LONG, Arrays, Source
 from jaxsft.data.files import broken
 from jaxsft.data.pipeline import Died, Pipeline, one_line
 from jaxsft.data.reading import LONGEST, Layout, Plan, Reader
+from jaxsft.data.threads import cores
 from jaxsft.models.weights import Preprocessing
-from jaxsft.run.machine import cores
 
 DEATHS = 3  # of worker processes, with no batch between them, before their number must be wrong
 MOST_WORKERS = 16  # by default; more seldom decode faster than one device trains

@@ -1,4 +1,4 @@
-"""What the machine offers to a run on its CPU: cores, and memory in huge pages.
+"""What the machine offers to a run: memory in huge pages, and a place for compiled programs.
 
 XLA:CPU takes the temporary memory of a step from malloc and gives it back after the step, and a block of that size
 comes from the kernel, which clears each page when it is first touched. In pages of 4 KB that took a fifth of the
@@ -16,11 +16,6 @@ from pathlib import Path
 
 VARIABLE, TUNABLE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def greet() -> None:
