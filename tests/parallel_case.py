@@ -60,10 +60,10 @@ def train(parallel: DataParallel, tensors: oracle.Arrays, sync: bool, weights: t
         example = np.arange(OPTIONS.batch_size, dtype=np.int32)
         state, counts = step(state, dataset, parallel.split({"example": example}))
         result[f"loss {number}"] = np.asarray(counts["loss"] / counts["count"])
-    momentum = names.to_torch({"params": jax.device_get(optax.tree.get(state.opt_state, "trace"))}, arch)
+    momentum = names.to_torch({"params": jax.device_get(optax.tree.get(state.opt_state, "trace"))}, ARCH)
     return {
         **result,
-        **names.to_torch(jax.device_get(state.variables()), arch),
+        **names.to_torch(jax.device_get(state.variables()), ARCH),
         **{f"momentum {name}": value for name, value in momentum.items()},
     }
 

@@ -41,6 +41,8 @@ TABLE = [
     ({"optim__weight_decay": 0.5, "optim__decay_norm_and_bias": False}, "layer1_0/bn1/scale", 0.1),
     ({"optim__weight_decay": 0.5, "optim__decay_norm_and_bias": False}, "fc/bias", 0.1),
     ({"optim__weight_decay": 0.5, "optim__decay_norm_and_bias": False}, "fc/kernel", 0.2),
+    ({"optim__weight_decay": 0.5, "optim__no_decay": ("bias",)}, "layer1_0/bn1/bias", 0.1),
+    ({"optim__weight_decay": 0.5, "optim__no_decay": ("bias",)}, "layer1_0/bn1/scale", 0.2),
     ({"optim__nesterov": True}, "fc/kernel", 0.19),
     ({"model__freeze": (r"^conv1", r"^layer1")}, "layer1_0/conv1/kernel", 0.0),
     ({"model__freeze": (r"^conv1", r"^layer1")}, "layer2_0/conv1/kernel", 0.1),

@@ -26,7 +26,7 @@ from jaxsft.parity import table
 try:
     files.import_torch()
 except cli.UserError as error:  # one line instead of a traceback, before what imports torch at its top
-    sys.exit(cli.complain(error))
+    sys.exit(cli.report_error(error))
 
 from jaxsft.parity import oracle
 from jaxsft.parity.compare import Options, compare, model_for

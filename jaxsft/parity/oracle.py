@@ -16,7 +16,7 @@ from convert.make_sample import resnet10_w16
 from jaxsft.cli import UserError
 
 Arrays = dict[str, np.ndarray]
-BESIDES = {"resnet10_w16": resnet10_w16}  # architectures that torchvision has not
+NOT_IN_TORCHVISION = {"resnet10_w16": resnet10_w16}  # architectures that torchvision has not
 LAST_NORM = {BasicBlock: "bn2", Bottleneck: "bn3"}  # of torchvision's residual blocks
 
 
@@ -29,8 +29,8 @@ def build(arch: str, num_classes: int, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     if arch in torchvision.models.list_models():
         model = torchvision.models.get_model(arch, num_classes=num_classes)
-    elif arch in BESIDES:
-        model = BESIDES[arch](num_classes)
+    elif arch in NOT_IN_TORCHVISION:
+        model = NOT_IN_TORCHVISION[arch](num_classes)
     else:
         raise UserError(f"torchvision has no {arch}", "compare one of its own architectures")
     last_norms = {getattr(block, LAST_NORM[type(block)]) for block in model.modules() if type(block) in LAST_NORM}

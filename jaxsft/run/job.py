@@ -105,17 +105,17 @@ class Job:
 
         Later there are updates to lose, and a compilation does not listen.
         """
-        with contextlib.suppress(EnoughError):
-            self.evaluate(enough)
+        with contextlib.suppress(FirstBatchDone):
+            self.evaluate(stop_after_first_batch)
 
 
-class EnoughError(Exception):
+class FirstBatchDone(Exception):
     """The first batch of an evaluation is done."""
 
 
-def enough() -> None:
+def stop_after_first_batch() -> None:
     """End an evaluation after its first batch."""
-    raise EnoughError
+    raise FirstBatchDone
 
 
 def open_data(config: ConfigDict) -> tuple[Source, Source]:

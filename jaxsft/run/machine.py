@@ -18,7 +18,7 @@ VARIABLE, TUNABLE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def greet() -> None:
+def announce_start() -> None:
     """Say on stdout that the command has begun, for the imports that come take seconds."""
     if not {"-h", "--help"} & set(sys.argv):
         with contextlib.suppress(OSError, ValueError):  # of a terminal that is gone
@@ -52,13 +52,13 @@ def ask_for_huge_pages() -> None:
     pages for all or for none, or a variable that says what the user wants.
     """
     said = os.environ.get(VARIABLE, "")
-    if TUNABLE in said or not is_for_asking(ENABLED):
+    if TUNABLE in said or not is_madvise(ENABLED):
         return
     os.environ[VARIABLE] = ":".join(filter(None, (said, f"{TUNABLE}=1")))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def is_for_asking(enabled: Path) -> bool:
+def is_madvise(enabled: Path) -> bool:
     """Whether the kernel's setting is to give huge pages to a process that asks for them, and only to it."""
     try:
         return "[madvise]" in enabled.read_text()
