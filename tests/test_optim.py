@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torchvision
 from flax import traverse_util
 
 from jaxsft import config as config_module
 from jaxsft.cli import UserError
+from jaxsft.learn import trainable
 from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.schedule import make_schedule
-from jaxsft.models.families import ARCHITECTURES
-from jaxsft.models.family import variable_shapes
+from jaxsft.models.families import ARCHITECTURES, family_of
+from jaxsft.models.family import PARAMETER_KINDS, variable_shapes
 
 SHAPES = variable_shapes(ARCHITECTURES["resnet10_w16"](num_classes=3))["params"]
 PARAMS = jax.tree.map(lambda s: jnp.full(s.shape, 2.0), SHAPES)
@@ -61,6 +63,50 @@ TABLE = [
 @pytest.mark.parametrize(("settings", "path", "expected"), TABLE)
 def test_first_step(settings: dict[str, object], path: str, expected: float) -> None:
     assert step_sizes(**settings)[path] == pytest.approx(expected, rel=1e-6)
+
+
+# Of every kind one, by torchvision's names of ConvNeXt's, ViT's and Swin's.
+KINDS = {
+    "features.0/kernel": {"weight"},
+    "features.0/bias": {"bias"},
+    "norm/scale": {"norm"},
+    "norm/bias": {"norm", "bias"},
+    "features.1/layer_scale": {"layer_scale"},
+    "class_token": {"class_token"},
+    "encoder/pos_embedding": {"position_embedding"},
+    "attn/relative_position_bias_table": {"bias_table"},
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["weight", "norm", "bias", "layer_scale", "class_token", "position_embedding", "bias_table"]
+)
+def test_decay_by_kind_is_torchvisions(kind: str) -> None:
+    """By names, whatever the number of axes: the references' set_weight_decay takes a norm's bias for both kinds."""
+    config = config_module.default()
+    config.optim.no_decay = (kind,)
+    for path, kinds in KINDS.items():
+        assert trainable.decays(config, path, KINDS) == (kind not in kinds), path
+    config.optim.no_decay = ()
+    assert all(trainable.decays(config, path, KINDS) for path in [*KINDS, "an/unknown"])  # torch decays every parameter
+    config.optim.decay_norm_and_bias = False
+    spared = {path for path in KINDS if not trainable.decays(config, path, KINDS)}
+    assert spared == {"features.0/bias", "norm/scale", "norm/bias"}
+    with pytest.raises(UserError, match="of no kind that weight decay knows is an/unknown; its last part must be one"):
+        trainable.decays(config, "an/unknown", KINDS)
+
+
+def test_decay_of_a_network_is_torchvisions() -> None:
+    """What --norm-weight-decay=0 spares in a ResNet-50: all that lies in modules that are norms."""
+    with torch.device("meta"):
+        modules = torchvision.models.resnet50().named_modules()
+    norms = {name for name, module in modules if isinstance(module, torch.nn.BatchNorm2d)}
+    params = variable_shapes(ARCHITECTURES["resnet50"]())["params"]
+    flat = traverse_util.flatten_dict(params, sep="/")
+    config = config_module.default()
+    config.optim.no_decay = ("norm",)
+    spared = {path.rpartition("/")[0] for path in flat if not trainable.decays(config, path, flat)}
+    assert {family_of("resnet50").torch_name(module) for module in spared} == norms
 
 
 def test_frozen_parameters_hold_no_momentum() -> None:

@@ -77,6 +77,7 @@ TESTS = {
     "optim.nesterov": "test_updates_are_torchs",
     "optim.weight_decay": "test_updates_are_torchs",
     "optim.decay_norm_and_bias": "test_updates_are_torchs",
+    "optim.no_decay": "test_decay_by_kind_is_torchvisions",
     "optim.schedule": "test_schedules_are_torchs",
     "optim.warmup_epochs": "test_schedules_are_torchs",
     "optim.step_epochs": "test_steps_fall_at_whole_epochs",
