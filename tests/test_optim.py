@@ -78,9 +78,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind", ["weight", "norm", "bias", "layer_scale", "class_token", "position_embedding", "bias_table"]
-)
+@pytest.mark.parametrize("kind", sorted(set(PARAMETER_KINDS.values())))
 def test_decay_by_kind_is_torchvisions(kind: str) -> None:
     """By names, whatever the number of axes: the references' set_weight_decay takes a norm's bias for both kinds."""
     config = config_module.default()

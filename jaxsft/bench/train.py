@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from jaxsft import cli
 from jaxsft.bench import step
-from jaxsft.bench.plain import PlainResNet
+from jaxsft.bench.plain import plain_model
 from jaxsft.learn.state import TrainState
 from jaxsft.models.family import init_variables
 from jaxsft.run.parallel import all_devices
@@ -135,7 +135,7 @@ def others(args: argparse.Namespace, config: ConfigDict, kind: str) -> dict[str,
     found: dict[str, Step] = {}
     for name in args.against:
         if name == "flax":
-            found[name] = ours(config, kind, PlainResNet(args.arch, step.CLASSES, jnp.dtype(args.precision)))
+            found[name] = ours(config, kind, plain_model(args.arch, step.CLASSES, jnp.dtype(args.precision)))
         elif name == "torch":
             found |= {f"torch ({layout})": torchs(args, kind, layout) for layout in ("channels_last", "NCHW")}
         else:
