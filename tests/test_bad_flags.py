@@ -117,6 +117,11 @@ CASES: tuple[tuple[str, str], ...] = (
         "config.data.mean is ('0.5', 'half', '0.5'); it must be three numbers",
     ),
     (SAMPLE + " --config.data.augment=pad_crop,flipp", "config.data.augment has 'flipp'; did you mean 'flip'?"),
+    (SAMPLE + " --config.optim.no_decay=norm,nrom", "config.optim.no_decay has 'nrom'; did you mean 'norm'?"),
+    (
+        SAMPLE + " --config.data.interpolation=nearest",
+        "config.data.interpolation is 'nearest'; it must be 'bilinear' or 'bicubic'",
+    ),
     (SAMPLE + " '--config.data.augment=[[1]]'", "config.data.augment is ((1,),); it must be a tuple of names"),
     (
         SAMPLE + " --config.data.rand_augment=2.5,9",

@@ -78,7 +78,7 @@ CASES: tuple[tuple[str, str], ...] = (
     (SAMPLE + " --config.optim.name=adan", "config.optim.name is 'adan'; it must be 'sgd' or 'adamw'"),
     (
         SAMPLE + " --config.optim.schedule=cosin",
-        "config.optim.schedule is 'cosin'; it must be 'constant' or 'cosine' or 'linear' or 'step'",
+        "config.optim.schedule is 'cosin'; it must be 'constant', 'cosine', 'linear' or 'step'",
     ),
     (
         SAMPLE + " --config.optim.momentum=0",

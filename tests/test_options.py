@@ -59,6 +59,7 @@ TESTS = {
     "data.workers": "test_worker_processes_change_nothing",
     "data.image_size": "test_preprocessing_is_torchvisions",
     "data.resize_size": "test_preprocessing_is_torchvisions",
+    "data.interpolation": "test_preprocessing_is_torchvisions",
     "data.batch_size": "test_a_run_is_as_long_and_as_wide_as_its_config",
     "data.last_batch": "test_a_run_is_as_long_and_as_wide_as_its_config",
     "data.sampling": "test_a_run_is_as_long_and_as_wide_as_its_config",
