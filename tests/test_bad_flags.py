@@ -42,7 +42,7 @@ CASES: tuple[tuple[str, str], ...] = (
     ("train --config --workdir=@/new", "--config has no value; give it as --config=VALUE"),
     ("train --config @/zzz.py", "there is no config file @/zzz.py; known: configs/cifar10.py, configs/folder.py"),
     ("train --config @/brokn.py", "there is no config file @/brokn.py; did you mean @/broken.py?"),
-    ("train --config cifar10:sample", "there is no config file cifar10; did you mean configs/cifar10.py?"),
+    ("train --config cifar01:sample", "there is no config file cifar01; did you mean configs/cifar10.py?"),
     (
         "train --config=~/jaxsft_none/cifar10.py",
         f"there is no config file {Path.home()}/jaxsft_none/cifar10.py; did you mean configs/cifar10.py?",

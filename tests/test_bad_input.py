@@ -186,7 +186,7 @@ CASES: tuple[tuple[str, str], ...] = (
     (SAMPLE + " --config.checkpoint.keep=0", "config.checkpoint.keep is 0; it must be 1 or more"),
     (
         SAMPLE + " --config.checkpoint.best_metric=accuracyy",
-        "config.checkpoint.best_metric is 'accuracyy'; it must be '' or 'accuracy' or 'top5' or 'loss'",
+        "config.checkpoint.best_metric is 'accuracyy'; it must be '', 'accuracy', 'top5' or 'loss'",
     ),
     (SAMPLE + " --config.parallel.backend=pjit", "config.parallel.backend is 'pjit'; it must be 'pmap' or 'shard_map'"),
     (

@@ -189,3 +189,20 @@ def test_a_resumed_run_may_be_evaluated_at_other_times(tmp_path: Path) -> None:
     config.data.eval_split = "test"
     with pytest.raises(UserError, match=r"data.eval_split"):
         workdir.check_config(tmp_path, config)
+
+
+def test_recipes_are_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where this package is installed and no configs/ is near; a file of the user's own comes first."""
+    there = flags.load("configs/cifar10.py:sample")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10").mkdir()
+    for name in ("cifar10:sample", "cifar10.py:sample", "configs/cifar10.py:sample"):
+        assert flags.load(name) == there
+    with pytest.raises(UserError, match="there is no config file other/cifar10.py"):
+        flags.load("other/cifar10.py:sample")
+    (tmp_path / "cifar10.py").write_text(
+        "from jaxsft.config import default\n"
+        "def get_config():\n    config = default()\n    config.seed = 9\n    return config\n"
+    )
+    assert flags.load("cifar10.py").seed == 9
+    assert flags.load("configs/cifar10.py").seed == 0
