@@ -17,7 +17,7 @@ import numpy as np
 from convert import checkpoints, files, names
 from jaxsft import cli
 from jaxsft.models import weights
-from jaxsft.models.resnet import ARCHITECTURES
+from jaxsft.models.families import ARCHITECTURES
 
 LOGIT_TOLERANCE = 1e-5  # of the largest logit: a few hundred float32 roundings of 6e-8, what summation order costs
 
@@ -33,7 +33,7 @@ def to_flax(source: str, arch: str, out: Path) -> None:
 def to_torch(directory: Path, out: Path) -> None:
     """Write a ported directory as a torchvision state_dict."""
     variables, card = weights.load(directory)
-    checkpoints.write(out, names.to_torch(variables))
+    checkpoints.write(out, names.to_torch(variables, card.arch))
     if card.num_classes:
         how = f"(num_classes={card.num_classes}).load_state_dict takes it strictly"
     else:
@@ -50,7 +50,7 @@ def verify(directory: Path, against: str, image_size: int) -> int:
         raise cli.UserError(f"--image-size is {image_size}", "the smallest is 32")
     variables, card = weights.load(directory)
     tensors, _ = checkpoints.read(against, card.arch)
-    ported = names.to_torch(variables)
+    ported = names.to_torch(variables, card.arch)
     differing = [
         name
         for name in sorted(tensors.keys() | ported.keys())
@@ -95,7 +95,7 @@ def torchvision_logits(
 
 
 def list_registry() -> None:
-    """Print torchvision's ResNet weights: arch, name, top-1 on ImageNet, parameters, size."""
+    """Print torchvision's weights: arch, name, top-1 on ImageNet, parameters, size."""
     files.import_torch()
     import torchvision
 

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convert import files, layouts, tensors
+from convert import files, layouts, names, tensors
 from jaxsft.cli import OFFLINE, UserError, local_path, nearest
-from jaxsft.models.resnet import ARCHITECTURES
-from jaxsft.models.weights import HEAD, INTERPOLATIONS, MOST_CLASSES, ModelCard, Preprocessing, file_sha256
+from jaxsft.models.families import ARCHITECTURES, family_of
+from jaxsft.models.family import variable_shapes
+from jaxsft.models.weights import INTERPOLATIONS, MOST_CLASSES, ModelCard, Preprocessing, file_sha256
 
 REGISTERED = re.compile(r"(\w+_weights\.)?\w+", re.IGNORECASE)  # torchvision's enumeration and its member
 
@@ -42,27 +43,29 @@ def read(weights: str, arch: str) -> Weights:
         return read_registry(weights, arch)
     if not os.path.isfile(path):
         raise UserError(f"no file {path}", "name a .pth or .safetensors file or one of `python -m convert list`")
-    found = read_file(path)
-    return Weights(found, ModelCard(arch, head_classes(found, path), None, path.name, file_sha256(path)))
+    found = read_file(path, arch)
+    return Weights(found, ModelCard(arch, head_classes(found, path, arch), None, path.name, file_sha256(path)))
 
 
-def read_file(path: Path) -> dict[str, np.ndarray]:
+def read_file(path: Path, arch: str) -> dict[str, np.ndarray]:
     """The tensors of a file by torchvision's names. Raises UserError."""
-    return tensors.as_arrays(layouts.state_dict(files.read(path), path), path)
+    known = names.torch_names(variable_shapes(ARCHITECTURES[arch]()), arch)
+    return tensors.as_arrays(layouts.state_dict(files.read(path), path, known), path)
 
 
-def head_classes(found: dict[str, np.ndarray], path: Path) -> int:
-    """How many classes the head among these tensors has; 0: there is no head.
+def head_classes(found: dict[str, np.ndarray], path: Path, arch: str) -> int:
+    """How many classes the head of `arch` among these tensors has; 0: there is no head.
 
     Raises:
       UserError: it has none, or more than can be meant.
     """
-    head = [found[name] for name in (f"{HEAD}.bias", f"{HEAD}.weight") if name in found]
+    layer = family_of(arch).head
+    head = [found[name] for name in (f"{layer}.bias", f"{layer}.weight") if name in found]
     if not head:
         return 0
     count = head[0].shape[0] if head[0].ndim else 0
     if not 0 < count <= MOST_CLASSES:
-        raise UserError(f"{path} has a head of {count} classes", "give the weights of a whole torchvision ResNet")
+        raise UserError(f"{path} has a head of {count} classes", f"give the weights of a whole {arch}")
     return count
 
 
@@ -102,7 +105,7 @@ def read_registry(weights: str, arch: str) -> Weights:
         weights_version=entry.name,
         preprocessing=preprocessing,
     )
-    return Weights(read_file(path), card)
+    return Weights(read_file(path, arch), card)
 
 
 def preprocessing_of(preset: Any, whose: str) -> Preprocessing:

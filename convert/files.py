@@ -20,7 +20,7 @@ MOST_PACKED = 10  # times: no trained numbers pack as well
 ADVICE = re.compile(r"weights_only|safe_globals|trust|load failed")  # torch's: how to run the file's code nevertheless
 
 
-class Beside:
+class Placeholder:
     """Stands for an object that lies beside the weights, such as a script's arguments: takes anything, is nothing."""
 
     def __init__(self, *_: Any):
@@ -30,9 +30,9 @@ class Beside:
         pass
 
 
-# What scripts save with their weights. Each is replaced by a Beside of the same name: none of this code ever runs.
+# What scripts save with their weights. Each is replaced by a Placeholder of the same name: none of this code ever runs.
 HARMLESS = tuple(
-    type(name, (Beside,), {"__module__": module})
+    type(name, (Placeholder,), {"__module__": module})
     for module, names in (
         ("argparse", ("Namespace",)),
         ("types", ("SimpleNamespace",)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,11 @@ HOLDERS = ("model", "state_dict", "model_state_dict", "net", "network", "module"
 # Modules around a model: of DataParallel and AveragedModel, torch.compile, FSDP, activation checkpointing.
 WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 BESIDE = "n_averaged"  # AveragedModel's counter
-FIRST = "conv1.weight"  # by which a prefix that all names share is known for one
 DEEPEST = 8  # holders in holders
 
 
-def state_dict(loaded: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The tensors in `loaded`, the content of a file, by torchvision's names.
+def state_dict(loaded: Mapping[str, Any], path: Path, known: Collection[str]) -> dict[str, Any]:
+    """The tensors in `loaded`, the content of a file, by torchvision's names, of which some are `known`.
 
     Taken away are the dicts around them (`HOLDERS`), the names of wrappers wherever they stand in a name (`WRAPPERS`),
     a prefix that all names share ("model.", "backbone."), and the count that an average carries.
@@ -41,7 +40,17 @@ def state_dict(loaded: Mapping[str, Any], path: Path) -> dict[str, Any]:
         if name in found:
             raise UserError(f"{path} holds {name!r} twice: as {found[name][0]!r} and {str(key)!r}", "save it once")
         found[name] = str(key), value
-    prefix = min((name.removesuffix(FIRST) for name in found if name.endswith("." + FIRST)), key=len, default="")
-    if not all(name.startswith(prefix) for name in found):
-        prefix = ""
+    prefix = common_prefix(found, known)
     return {name.removeprefix(prefix): value for name, (_, value) in found.items()}
+
+
+def common_prefix(found: Collection[str], known: Collection[str]) -> str:
+    """The modules that all names of `found` begin with and names of `known` do not, such as 'model.' or ''."""
+    modules, prefix = next(iter(found), "").split("."), ""
+    for module in modules:
+        if not all(name.startswith(prefix) for name in found):
+            break
+        if any(name.removeprefix(prefix) in known for name in found):
+            return prefix
+        prefix += f"{module}."
+    return ""

@@ -1,12 +1,11 @@
-"""One table of names, used in both directions: where each torchvision tensor lives in our variables, and how it turns.
+"""Where each torchvision tensor lives in our variables, and how its layout changes: one table, both directions.
 
-A Flax variable is `COLLECTION/MODULE/LEAF`, a torch tensor `MODULE.LEAF`. MODULES says how module names translate and
-what kind each module is, LEAVES how the leaves of a kind do. Everything else here reads those two tables.
+A Flax variable is `COLLECTION/MODULE/LEAF`, a torch tensor `MODULE.LEAF`. A family's record says what torch calls a
+module (`Family.torch_name`); LEAVES and KERNELS say it of what lies in one, whatever the family.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,71 +13,56 @@ import numpy as np
 from flax import traverse_util
 
 from jaxsft.cli import UserError
+from jaxsft.models.families import family_of
 
 Arrays = Mapping[str, np.ndarray]
 
-# Flax module pattern -> (torch module, kind). The patterns are exclusive: a module fits one.
-MODULES: tuple[tuple[str, str, str], ...] = (
-    (r"conv1", "conv1", "conv"),
-    (r"bn1", "bn1", "norm"),
-    (r"layer(\d)_(\d+)/conv(\d)", r"layer\1.\2.conv\3", "conv"),
-    (r"layer(\d)_(\d+)/bn(\d)", r"layer\1.\2.bn\3", "norm"),
-    (r"layer(\d)_(\d+)/downsample_conv", r"layer\1.\2.downsample.0", "conv"),
-    (r"layer(\d)_(\d+)/downsample_bn", r"layer\1.\2.downsample.1", "norm"),
-    (r"fc", "fc", "linear"),
-)
 
-
-class Turn(NamedTuple):
-    """How an array changes on its way: the axes to Flax (None: unchanged), the axes back, and both dtypes' kinds."""
+class LayoutTransform(NamedTuple):
+    """How a tensor's layout changes: its axes to Flax (None: unchanged), the axes back, and torch's dtype."""
 
     to_flax: tuple[int, ...] | None = None
     to_torch: tuple[int, ...] | None = None
     torch_dtype: Any = None  # None: whatever the Flax leaf has
 
 
-OIHW_HWIO = Turn((2, 3, 1, 0), (3, 2, 0, 1))
-TRANSPOSED = Turn((1, 0), (1, 0))
-SAME = Turn()
-COUNTER = Turn(torch_dtype=np.int64)  # int32 in Flax: JAX has no int64 by default
-
-# (kind, collection, Flax leaf) -> (torch leaf, turn)
-LEAVES: Mapping[tuple[str, str, str], tuple[str, Turn]] = {
-    ("conv", "params", "kernel"): ("weight", OIHW_HWIO),  # also right for groups: I is C_in / groups in both
-    ("linear", "params", "kernel"): ("weight", TRANSPOSED),
-    ("linear", "params", "bias"): ("bias", SAME),
-    ("norm", "params", "scale"): ("weight", SAME),
-    ("norm", "params", "bias"): ("bias", SAME),
-    ("norm", "batch_stats", "mean"): ("running_mean", SAME),
-    ("norm", "batch_stats", "var"): ("running_var", SAME),
-    ("norm", "batch_stats", "count"): ("num_batches_tracked", COUNTER),
+IDENTITY = LayoutTransform()
+INT64 = LayoutTransform(torch_dtype=np.int64)  # int32 in Flax: JAX has no int64 by default
+# The kernels of layers by their number of axes.
+KERNELS: Mapping[int, LayoutTransform] = {
+    4: LayoutTransform((2, 3, 1, 0), (3, 2, 0, 1)),  # OIHW to HWIO; also right for groups: I is C_in / groups in both
+    2: LayoutTransform((1, 0), (1, 0)),  # a linear layer's
+}
+# Flax leaf -> torch leaf; what is not here has one name in both.
+LEAVES: Mapping[str, str] = {
+    "kernel": "weight",
+    "scale": "weight",
+    "mean": "running_mean",
+    "var": "running_var",
+    "count": "num_batches_tracked",
 }
 
 # Absent from files written before PyTorch 0.4.1; torch itself takes it for 0 then.
 OPTIONAL_LEAF = "num_batches_tracked"
 
 
-def torch_name(flax_path: str) -> tuple[str, Turn]:
-    """Torch's name of a Flax variable such as "params/layer1_0/conv1/kernel", and how its array turns.
+def torch_tensor(flax_path: str, ndim: int, arch: str) -> tuple[str, LayoutTransform]:
+    """Torch's name of a Flax variable such as "params/layer1_0/conv1/kernel", and how its `ndim` axes change."""
+    _, *modules, leaf = flax_path.split("/")
+    module = family_of(arch).torch_name("/".join(modules))
+    transform = KERNELS[ndim] if leaf == "kernel" else INT64 if leaf == "count" else IDENTITY
+    return ".".join(filter(None, (module, LEAVES.get(leaf, leaf)))), transform
 
-    Raises:
-      KeyError: the table has no such variable; the model has grown and the table has not.
-    """
-    collection, *middle, leaf = flax_path.split("/")
-    module = "/".join(middle)
-    for pattern, replacement, kind in MODULES:
-        match = re.fullmatch(pattern, module)
-        if match:
-            torch_leaf, turn = LEAVES[kind, collection, leaf]
-            return f"{match.expand(replacement)}.{torch_leaf}", turn
-    raise KeyError(f"no rule of convert.names covers {flax_path}")
+
+def torch_names(shapes: Mapping[str, Any], arch: str) -> set[str]:
+    """Torch's names of the variables in `shapes` (`models.family.variable_shapes`)."""
+    return {torch_tensor(path, leaf.ndim, arch)[0] for path, leaf in flatten(shapes).items()}
 
 
 def to_flax(tensors: Arrays, shapes: Mapping[str, Any], arch: str) -> dict[str, Any]:
-    """Turn torch tensors into the variables described by `shapes` (`models.resnet.variable_shapes`).
+    """torch tensors as the variables described by `shapes` (`models.family.variable_shapes`).
 
-    Returns {"params": ..., "batch_stats": ...} of numpy arrays in the shapes' dtypes, every leaf filled from exactly
-    one tensor.
+    Returns numpy arrays by collection in the shapes' dtypes, every leaf filled from exactly one tensor.
 
     Raises:
       UserError: one message with every missing, unused and misshapen name.
@@ -87,17 +71,19 @@ def to_flax(tensors: Arrays, shapes: Mapping[str, Any], arch: str) -> dict[str, 
     missing, misshapen = [], []
     unused = dict(tensors)
     for path, leaf in flatten(shapes).items():
-        name, turn = torch_name(path)
+        name, transform = torch_tensor(path, leaf.ndim, arch)
         tensor = unused.pop(name, None)
         if tensor is None and name.endswith(OPTIONAL_LEAF):
             tensor = np.zeros((), np.int64)
         if tensor is None:
             missing.append(name)
             continue
-        if turn.to_flax is not None and tensor.ndim == len(turn.to_flax):
-            tensor = tensor.transpose(turn.to_flax)
+        if transform.to_flax is not None and tensor.ndim == len(transform.to_flax):
+            tensor = tensor.transpose(transform.to_flax)
         if tensor.shape != leaf.shape:
-            expected = leaf.shape if turn.to_torch is None else tuple(leaf.shape[axis] for axis in turn.to_torch)
+            expected = (
+                leaf.shape if transform.to_torch is None else tuple(leaf.shape[axis] for axis in transform.to_torch)
+            )
             misshapen.append(f"{name} {tuple(tensors[name].shape)}, expected {expected}")
             continue
         result[path] = np.array(tensor, leaf.dtype, order="C")
@@ -111,15 +97,15 @@ def to_flax(tensors: Arrays, shapes: Mapping[str, Any], arch: str) -> dict[str, 
     return unflatten(result)
 
 
-def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Turn Flax variables into tensors under torchvision's names: `to_flax` backwards, bit for bit."""
+def to_torch(variables: Mapping[str, Any], arch: str) -> dict[str, np.ndarray]:
+    """Flax variables as tensors under torchvision's names: `to_flax` backwards, bit for bit."""
     tensors = {}
     for path, leaf in flatten(variables).items():
-        name, turn = torch_name(path)
         array = np.asarray(leaf)
-        if turn.to_torch is not None:
-            array = array.transpose(turn.to_torch)
-        tensors[name] = np.array(array, turn.torch_dtype or array.dtype, order="C")
+        name, transform = torch_tensor(path, array.ndim, arch)
+        if transform.to_torch is not None:
+            array = array.transpose(transform.to_torch)
+        tensors[name] = np.array(array, transform.torch_dtype or array.dtype, order="C")
     return tensors
 
 

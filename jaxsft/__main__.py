@@ -34,7 +34,7 @@ def main() -> None:
         if name in names:
             raise cli.UserError(what, f"give it as `python -m {names[name]}`")
         raise cli.UserError(what, cli.nearest(name, list(names)))
-    cli.say("Fine-tune a torchvision ResNet in JAX. The commands, each with --help:")
+    cli.say("Fine-tune a torchvision model in JAX. The commands, each with --help:")
     for name, meaning in known.items():
         cli.say(f"  python -m {name:20} {meaning}")
 

@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import re
-import select
 import shutil
 import signal
 import subprocess
@@ -24,8 +23,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jaxsft import streams
+
 FAILED, USER_ERROR = 1, 2  # exit status
-GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # of a stream: nobody reads it any more
 STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 OFFLINE = (
     "give local files, --config.model.weights=FILE and --config.data.data_dir=DIR (prepared by TFDS),"
@@ -74,43 +74,35 @@ def is_text(character: str) -> bool:
     return character.isprintable() or character in "\u200c\u200d" or unicodedata.category(character) == "Zs"
 
 
-def put(stream: Any, text: str) -> None:
-    """Write `text` and flush; what the stream's encoding lacks is escaped, and a closed one (None) gets nothing."""
-    if stream is not None:
-        encoding = getattr(stream, "encoding", None) or "utf-8"
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        stream.flush()
-
-
-def put_out(stream: Any, text: str) -> None:
-    """`put` on what is a command's output.
+def write_output(stream: Any, text: str) -> None:
+    """`streams.write_text` on what is a command's output.
 
     Raises:
       BrokenPipeError: nobody reads it; `run` then ends quietly.
       Stop: it can't be written for another reason, such as a full disk.
     """
     try:
-        put(stream, text)
+        streams.write_text(stream, text)
     except BrokenPipeError:
         raise
     except OSError as error:
         raise Stop(f"the output can't be written: {error.strerror}", "make room, or write it elsewhere") from None
 
 
-def put_aside(text: str) -> None:
-    """`put` on stderr, where there still is one."""
+def write_aside(text: str) -> None:
+    """`streams.write_text` on stderr, where there still is one."""
     with contextlib.suppress(OSError, ValueError):
-        put(sys.stderr, text)
+        streams.write_text(sys.stderr, text)
 
 
 def say(text: object) -> None:
-    """Print a line on stdout. Raises as `put_out`."""
-    put_out(sys.stdout, printable(text) + "\n")
+    """Print a line on stdout. Raises as `write_output`."""
+    write_output(sys.stdout, printable(text) + "\n")
 
 
 def warn(text: object) -> None:
     """Print `warning: text` as one line on stderr."""
-    put_aside(f"warning: {printable(text)}\n")
+    write_aside(f"warning: {printable(text)}\n")
 
 
 def local_path(text: str | Path) -> Path:
@@ -124,15 +116,15 @@ def local_path(text: str | Path) -> Path:
     return Path(text).expanduser()
 
 
-def complain(stop: Stop) -> int:
+def report_error(stop: Stop) -> int:
     """Print `error: what; what to do` as one line on stderr, where that can be, and return the exit status."""
-    put_aside(f"{stop.label}: {printable(' '.join(str(stop).split()))}\n")
+    write_aside(f"{stop.label}: {printable(' '.join(str(stop).split()))}\n")
     return stop.status
 
 
-def leave(stop: Stop) -> None:
+def exit_process(stop: Stop) -> None:
     """End the process from any thread, without the clean-up that the main thread may be in no state to do."""
-    os._exit(complain(stop))
+    os._exit(report_error(stop))
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -140,137 +132,29 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
     Where stdout's reader has gone (`| head -1`) it ends without a word in the shell's status for that, 128 + SIGPIPE.
     """
-    fill_descriptors()
-    sys.unraisablehook = but_abandoned_work(sys.unraisablehook)
+    streams.open_closed_streams()
+    sys.unraisablehook = streams.hide_abandoned_work(sys.unraisablehook)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # else it names each abandoned task's exception as an error
-    streams = sys.stdout, sys.stderr
-    for stream in streams:
+    began_with = sys.stdout, sys.stderr
+    for stream in began_with:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names of files are any bytes, and LANG may be C
     try:
         status = main() or 0
-        put_out(sys.stdout, "")
+        write_output(sys.stdout, "")
     except Stop as stop:
-        status = complain(stop)
+        status = report_error(stop)
     except KeyboardInterrupt:
-        status = complain(Preempted(signal.SIGINT, "before anything was there to save", "nothing is lost"))
+        status = report_error(Preempted(signal.SIGINT, "before anything was there to save", "nothing is lost"))
     except BrokenPipeError:
-        if not any(map(is_gone, streams)):
+        if not any(map(streams.is_reader_gone, began_with)):
             raise
         status = 128 + signal.SIGPIPE
     finally:
-        sys.stdout = streams[0]  # `json_to` may have turned it
-        for stream in streams:
-            settle(stream)
+        sys.stdout = began_with[0]  # `json_to` may have turned it
+        for stream in began_with:
+            streams.flush_or_discard(stream)
     sys.exit(status)
-
-
-def but_abandoned_work(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`hook` without what becomes of a checkpoint's other arrays where Orbax gives up at the first that fails.
-
-    Their reads and writes are abandoned: collected as garbage at any later time, or finished when their event loop is
-    closed. Each would print a traceback, of what has been told in one line.
-    """
-
-    def is_abandoned(raised: Any) -> bool:
-        code = getattr(raised.object, "cr_code", None)  # of a coroutine
-        return "Event loop is closed" in str(raised.exc_value) or (code is not None and "orbax" in code.co_filename)
-
-    return lambda raised: None if is_abandoned(raised) else hook(raised)
-
-
-def fill_descriptors() -> None:
-    """Open /dev/null where a standard stream was closed (`>&-`) before the start.
-
-    Else the next file that is opened gets its number, and with it all that C code writes to stdout or stderr.
-    """
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(number, True)
-    os.close(number)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (open to the end)
-
-
-def is_gone(stream: Any) -> bool:
-    """Whether the other end of a stream is closed."""
-    try:
-        poll = select.poll()
-        poll.register(stream.fileno(), 0)
-        return bool(poll.poll(0))  # only errors are reported where none is asked for
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def settle(stream: Any) -> None:
-    """Write what a stream holds back; drop it where that can't be, or Python would complain of it at its exit."""
-    try:
-        stream.flush()
-    except (OSError, ValueError):
-        lose(stream)
-
-
-def lose(stream: Any) -> None:
-    """Let all that is still to come on `stream` go nowhere: what it holds back, and what C code writes there, too."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        number = stream.fileno()
-        null = os.open(os.devnull, os.O_WRONLY)
-        if null != number:
-            os.dup2(null, number)
-            os.close(null)
-
-
-class Unbreakable:
-    """A text stream whose writes are lost without an error once nobody reads it; in all else that stream."""
-
-    def __init__(self, stream: Any):
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """See io.TextIOBase."""
-        with self._forgiven():
-            self._stream.write(text)
-        return len(text)
-
-    def writelines(self, lines: Any) -> None:
-        """See io.TextIOBase."""
-        self.write("".join(lines))
-
-    def flush(self) -> None:
-        """See io.TextIOBase."""
-        with self._forgiven():
-            self._stream.flush()
-
-    @contextlib.contextmanager
-    def _forgiven(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in GONE:
-                raise
-            lose(self._stream)
-        except ValueError:
-            if not self._stream.closed:
-                raise
-
-
-@contextlib.contextmanager
-def unbreakable_streams() -> Iterator[None]:
-    """For a while, let nothing that is written to sys.stdout and sys.stderr fail because a terminal or pipe has gone.
-
-    For work that must outlive the terminal it was started in. All threads are covered, and all that asks sys for its
-    stream: print, warnings, tracebacks, progress bars begun inside.
-    """
-    fill_descriptors()
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (Unbreakable(stream) for stream in before)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
 
 
 class Parser(argparse.ArgumentParser):
@@ -307,7 +191,7 @@ def run_module(*command: str, platform: str = "cpu") -> None:
         while chunk := process.stderr.read1(65536):  # type: ignore[attr-defined]
             said += chunk
             if b"error: " not in said:  # ours to print, once
-                put_aside(decoder.decode(chunk))
+                write_aside(decoder.decode(chunk))
     if process.returncode == USER_ERROR:
         message = said.decode(errors="replace").strip().splitlines()[-1].partition("error: ")[2]
         what, _, what_to_do = " ".join(message.split()).rpartition("; ")
@@ -329,7 +213,7 @@ def json_to(file: str) -> Callable[[Any], None]:
         return lambda value: None
     if file in STDOUT:
         out, sys.stdout = sys.stdout, sys.stderr
-        return lambda value: put_out(out, to_json(value))
+        return lambda value: write_output(out, to_json(value))
     path = local_path(file)
     check_writable(path)
     return functools.partial(write_json, path)

@@ -14,53 +14,19 @@ if __name__ == "__main__":
     machine.ask_for_huge_pages()  # before the imports below: it starts this command anew
 
 import argparse
-import collections
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
-
-import jax
 
 from jaxsft import cli
-from jaxsft.data.base import Options, Source
-from jaxsft.data.loader import BadFiles, Loader, make_loader
+from jaxsft.data.base import Options
+from jaxsft.data.loader import BadFiles, make_loader
 from jaxsft.data.reading import EvalPlan, in_memory
 from jaxsft.data.sources import open_source, with_classes
 from jaxsft.flags import parse_flags
-from jaxsft.run.machine import keep_compilations
-from jaxsft.interpret.metrics import Evaluation
-from jaxsft.run.parallel import IN_FLIGHT, all_devices
 from jaxsft.learn.steps import make_eval_step
-from jaxsft.run.workdir import load_run
-
-
-def evaluate(
-    eval_step: Callable[..., Any],
-    variables: Any,
-    loader: Loader,
-    between: Callable[[], None] = lambda: None,
-) -> Evaluation:
-    """Run the compiled `eval_step` over all that `loader` brings and sum its counts.
-
-    The next batches are dispatched while the counts of the last ones are on their way to the host. After each one
-    `between` is called; it may raise to end the evaluation.
-    """
-
-    def counts() -> Iterator[dict[str, Any]]:
-        queue: collections.deque[Any] = collections.deque()
-        for batch in loader.batches():
-            queue.append(eval_step(variables, loader.dataset, batch))
-            between()
-            if len(queue) > IN_FLIGHT:
-                yield jax.device_get(queue.popleft())
-        yield from map(jax.device_get, queue)
-
-    return Evaluation.of(counts())
-
-
-def of_split(source: Source) -> str:
-    """What its split is called, in brackets, where it has a name."""
-    return f" ({source.split})" if source.split else ""
+from jaxsft.run.evaluation import evaluate, of_split
+from jaxsft.run.machine import keep_compilations
+from jaxsft.run.parallel import all_devices
+from jaxsft.run.saved import load_run
 
 
 def main() -> None:

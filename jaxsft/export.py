@@ -22,7 +22,7 @@ from convert import checkpoints, names
 from jaxsft import cli
 from jaxsft.data.augment import preprocess
 from jaxsft.run.machine import keep_compilations
-from jaxsft.run.workdir import Run, load_run
+from jaxsft.run.saved import Run, load_run
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -33,7 +33,7 @@ def write_weights(run: Run, out: Path) -> str:
     Raises:
       UserError: the file exists or can't be written.
     """
-    checkpoints.write(out, names.to_torch(run.variables))
+    checkpoints.write(out, names.to_torch(run.variables, run.card.arch))
     return f"torchvision.models.{run.card.arch}(num_classes={run.card.num_classes}).load_state_dict takes it strictly"
 
 

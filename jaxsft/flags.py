@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import ast
 import difflib
-import inspect
-import io
 import re
 import sys
 import textwrap
-import tokenize
 import traceback
 import types
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from jaxsft import config as config_module
 from jaxsft.cli import Stop, UserError, local_path
 from jaxsft.config import kinds, wanted
+from jaxsft.keys import KEYS, Key
 
 BOOLEANS = dict.fromkeys(("true", "yes", "on", "t", "y", "1"), True) | dict.fromkeys(
     ("false", "no", "off", "f", "n", "0"), False
@@ -103,8 +101,7 @@ def parse_flags(argv: Sequence[str], usage: str, strings: dict[str, str]) -> tup
         raise UserError("no config", "give --config configs/cifar10.py or another file")
     config = load(config_flag)
     for key, value in changes.items():
-        parent, _, leaf = key.rpartition(".")
-        (config_module.get(config, parent) if parent else config)[leaf] = value
+        config_module.put(config, key, value)
     config.lock()
     return config, values, config_flag
 
@@ -227,12 +224,14 @@ def as_text(value: Any) -> str:
 def load(config_flag: str) -> ConfigDict:
     """The config of FILE[:VARIANT]: what get_config([VARIANT]) of the Python file returns.
 
+    FILE is a path, or names a recipe that ships with this package: cifar10 or configs/cifar10.py.
+
     Raises:
       UserError: there is no such file, it can't be run, or it returns something else.
     """
     local_path(config_flag)  # for gs://bucket/file.py, before it is cut at its colon
     file, colon, variant = config_flag.partition(":")
-    path = local_path(file)
+    path = find(local_path(file))
     try:
         source = path.read_bytes()
     except FileNotFoundError:
@@ -264,57 +263,59 @@ def load(config_flag: str) -> ConfigDict:
     return config
 
 
+def recipes() -> Path:
+    """The folder of the recipes that ship: in the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    return next(filter(Path.is_dir, (package / "configs", package.parent / "configs")))
+
+
+def find(path: Path) -> Path:
+    """`path` itself where a file is there, else the recipe that is called so."""
+    recipe = recipes() / f"{path.stem}.py"
+    is_name = path.parent in (Path(), Path("configs")) and path.suffix in ("", ".py")
+    is_there = path.exists() and not path.is_dir()
+    return recipe if is_name and not is_there and recipe.exists() else path
+
+
 def near_files(path: Path) -> str:
     """A hint for the name of a config file that is not there."""
-    ours = sorted(Path("configs").glob("*.py"))
+    ours = [Path("configs", file.name) for file in sorted(recipes().glob("*.py"))]
     files = {file.stem: file for file in [*path.parent.glob("*.py"), *ours]}
     close = difflib.get_close_matches(path.stem, files, n=1)
     if close:
         return f"did you mean {files[close[0]]}?"
-    return f"known: {', '.join(map(str, ours))}" if ours else "check its path"
-
-
-def meanings() -> dict[str, str]:
-    """What each key of the config means: the comment beside it in `default`, else those on the lines above it."""
-    text = inspect.getsource(config_module.default)
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(text).readline)
-        if token.type == tokenize.COMMENT
-    }
-    found, above = {}, ""
-    sections = {"config": ""}
-    for number, line in enumerate(text.splitlines(), start=1):
-        if match := re.match(r"\s+config\.(\w+) = (\w+) = ConfigDict\(\)", line):
-            sections[match[2]] = f"{match[1]}."
-        elif match := re.match(r"\s+(\w+)\.(\w+) = ", line):
-            found[sections[match[1]] + match[2]] = comments.get(number, above)
-        above = f"{above} {comments[number]}".strip() if line.strip().startswith("#") else ""
-    return found
+    return f"known: {', '.join(map(str, ours))}"
 
 
 def help_lines(usage: str, strings: Mapping[str, str]) -> list[str]:
     """What --help prints: the usage, the command's options, and every key of the config."""
-    defaults = config_module.flatten(config_module.default().to_dict())
-    rows = [f"--config.{key}={as_text(defaults[key])}\n{meaning}" for key, meaning in meanings().items()]
-    lines = [usage.strip(), "", *entries([f"--{name}\n{text}" for name, text in strings.items()])]
     return [
-        *lines,
+        usage.strip(),
         "",
-        "Every key of the config, its default, which a config file may change, and its meaning:",
-        *entries(rows),
+        *entries((f"--{name}", text) for name, text in strings.items()),
+        "",
+        "Every key of the config, its default, which a config file may change, its meaning, and [what it may be]:",
+        *entries((f"--config.{key.name}={as_text(key.default)}", key.meaning, f"[{choices(key)}]") for key in KEYS),
     ]
 
 
-def entries(rows: Sequence[str], column: int = 42) -> list[str]:
-    """Rows of 'name\\nmeaning' as lines, the meanings under each other."""
-    lines = []
-    for row in rows:
-        name, meaning = row.split("\n")
-        first, *rest = textwrap.wrap(meaning, 118 - column)
+def choices(key: Key) -> str:
+    """What the value of a key may be, and all the names where it is a name or some."""
+    return ": ".join(filter(None, (wanted(key.name), ", ".join(key.allowed.known()))))
+
+
+def entries(rows: Iterable[tuple[str, ...]], column: int = 42) -> list[str]:
+    """Names, each followed by texts, as lines; the texts under each other, the next beside the last where it fits."""
+    lines, width = [], 118 - column
+    for name, *texts in rows:
+        cell: list[str] = []
+        for text in texts:
+            wrapped = textwrap.wrap(text, width)
+            fits = cell and len(cell[-1]) + 1 + len(text) <= width
+            cell = [*cell[:-1], f"{cell[-1]} {text}"] if fits else [*cell, *wrapped]
         name = f"  {name}"
-        lines += [f"{name:{column}}{first}"] if len(name) < column else [name, " " * column + first]
-        lines += [" " * column + more for more in rest]
+        lines += [f"{name:{column}}{cell.pop(0)}"] if len(name) < column else [name]
+        lines += [" " * column + more for more in cell]
     return lines
 
 

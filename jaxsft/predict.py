@@ -24,7 +24,7 @@ from jaxsft.data.folder import EXTENSIONS, images
 from jaxsft.data.threads import in_order
 from jaxsft.models.weights import Preprocessing
 from jaxsft.run.machine import keep_compilations
-from jaxsft.run.workdir import Run, load_run
+from jaxsft.run.saved import Run, load_run
 
 BATCH = 32  # images a step at most
 

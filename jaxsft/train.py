@@ -13,7 +13,7 @@ from jaxsft.run import machine
 
 if __name__ == "__main__":
     machine.ask_for_huge_pages()  # before the imports below: it starts this command anew
-    machine.greet()
+    machine.announce_start()
 
 import contextlib
 import dataclasses
@@ -30,16 +30,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from jaxsft.run import checkpoint, processes
-from jaxsft import cli, flags
+from jaxsft import cli, flags, streams
 from jaxsft import config as config_module
+from jaxsft.interpret.metrics import Evaluation
+from jaxsft.run import checkpoint, processes
 from jaxsft.run import workdir as workdir_module
+from jaxsft.run.best import Best
 from jaxsft.run.checkpoint import Checkpoints, Unwritten
 from jaxsft.run.interrupts import Interrupted, Interrupts
 from jaxsft.run.job import Job, prepare
-from jaxsft.run.log import Log, Meter, NotFinite, Speed, progress
-from jaxsft.interpret.metrics import Evaluation
-from jaxsft.run.saved import Best
+from jaxsft.run.log import Log, Meter, NotFinite, Throughput, progress, records
 
 IN_REPORT = 32  # images of the first batch
 
@@ -52,7 +52,7 @@ class Trainer:
     ):
         self.job, self.start, self.meter, self.best = job, start, meter, best
         self.checkpoints, self.interrupts, self.log = checkpoints, interrupts, log
-        self.speed = Speed()
+        self.speed = Throughput()
         self.began = self.epoch_began = time.perf_counter()
 
     def run(self) -> Evaluation:
@@ -83,13 +83,13 @@ class Trainer:
         self.speed.add(len(steps) * self.job.config.data.batch_size)
         step = steps[-1]
         if step == self.start + 1:
-            self.interrupts.begin()
-            self.meter.settle()
+            self.interrupts.defer()
+            self.meter.compute()
             self.tell(f"compiled in {time.perf_counter() - self.began:.0f} s")
-            self.speed.restart()  # what came so far was mostly compilation
+            self.speed.reset()  # what came so far was mostly compilation
             self.epoch_began = time.perf_counter()
         if step % self.job.config.train.log_every_steps == 0 or step == self.job.total_steps:
-            self.write_train_line(step, self.meter.take(), self.speed.take())
+            self.write_train_line(step, self.meter.compute_and_reset(), self.speed.compute_and_reset())
         self.interrupts.poll(step)
 
     def tell(self, text: str) -> None:
@@ -100,7 +100,7 @@ class Trainer:
 
     def tell_epoch(self, step: int, result: Evaluation | None) -> None:
         """The line of an epoch: what it has learnt, and how long it took with its evaluation."""
-        sums, now = self.meter.take_epoch(), time.perf_counter()
+        sums, now = self.meter.compute_epoch_and_reset(), time.perf_counter()
         epochs = f"{self.job.epoch(step):g} of {self.job.epoch(self.job.total_steps):g}"
         trained = f"training loss {sums['loss'] / sums['count']:.4f}" if sums["count"] else ""
         evaluated = f"evaluation {result.summary()}" if result else ""
@@ -113,14 +113,14 @@ class Trainer:
         """Evaluate, write the line of the log, and note whether this is the best so far."""
         result = self.job.evaluate(between=lambda: self.interrupts.poll(step))
         self.log.write("eval", step, epoch=self.job.epoch(step), **result.scalars())
-        self.best.offer(step, result.scalars())
-        self.speed.restart()
+        self.best.update(step, result.scalars())
+        self.speed.reset()
         return result
 
     def finish(self, total: int) -> Evaluation:
         """The last evaluation, the last checkpoint, and only then the line that says that the run is finished."""
         result = self.job.evaluate(between=lambda: self.interrupts.poll(total))
-        self.best.offer(total, result.scalars())
+        self.best.update(total, result.scalars())
         self.tell_epoch(total, result)
         self.save(total)
         self.checkpoints.wait()
@@ -132,7 +132,7 @@ class Trainer:
     def save(self, step: int) -> None:
         """Start writing the checkpoint of `step`."""
         card = dataclasses.asdict(self.job.card)
-        host = {"meter": self.meter.settle(), "config": self.job.config.to_dict(), "card": card}
+        host = {"meter": self.meter.compute(), "config": self.job.config.to_dict(), "card": card}
         self.log.sync()
         self.checkpoints.save(self.job.state, step, host, best=self.best.step)
 
@@ -179,7 +179,7 @@ def fit(job: Job, workdir: Path) -> Evaluation:
             raise cli.Preempted(interrupted.number, where, "the same command resumes") from None
         except NotFinite as found:
             checkpoints.wait()
-            raise advise(found, checkpoints) from None
+            raise not_finite_error(found, checkpoints) from None
         except Unwritten:
             raise
         except cli.Stop:  # such as a picture that can't be read any more
@@ -196,7 +196,7 @@ def resume(job: Job, workdir: Path) -> tuple[int, Meter]:
     finite = job.config.train.on_nan == "stop"
     restored = checkpoint.newest(workdir, lambda record: job.state, set_aside=job.parallel.is_main)
     step = restored.step if restored else 0
-    must_agree(job, step, "the processes see different checkpoints", "let all of them see one --workdir")
+    require_agreement(job, step, "the processes see different checkpoints", "let all of them see one --workdir")
     if restored is None:
         return 0, Meter(finite=finite)
     job.state = job.parallel.replicate(restored.state)
@@ -204,7 +204,7 @@ def resume(job: Job, workdir: Path) -> tuple[int, Meter]:
     return restored.step, Meter(restored.record["meter"], finite)
 
 
-def must_agree(job: Job, value: Any, what: str, what_to_do: str) -> None:
+def require_agreement(job: Job, value: Any, what: str, what_to_do: str) -> None:
     """Raise a Stop in every process of a run where `value`, of JSON, is not the same in all of them."""
     if job.parallel.process_count == 1:
         return
@@ -221,7 +221,7 @@ def say(job: Job, text: str) -> None:
         cli.say(text)
 
 
-def advise(found: NotFinite, checkpoints: Checkpoints) -> cli.Stop:
+def not_finite_error(found: NotFinite, checkpoints: Checkpoints) -> cli.Stop:
     """What to say of a number that is not finite."""
     # Those from which a finite loss has been computed since: the last one may hold what made this one infinite.
     good = [step for step in checkpoint.steps(checkpoints.workdir) if step < found.step - 1]
@@ -245,7 +245,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         cli.say(f"{workdir}: finished at step {finished['step']}, accuracy {finished['accuracy']:.4f}")
         return
     job, said = prepare(config)
-    must_agree(job, job.data, "the processes see different data", "give all of them the same images")
+    require_agreement(job, job.data, "the processes see different data", "give all of them the same images")
     with workdir_module.lock(workdir, job.parallel.is_main):
         workdir_module.create(workdir, config, job.card, job.data, job.parallel.is_main)
         say(job, said)
@@ -258,14 +258,15 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
 
 def write_report(job: Job, workdir: Path, result: Evaluation) -> None:
-    """Leave report.html in the run's directory. Whatever its drawing comes to grief of, the run is whole without it."""
-    from jaxsft.interpret import html as report  # here: a start need not wait for matplotlib
-    from jaxsft.data import show
+    """Leave report.html in the run's directory. Without one the run is whole."""
+    from jaxsft.data import show  # here: a start need not wait for matplotlib
+    from jaxsft.interpret import html
 
     try:
         images, labels = show.batch_of(job.config, job.train_source, job.card.preprocessing, IN_REPORT)
         batch = show.grid(images, labels, job.train_source.class_names)
-        report.write(workdir, job.card, job.config, result, batch)
+        page = html.page(workdir.name, job.card, job.config, records(workdir), result, batch)
+        cli.write_file(workdir / "report.html", page.encode(errors="replace"))
     except Exception as error:
         cli.warn(f"no report.html could be made: {type(error).__name__}: {error}")
 
@@ -285,7 +286,7 @@ def main() -> None:
     config_module.check(config)
     workdir_module.check(workdir, config)
     machine.keep_compilations()
-    with cli.unbreakable_streams(), processes.join(values, config.parallel.timeout_seconds):
+    with streams.unbreakable_streams(), processes.join(values, config.parallel.timeout_seconds):
         train(config, workdir)
 
 

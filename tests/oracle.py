@@ -7,7 +7,8 @@ import torch
 import torchvision
 
 from convert import names
-from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
+from jaxsft.models.families import ARCHITECTURES
+from jaxsft.models.family import variable_shapes
 
 TEN = (
     "resnet18",

@@ -19,10 +19,12 @@ import torch
 
 from convert import names
 from jaxsft import config as config_module
-from jaxsft.learn import optim
+from jaxsft.learn.optim import make_optimizer
+from jaxsft.learn.schedule import make_schedule
 from jaxsft.learn.state import TrainState
 from jaxsft.learn.steps import make_train_step
-from jaxsft.models.resnet import ARCHITECTURES, ResNet
+from jaxsft.models.families import ARCHITECTURES
+from jaxsft.models.resnet import ResNet
 from jaxsft.parity import oracle, ours
 from jaxsft.parity.compare import Options, class_weights, inputs
 from jaxsft.parity.table import compared
@@ -45,7 +47,7 @@ def train(parallel: DataParallel, tensors: oracle.Arrays, sync: bool, weights: t
     values = ours.variables(model, tensors, ARCH)
     config = config_module.default()
     config.optim.update({"lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY, "schedule": "constant"})
-    optimizer = optim.make(config, values["params"], optim.schedule(config, 1, STEPS))
+    optimizer = make_optimizer(config, values["params"], make_schedule(config, 1, STEPS))
     body = make_train_step(
         model, optimizer, None, smoothing=SMOOTHING, class_weights=weights, axis_name=parallel.axis_name
     )
@@ -58,10 +60,10 @@ def train(parallel: DataParallel, tensors: oracle.Arrays, sync: bool, weights: t
         example = np.arange(OPTIONS.batch_size, dtype=np.int32)
         state, counts = step(state, dataset, parallel.split({"example": example}))
         result[f"loss {number}"] = np.asarray(counts["loss"] / counts["count"])
-    momentum = names.to_torch({"params": jax.device_get(optax.tree.get(state.opt_state, "trace"))})
+    momentum = names.to_torch({"params": jax.device_get(optax.tree.get(state.opt_state, "trace"))}, ARCH)
     return {
         **result,
-        **names.to_torch(jax.device_get(state.variables())),
+        **names.to_torch(jax.device_get(state.variables()), ARCH),
         **{f"momentum {name}": value for name, value in momentum.items()},
     }
 

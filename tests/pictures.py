@@ -32,8 +32,8 @@ class Spy(Source):
             file.write(" ".join(loaded) + "\n")
         return self.inner[index]
 
-    def take(self, indices: np.ndarray) -> Spy:
-        return Spy(self.inner.take(indices))
+    def select(self, indices: np.ndarray) -> Spy:
+        return Spy(self.inner.select(indices))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,5 +48,5 @@ class Pictures(Source):
         shape = self.size or ((60, 80), (90, 50), (64, 64))[index % 3]
         return PIL.Image.fromarray(np.random.default_rng(index).integers(0, 256, (*shape, 3), np.uint8))
 
-    def take(self, indices: np.ndarray) -> Pictures:
+    def select(self, indices: np.ndarray) -> Pictures:
         raise NotImplementedError

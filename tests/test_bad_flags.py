@@ -42,7 +42,7 @@ CASES: tuple[tuple[str, str], ...] = (
     ("train --config --workdir=@/new", "--config has no value; give it as --config=VALUE"),
     ("train --config @/zzz.py", "there is no config file @/zzz.py; known: configs/cifar10.py, configs/folder.py"),
     ("train --config @/brokn.py", "there is no config file @/brokn.py; did you mean @/broken.py?"),
-    ("train --config cifar10:sample", "there is no config file cifar10; did you mean configs/cifar10.py?"),
+    ("train --config cifar01:sample", "there is no config file cifar01; did you mean configs/cifar10.py?"),
     (
         "train --config=~/jaxsft_none/cifar10.py",
         f"there is no config file {Path.home()}/jaxsft_none/cifar10.py; did you mean configs/cifar10.py?",
@@ -117,6 +117,11 @@ CASES: tuple[tuple[str, str], ...] = (
         "config.data.mean is ('0.5', 'half', '0.5'); it must be three numbers",
     ),
     (SAMPLE + " --config.data.augment=pad_crop,flipp", "config.data.augment has 'flipp'; did you mean 'flip'?"),
+    (SAMPLE + " --config.optim.no_decay=norm,nrom", "config.optim.no_decay has 'nrom'; did you mean 'norm'?"),
+    (
+        SAMPLE + " --config.data.interpolation=nearest",
+        "config.data.interpolation is 'nearest'; it must be 'bilinear' or 'bicubic'",
+    ),
     (SAMPLE + " '--config.data.augment=[[1]]'", "config.data.augment is ((1,),); it must be a tuple of names"),
     (
         SAMPLE + " --config.data.rand_augment=2.5,9",

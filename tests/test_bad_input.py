@@ -78,7 +78,7 @@ CASES: tuple[tuple[str, str], ...] = (
     (SAMPLE + " --config.optim.name=adan", "config.optim.name is 'adan'; it must be 'sgd' or 'adamw'"),
     (
         SAMPLE + " --config.optim.schedule=cosin",
-        "config.optim.schedule is 'cosin'; it must be 'constant' or 'cosine' or 'linear' or 'step'",
+        "config.optim.schedule is 'cosin'; it must be 'constant', 'cosine', 'linear' or 'step'",
     ),
     (
         SAMPLE + " --config.optim.momentum=0",
@@ -186,7 +186,7 @@ CASES: tuple[tuple[str, str], ...] = (
     (SAMPLE + " --config.checkpoint.keep=0", "config.checkpoint.keep is 0; it must be 1 or more"),
     (
         SAMPLE + " --config.checkpoint.best_metric=accuracyy",
-        "config.checkpoint.best_metric is 'accuracyy'; it must be '' or 'accuracy' or 'top5' or 'loss'",
+        "config.checkpoint.best_metric is 'accuracyy'; it must be '', 'accuracy', 'top5' or 'loss'",
     ),
     (SAMPLE + " --config.parallel.backend=pjit", "config.parallel.backend is 'pjit'; it must be 'pmap' or 'shard_map'"),
     (

@@ -18,10 +18,10 @@ import pytest
 from tqdm import tqdm
 
 from jaxsft import __main__ as commands
-from jaxsft import cli
+from jaxsft import cli, streams
 from tests.conftest import ROOT
 
-START = "import os, sys, threading\nfrom jaxsft import cli\n"
+START = "import os, sys, threading\nfrom jaxsft import cli, streams\n"
 
 
 def python(program: str, shell: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -277,7 +277,7 @@ def test_the_status_is_kept_without_stderr(shell: str, tmp_path: Path) -> None:
     done = python(fails + "cli.run(main)", shell)
     assert done.returncode == 2
     assert done.stdout == ""  # an error never lands among the output
-    done = python("threading.Thread(target=lambda: cli.leave(cli.Preempted(15, 'a', 'b'))).start()", shell)
+    done = python("threading.Thread(target=lambda: cli.exit_process(cli.Preempted(15, 'a', 'b'))).start()", shell)
     assert done.returncode == 143
     program = (
         f"def main():\n    file = open('{tmp_path}/file', 'wb')\n    os.write(2, b'from C')\n    os.write(1, b'too')\n"
@@ -298,7 +298,7 @@ def work():
         warnings.warn(f'w{i}')
         time.sleep(0.1)
 def main():
-    with cli.unbreakable_streams():
+    with streams.unbreakable_streams():
         thread = threading.Thread(target=work)
         thread.start()
         for _ in tqdm(range(5), disable=False, mininterval=0):
@@ -348,7 +348,7 @@ def test_unbreakable_streams(make: Callable[[], io.TextIOWrapper], monkeypatch: 
     stream = make()
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr(sys, "stderr", stream)
-    with cli.unbreakable_streams():
+    with streams.unbreakable_streams():
         print("x", flush=True)
         print("x" * 100_000)
         cli.say("x")
@@ -357,7 +357,7 @@ def test_unbreakable_streams(make: Callable[[], io.TextIOWrapper], monkeypatch: 
         thread = threading.Thread(target=lambda: list(tqdm(range(100), disable=False, mininterval=0)))
         thread.start()
         thread.join()
-        assert cli.complain(cli.UserError("a", "b")) == 2
+        assert cli.report_error(cli.UserError("a", "b")) == 2
     assert sys.stdout is sys.stderr is stream
     if not stream.closed:
         stream.flush()  # what it held back is gone, too: Python's own flush at the exit would complain
@@ -366,7 +366,7 @@ def test_unbreakable_streams(make: Callable[[], io.TextIOWrapper], monkeypatch: 
 
 def test_unbreakable_streams_are_streams(capsys: pytest.CaptureFixture[str]) -> None:
     before = sys.stdout
-    with cli.unbreakable_streams():
+    with streams.unbreakable_streams():
         assert sys.stdout.encoding == before.encoding
         assert sys.stdout.isatty() == before.isatty()
         print("heard")
@@ -377,9 +377,9 @@ def test_unbreakable_streams_are_streams(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_other_errors_of_a_stream_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
-    with cli.unbreakable_streams(), pytest.raises(OSError, match="No space left"):
+    with streams.unbreakable_streams(), pytest.raises(OSError, match="No space left"):
         print("x", flush=True)
-    cli.lose(sys.stdout)
+    streams.discard_output(sys.stdout)
 
 
 def test_local_path(monkeypatch: pytest.MonkeyPatch) -> None:

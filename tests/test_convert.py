@@ -13,7 +13,7 @@ import torch
 from convert.__main__ import to_flax, torchvision_logits, verify
 from jaxsft.cli import UserError
 from jaxsft.models import weights
-from jaxsft.models.resnet import ARCHITECTURES
+from jaxsft.models.families import ARCHITECTURES
 
 
 @pytest.fixture(scope="module")

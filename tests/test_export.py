@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from jaxsft.data.augment import preprocess
 from jaxsft.parity import oracle
-from jaxsft.run.workdir import load_run
+from jaxsft.run.saved import load_run
 
 CONFIG = "configs/cifar10.py:sample"
 SMALL = (

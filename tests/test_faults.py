@@ -19,10 +19,9 @@ import pytest
 from jaxsft import train
 from jaxsft.cli import Stop, UserError
 from jaxsft.models import weights
-from jaxsft.run import checkpoint, workdir
-from jaxsft.run import saved as runs
+from jaxsft.run import checkpoint, saved, workdir
+from jaxsft.run.best import Best
 from jaxsft.run.log import EventsWriter, records
-from jaxsft.run.saved import Best
 from tests import small
 
 
@@ -76,9 +75,9 @@ def test_a_cut_record_is_read_from_the_newest_checkpoint(finished: Path, tmp_pat
     path = shutil.copytree(finished, tmp_path / "run")
     whole = (path / name).read_text()
     (path / name).write_text(whole[:40])
-    saved = runs.read(path)
-    assert saved.card == runs.read(finished).card
-    assert saved.config == runs.read(finished).config
+    found = saved.read(path)
+    assert found.card == saved.read(finished).card
+    assert found.config == saved.read(finished).config
     unfinish(path)
     shutil.rmtree(path / "checkpoints" / "16")
     run_here(path)
@@ -190,7 +189,7 @@ def test_what_has_come_to_a_path_that_is_no_utf8_is_not_called_damaged(finished:
     odd = tmp_path / os.fsdecode(b"\xff")
     moved = shutil.copytree(finished, odd / "run")
     with pytest.raises(UserError, match="can't be used: its path is no UTF-8"):
-        runs.read(moved)
+        saved.read(moved)
     done = run("-m", "jaxsft.evaluate", "--workdir", finished, XDG_CACHE_HOME=str(odd))  # it does without a cache
     assert done.returncode == 0, done.stderr
 

@@ -13,8 +13,8 @@ from jaxsft import config as config_module
 from jaxsft import flags
 from jaxsft.cli import UserError
 from jaxsft.data import show
-from jaxsft.run import saved as runs
-from jaxsft.run import workdir
+from jaxsft.keys import KEYS
+from jaxsft.run import saved, workdir
 from tests.conftest import ROOT
 
 SAMPLE = f"--config={ROOT}/configs/cifar10.py:sample"
@@ -25,16 +25,7 @@ def parsed(*arguments: str) -> ConfigDict:
     return flags.parse_flags([SAMPLE, *arguments], "", {})[0]
 
 
-def test_every_key_has_a_meaning() -> None:
-    meanings = flags.meanings()
-    assert meanings.keys() == DEFAULTS.keys() == config_module.kinds().keys()
-    assert [key for key, meaning in meanings.items() if len(meaning) < 8] == []
-    assert meanings["optim.nesterov"] == "of sgd: Nesterov's momentum"
-    assert meanings["model.head"].startswith("'auto': the weights' own where")  # the line above it
-    assert meanings["seed"].startswith("of new weights")
-
-
-def test_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_help_lists_every_key_and_what_it_may_be(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["show", "--help"])
     with pytest.raises(SystemExit) as end:
         show.main()
@@ -43,9 +34,16 @@ def test_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str
     assert all(f"  --config.{key}={flags.as_text(value)}" in said for key, value in DEFAULTS.items())
     assert "--out" in said
     assert max(map(len, said.splitlines())) <= 120
-    lines = {line.split("  ")[1]: line for line in said.splitlines() if line.startswith("  --")}
-    assert lines["--config.data.augment=pad_crop,flip"].endswith("AUGMENTATIONS, in their order")
-    assert lines["--config.train.steps=None"].endswith("not None: instead of epochs, so many updates")
+    words = " ".join(said.split())
+    for key in KEYS:
+        option = f"--config.{key.name}={flags.as_text(key.default)}"
+        assert f"{option} {key.meaning} [{config_module.wanted(key.name)}" in words
+        assert key.allowed.text in words
+    assert "what changes training images, in this order [a tuple of names: random_resized_crop, pad_crop," in words
+    assert "small one for 64 px [a name: resnet18, resnet34," in words
+    lines = said.splitlines()
+    assert "  --config.optim.name=sgd                 the optimizer, as torch.optim has it ['sgd' or 'adamw']" in lines
+    assert " " * 42 + "['bilinear' or 'bicubic']" in lines  # not beside the meaning, where it would be broken
 
 
 @pytest.mark.parametrize("key", DEFAULTS)
@@ -90,6 +88,8 @@ VALUES: tuple[tuple[str, str, Any], ...] = (
     ("optim.lr_multipliers", "[['fc', 10.0]]", (("fc", 10.0),)),
     ("model.weights", "", ""),
     ("data.train_split", "train[:90%]", "train[:90%]"),
+    ("data.interpolation", "bicubic", "bicubic"),
+    ("optim.no_decay", "class_token,position_embedding", ("class_token", "position_embedding")),
 )
 
 
@@ -183,9 +183,26 @@ def test_keys_of_a_config() -> None:
 
 def test_a_resumed_run_may_be_evaluated_at_other_times(tmp_path: Path) -> None:
     config = config_module.default()
-    (tmp_path / runs.CONFIG).write_text(config_module.to_json(config))
+    (tmp_path / saved.CONFIG).write_text(config_module.to_json(config))
     config.eval.every_epochs = 0.5
     workdir.check_config(tmp_path, config)
     config.data.eval_split = "test"
     with pytest.raises(UserError, match=r"data.eval_split"):
         workdir.check_config(tmp_path, config)
+
+
+def test_recipes_are_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where this package is installed and no configs/ is near; a file of the user's own comes first."""
+    there = flags.load("configs/cifar10.py:sample")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10").mkdir()
+    for name in ("cifar10:sample", "cifar10.py:sample", "configs/cifar10.py:sample"):
+        assert flags.load(name) == there
+    with pytest.raises(UserError, match="there is no config file other/cifar10.py"):
+        flags.load("other/cifar10.py:sample")
+    (tmp_path / "cifar10.py").write_text(
+        "from jaxsft.config import default\n"
+        "def get_config():\n    config = default()\n    config.seed = 9\n    return config\n"
+    )
+    assert flags.load("cifar10.py").seed == 9
+    assert flags.load("configs/cifar10.py").seed == 0

@@ -66,7 +66,7 @@ def test_train_alone_is_divided(tmp_path: Path):
     assert sorted(level(source, i) for source in (train, val) for i in range(len(source))) == list(range(20))
     assert (len(val), train.split, val.split, val.listing) == (4, "train", "val", "")
     assert all(level(train, i) % 2 == train.labels[i] for i in range(len(train)))
-    part = train.take(np.array([3, 1]))
+    part = train.select(np.array([3, 1]))
     assert [level(part, i) for i in range(2)] == [level(train, 3), level(train, 1)]
     for split in ("", "train"):
         assert len(open_source(f"hf:{tmp_path / 'set'}", split, Options(divide=False))) == 20
@@ -152,7 +152,7 @@ def test_images_that_are_not_there(tmp_path: Path):
     for index, reason in ((1, "no image"), (2, "no image"), (3, "not an image")):
         with pytest.raises(decode.Unreadable, match=reason):
             source[index]
-    assert source.take(np.array([3])).name(0) == f"row 3 of split val of hf:{tmp_path / 'set'}"
+    assert source.select(np.array([3])).name(0) == f"row 3 of split val of hf:{tmp_path / 'set'}"
 
 
 def without_labels():

@@ -26,7 +26,7 @@ if sys.argv[1] == "closed":
     sys.stderr.close()
 for name in sys.argv[2:]:
     with Interrupts(DataParallel()) as interrupts:
-        interrupts.begin()
+        interrupts.defer()
         os.kill(os.getpid(), signal.Signals[name])
         try:
             for step in range(500):
@@ -56,7 +56,7 @@ def test_signals_are_heard_where_nobody_reads_stderr(run, how: str) -> None:
 def heard(number: int) -> int | None:
     """Which signal ends a loop to which `number` is sent; None: it goes on."""
     with Interrupts(DataParallel()) as interrupts:
-        interrupts.begin()
+        interrupts.defer()
         signal.raise_signal(number)
         try:
             for _ in range(20):

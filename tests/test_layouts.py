@@ -152,7 +152,7 @@ def test_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     root = tree(tmp_path / "a", "train/ant", "train/bee", "val/ant")
     before = open_folder(root, "train", Options())
     assert len({before.listing, open_folder(root, "val", Options()).listing, ""}) == 3
-    assert before.take(np.array([1])).listing == before.listing
+    assert before.select(np.array([1])).listing == before.listing
     assert before.relabelled(before.labels, ("x", "y")).split == "train"
     (tmp_path / "a/train/ant/0.png").write_text("broken")
     skipped = open_folder(root, "train", Options(on_error="skip"))
@@ -169,7 +169,7 @@ def test_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_arrays_carry_split_and_listing():
     arrays = Arrays(np.zeros((2, 8, 8, 3), np.uint8), np.zeros(2, np.int32), ("a",), split="val", listing="x")
-    assert {(a.split, a.listing) for a in (arrays.take(np.array([0])), arrays.relabelled(arrays.labels, ["b"]))} == {
+    assert {(a.split, a.listing) for a in (arrays.select(np.array([0])), arrays.relabelled(arrays.labels, ["b"]))} == {
         ("val", "x")
     }
 

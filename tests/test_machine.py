@@ -118,9 +118,8 @@ def test_compiled_programs_are_kept_where_they_can_be(tmp_path: Path, cache: Pat
 
 def test_a_command_says_at_once_that_it_has_begun(cache: Path) -> None:
     """Before the imports that take seconds, and also where nobody reads it any more."""
-    script = (
-        "import os, sys\nfrom jaxsft.run.machine import greet\n{}greet()\nprint(sorted(sys.modules), file=sys.stderr)"
-    )
+    imports = "import os, sys\nfrom jaxsft.run import machine\n"
+    script = imports + "{}machine.announce_start()\nprint(sorted(sys.modules), file=sys.stderr)"
     done = python("-c", script.format(""), cache=cache)
     assert done.stdout == "starting ...\n"
     assert "'jax'" not in done.stderr and "'numpy'" not in done.stderr

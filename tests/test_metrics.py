@@ -11,7 +11,7 @@ from sklearn import metrics as sklearn
 
 from jaxsft.interpret import metrics
 from jaxsft.interpret.metrics import Evaluation
-from jaxsft.learn.steps import cross_entropy
+from jaxsft.learn.losses import cross_entropy
 
 ROWS, BATCH = 203, 64  # the last batch holds 11
 count = jax.jit(lambda *arrays: metrics.count(arrays[0], arrays[1], cross_entropy(arrays[0], arrays[1]), arrays[2]))

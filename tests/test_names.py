@@ -9,7 +9,8 @@ import torchvision
 
 from convert import names
 from jaxsft.cli import UserError
-from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
+from jaxsft.models.families import ARCHITECTURES
+from jaxsft.models.family import variable_shapes
 from tests.oracle import TEN, ported, tensors, torch_model
 
 
@@ -19,9 +20,9 @@ def test_covers_every_torchvision_tensor(arch: str) -> None:
         expected = {k: tuple(v.shape) for k, v in getattr(torchvision.models, arch)().state_dict().items()}
     found = {}
     for path, leaf in names.flatten(variable_shapes(ARCHITECTURES[arch]())).items():
-        name, turn = names.torch_name(path)
+        name, transform = names.torch_tensor(path, leaf.ndim, arch)
         assert name not in found, f"{name} would be filled twice"
-        found[name] = leaf.shape if turn.to_torch is None else tuple(leaf.shape[axis] for axis in turn.to_torch)
+        found[name] = leaf.shape if transform.to_torch is None else tuple(leaf.shape[a] for a in transform.to_torch)
     assert found == expected
 
 
@@ -29,7 +30,7 @@ def test_covers_every_torchvision_tensor(arch: str) -> None:
 def test_round_trip_is_bit_equal(arch: str) -> None:
     before = tensors(torch_model(arch))
     _, variables = ported(torch_model(arch), arch)
-    after = names.to_torch(variables)
+    after = names.to_torch(variables, arch)
     assert after.keys() == before.keys()
     for name, array in before.items():
         assert after[name].dtype == array.dtype, name

@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torchvision
 from flax import traverse_util
 
 from jaxsft import config as config_module
 from jaxsft.cli import UserError
-from jaxsft.learn import optim
-from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
+from jaxsft.learn import trainable
+from jaxsft.learn.optim import make_optimizer
+from jaxsft.learn.schedule import make_schedule
+from jaxsft.models.families import ARCHITECTURES, family_of
+from jaxsft.models.family import PARAMETER_KINDS, variable_shapes
 
 SHAPES = variable_shapes(ARCHITECTURES["resnet10_w16"](num_classes=3))["params"]
 PARAMS = jax.tree.map(lambda s: jnp.full(s.shape, 2.0), SHAPES)
@@ -26,8 +30,8 @@ def step_sizes(**settings: object) -> dict[str, float]:
     for key, value in settings.items():
         section, name = key.split("__")
         config[section][name] = value
-    rate = optim.schedule(config, steps_per_epoch=10, total_steps=100)
-    optimizer = optim.make(config, PARAMS, rate)
+    rate = make_schedule(config, steps_per_epoch=10, total_steps=100)
+    optimizer = make_optimizer(config, PARAMS, rate)
     updates, _ = optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS)
     return {path: -float(leaf.ravel()[0]) for path, leaf in traverse_util.flatten_dict(updates, sep="/").items()}
 
@@ -39,6 +43,8 @@ TABLE = [
     ({"optim__weight_decay": 0.5, "optim__decay_norm_and_bias": False}, "layer1_0/bn1/scale", 0.1),
     ({"optim__weight_decay": 0.5, "optim__decay_norm_and_bias": False}, "fc/bias", 0.1),
     ({"optim__weight_decay": 0.5, "optim__decay_norm_and_bias": False}, "fc/kernel", 0.2),
+    ({"optim__weight_decay": 0.5, "optim__no_decay": ("bias",)}, "layer1_0/bn1/bias", 0.1),
+    ({"optim__weight_decay": 0.5, "optim__no_decay": ("bias",)}, "layer1_0/bn1/scale", 0.2),
     ({"optim__nesterov": True}, "fc/kernel", 0.19),
     ({"model__freeze": (r"^conv1", r"^layer1")}, "layer1_0/conv1/kernel", 0.0),
     ({"model__freeze": (r"^conv1", r"^layer1")}, "layer2_0/conv1/kernel", 0.1),
@@ -59,10 +65,52 @@ def test_first_step(settings: dict[str, object], path: str, expected: float) -> 
     assert step_sizes(**settings)[path] == pytest.approx(expected, rel=1e-6)
 
 
+# Of every kind one, by torchvision's names of ConvNeXt's, ViT's and Swin's.
+KINDS = {
+    "features.0/kernel": {"weight"},
+    "features.0/bias": {"bias"},
+    "norm/scale": {"norm"},
+    "norm/bias": {"norm", "bias"},
+    "features.1/layer_scale": {"layer_scale"},
+    "class_token": {"class_token"},
+    "encoder/pos_embedding": {"position_embedding"},
+    "attn/relative_position_bias_table": {"bias_table"},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(set(PARAMETER_KINDS.values())))
+def test_decay_by_kind_is_torchvisions(kind: str) -> None:
+    """By names, whatever the number of axes: the references' set_weight_decay takes a norm's bias for both kinds."""
+    config = config_module.default()
+    config.optim.no_decay = (kind,)
+    for path, kinds in KINDS.items():
+        assert trainable.decays(config, path, KINDS) == (kind not in kinds), path
+    config.optim.no_decay = ()
+    assert all(trainable.decays(config, path, KINDS) for path in [*KINDS, "an/unknown"])  # torch decays every parameter
+    config.optim.decay_norm_and_bias = False
+    spared = {path for path in KINDS if not trainable.decays(config, path, KINDS)}
+    assert spared == {"features.0/bias", "norm/scale", "norm/bias"}
+    with pytest.raises(UserError, match="of no kind that weight decay knows is an/unknown; its last part must be one"):
+        trainable.decays(config, "an/unknown", KINDS)
+
+
+def test_decay_of_a_network_is_torchvisions() -> None:
+    """What --norm-weight-decay=0 spares in a ResNet-50: all that lies in modules that are norms."""
+    with torch.device("meta"):
+        modules = torchvision.models.resnet50().named_modules()
+    norms = {name for name, module in modules if isinstance(module, torch.nn.BatchNorm2d)}
+    params = variable_shapes(ARCHITECTURES["resnet50"]())["params"]
+    flat = traverse_util.flatten_dict(params, sep="/")
+    config = config_module.default()
+    config.optim.no_decay = ("norm",)
+    spared = {path.rpartition("/")[0] for path in flat if not trainable.decays(config, path, flat)}
+    assert {family_of("resnet50").torch_name(module) for module in spared} == norms
+
+
 def test_frozen_parameters_hold_no_momentum() -> None:
     config = config_module.default()
     config.model.freeze = (r"^(?!fc)",)
-    optimizer = optim.make(config, PARAMS, lambda t: 0.1)
+    optimizer = make_optimizer(config, PARAMS, lambda t: 0.1)
     held = sum(np.size(leaf) for leaf in jax.tree.leaves(optimizer.init(PARAMS)))
     assert held == 128 * 3 + 3 + 1  # fc's kernel and bias, and the count of updates
 
@@ -79,7 +127,7 @@ def test_patterns_that_can_not_be_meant(section: str, key: str, value: object, m
     config = config_module.default()
     config[section][key] = value
     with pytest.raises(UserError, match=message):
-        optim.make(config, PARAMS, lambda t: 0.1)
+        make_optimizer(config, PARAMS, lambda t: 0.1)
 
 
 # A rate that changes, and gradients that a clipping norm of 1 cuts now and then.
@@ -120,8 +168,8 @@ def test_updates_are_torchs(name: str) -> None:
     tensors = {path: torch.tensor(value, requires_grad=True) for path, value in values.items()}
     with jax.enable_x64(True):
         params = traverse_util.unflatten_dict({path: jnp.asarray(value) for path, value in values.items()}, sep="/")
-        rate = optim.schedule(config, steps_per_epoch=10, total_steps=UPDATES)
-        optimizer = optim.make(config, params, rate)
+        rate = make_schedule(config, steps_per_epoch=10, total_steps=UPDATES)
+        optimizer = make_optimizer(config, params, rate)
         state, update = optimizer.init(params), jax.jit(optimizer.update)
         groups = [
             {"params": [tensors[path]], "weight_decay": config.optim.weight_decay * (path in decayed)} for path in NAMES
@@ -158,7 +206,7 @@ def test_steps_fall_at_whole_epochs(per_epoch: int) -> None:
         expected.append(parameter.param_groups[0]["lr"])
         parameter.step()
         scheduler.step()
-    rate = optim.schedule(config, per_epoch, len(t))
+    rate = make_schedule(config, per_epoch, len(t))
     for found in (rate(t), jax.jit(rate)(t)):
         np.testing.assert_array_equal(found, expected)
 
@@ -167,7 +215,7 @@ def rates(total: int = 100, **settings: object) -> np.ndarray:
     config = config_module.default()
     config.optim.lr = 1.0
     config.optim.update(settings)
-    return np.asarray(optim.schedule(config, steps_per_epoch=10, total_steps=total)(np.arange(total)))
+    return np.asarray(make_schedule(config, steps_per_epoch=10, total_steps=total)(np.arange(total)))
 
 
 def test_schedules() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from functools import partial
 from pathlib import Path
@@ -24,10 +25,12 @@ from jaxsft.data.augment import Amounts, preprocess, train_images
 from jaxsft.data.base import Options
 from jaxsft.data.sources import open_splits
 from jaxsft.interpret import metrics
-from jaxsft.models import initial, layers
-from jaxsft.models.resnet import BasicBlock, ResNet, variable_shapes
+from jaxsft.models import families, initial, layers, resnet
+from jaxsft.models.family import variable_shapes
+from jaxsft.models.resnet import BasicBlock, ResNet
 from jaxsft.models.weights import Preprocessing
 from jaxsft.run import checkpoint, job, log
+from jaxsft.run.pretrained import load_pretrained
 from tests.tiny import compiled
 
 # key -> the test of what it computes, by its name
@@ -75,6 +78,7 @@ TESTS = {
     "optim.nesterov": "test_updates_are_torchs",
     "optim.weight_decay": "test_updates_are_torchs",
     "optim.decay_norm_and_bias": "test_updates_are_torchs",
+    "optim.no_decay": "test_decay_by_kind_is_torchvisions",
     "optim.schedule": "test_schedules_are_torchs",
     "optim.warmup_epochs": "test_schedules_are_torchs",
     "optim.step_epochs": "test_steps_fall_at_whole_epochs",
@@ -134,7 +138,9 @@ def plain_conv(x: jax.Array, kernel: jax.Array, stride: int, padding: int, group
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One block of four channels, by the name of 'small'."""
     monkeypatch.setattr(layers, "conv2d", plain_conv)
-    monkeypatch.setattr(initial, "ARCHITECTURES", {"small": partial(ResNet, (1,), BasicBlock, width=4)})
+    small = {"small": partial(ResNet, (1,), BasicBlock, width=4)}
+    monkeypatch.setitem(families.ARCHITECTURES, "small", small["small"])
+    monkeypatch.setattr(families, "FAMILIES", [dataclasses.replace(resnet.FAMILY, architectures=small)])
 
 
 OF_WEIGHTS = Preprocessing(232, 224, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic")
@@ -209,7 +215,7 @@ def test_sources_are_opened_as_the_config_says() -> None:
     assert Options.of(config) == Options("/x", 0.3, 5, "skip", False, 7, "numeric")
 
 
-def zeros(model: nn.Module, seed: int) -> dict[str, Any]:
+def zeros(model: nn.Module, seed: int, image_size: int) -> dict[str, Any]:
     """In the place of fresh variables, where they do not matter."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variable_shapes(model))
 
@@ -229,7 +235,7 @@ def test_the_model_is_the_configs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert initial.make_model(config_of(model__freeze=("^conv1",)), 7).frozen == ("^conv1",)
     monkeypatch.setattr(initial, "init_variables", zeros)
     for num_classes, width in ((None, 4), (9, 9)):
-        _, values, card, _ = initial.initial(config_of(model__num_classes=num_classes), tuple("abcd"))
+        _, values, card, _ = initial.initial(config_of(model__num_classes=num_classes), tuple("abcd"), load_pretrained)
         assert values["params"]["fc"]["kernel"].shape[1] == card.num_classes == width
     for head_init, bound in (("zeros", 0.0), ("torch", 16**-0.5)):
         model = initial.make_model(config_of(model__head_init=head_init), 50)
@@ -289,7 +295,7 @@ def _ten_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
         train_source, evaluated = real(config)
         few = [np.flatnonzero(train_source.labels == label)[:10] for label in range(10)]
         keep = np.sort(np.concatenate(few))
-        return train_source.take(keep), evaluated.take(np.arange(20))
+        return train_source.select(keep), evaluated.select(np.arange(20))
 
     monkeypatch.setattr(job, "open_splits", open_few)
 
@@ -304,7 +310,7 @@ def test_a_run_is_as_long_and_as_wide_as_its_config(monkeypatch: pytest.MonkeyPa
         assert len(made.rates) == total
         assert len(made.order[0]) == config.data.batch_size
         assert len(made.order[of_an_epoch - 1]) == (10 if config.data.last_batch == "keep" else config.data.batch_size)
-    source = made.train_source.take(np.r_[:60, 90:100])  # classes of unequal size
+    source = made.train_source.select(np.r_[:60, 90:100])  # classes of unequal size
     order = job.order_of(config_of(data__sampling="balanced", data__batch_size=70), source, made.parallel)
     counts = np.bincount(source.labels[order[0]], minlength=10)
     assert len(np.unique(source.labels)) * [len(order[0]) // len(np.unique(source.labels))] == list(counts[counts > 0])

@@ -15,10 +15,9 @@ from jaxsft import evaluate, train
 from jaxsft.cli import Stop, UserError
 from jaxsft.data.fingerprint import difference
 from jaxsft.flags import parse_flags
-from jaxsft.interpret import html as report
+from jaxsft.interpret import html
 from jaxsft.models.weights import INTERPOLATIONS, ModelCard, Preprocessing
-from jaxsft.run import checkpoint, workdir
-from jaxsft.run import saved as runs
+from jaxsft.run import checkpoint, saved, workdir
 from jaxsft.run.log import records
 
 CLASSES = ("ant", "bee", "$_$")
@@ -133,7 +132,7 @@ def test_names_with_dollars_are_drawn_as_they_are(finished: Path) -> None:
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_a_report_says_how_images_are_resized(interpolation: str) -> None:
     card = ModelCard("resnet18", 2, preprocessing=Preprocessing(48, 40, interpolation=interpolation))
-    facts = dict(report.facts(card, [{"time": 0.0, "step": 1}]))
+    facts = dict(html.facts(card, [{"time": 0.0, "step": 1}]))
     assert facts["input"].startswith(f"short side 48 px ({interpolation}), middle 40 px, mean")
 
 
@@ -141,7 +140,7 @@ def test_a_report_that_fails_costs_no_run(images: Path, tmp_path: Path, monkeypa
     def fail(*args):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr(report, "write", fail)
+    monkeypatch.setattr(html, "page", fail)
     run_here(tmp_path / "run", images)
     said = capsys.readouterr()
     assert "no report.html could be made: RuntimeError: no font" in said.err
@@ -173,7 +172,7 @@ def test_a_cut_config_and_a_byte_that_is_no_utf8_cost_nothing(stopped: tuple[Pat
     (path / "config.json").write_text(source[:40])
     with (path / "metrics.jsonl").open("ab") as log:
         log.write(b'{"step": 1, "split": "\xff"}\n')
-    assert runs.read(path).step == 2
+    assert saved.read(path).step == 2
     # The checkpoint's own record names the images of the run that it was copied from.
     with pytest.raises(UserError, match="holds a run of another config: data.source"):
         run_here(path, own)
@@ -233,7 +232,7 @@ def test_a_nan_is_never_right(images: Path, tmp_path: Path) -> None:
     assert (last["accuracy"], last["count"], last["loss"]) == (0.0, 6, None)
     assert set(last["per_class"].values()) == {0.0}
     with pytest.raises(UserError, match="keeps no best checkpoint"):
-        runs.read(tmp_path / "run", "best")
+        saved.read(tmp_path / "run", "best")
 
 
 def test_an_evaluation_of_many_classes_holds_one_matrix() -> None:
@@ -262,8 +261,8 @@ def test_an_evaluation_of_many_classes_holds_one_matrix() -> None:
 def test_a_training_loss_of_another_kind_says_so_and_one_point_is_seen() -> None:
     lines = [{"split": s, "epoch": 1.0, "loss": 0.5, "accuracy": 0.5} for s in ("train", "eval")]
     config, _, _ = parse_flags(["--config=configs/folder.py", "--config.train.mixup=0.2"], "", {})
-    assert report.training_loss(config) == "label smoothing 0.1, mixup 0.2"
-    loss, accuracy = report.curves(lines, report.training_loss(config)).axes
+    assert html.training_loss(config) == "label smoothing 0.1, mixup 0.2"
+    loss, accuracy = html.curves(lines, html.training_loss(config)).axes
     assert loss.get_legend_handles_labels()[1] == ["train, with label smoothing 0.1, mixup 0.2", "eval"]
     assert accuracy.get_legend_handles_labels()[1] == ["train", "eval"]
     assert all(line.get_marker() == "o" for line in (*loss.lines, *accuracy.lines))
@@ -276,9 +275,9 @@ def test_best_is_by_the_metric_and_named_to_the_commands(finished: Path, tmp_pat
     (path / "config.json").write_text(json.dumps(config))
     lines = [{"step": step, "split": "eval", "loss": loss} for step, loss in ((2, 0.3), (4, 0.2), (6, 0.4))]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert runs.read(path).step == 6
-    assert runs.read(path, "best").step == 4
-    assert runs.read(path, "2").step == 2
+    assert saved.read(path).step == 6
+    assert saved.read(path, "best").step == 4
+    assert saved.read(path, "2").step == 2
     for which, said in (("3", "has no intact checkpoint of step 3"), ("first", "it must be last, best or a step")):
         with pytest.raises(UserError, match=said):
-            runs.read(path, which)
+            saved.read(path, which)

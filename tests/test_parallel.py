@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from jaxsft.run import checkpoint, processes
-from jaxsft.run.processes import Place
-from jaxsft.run.workdir import load_run
+from jaxsft.run.rendezvous import ProcessInfo
+from jaxsft.run.saved import load_run
 from tests import small
 from tests.conftest import DEVICES, ROOT, compile_flags
 
@@ -173,5 +173,5 @@ def test_a_coordinator_that_does_not_answer_is_named(start, tmp_path: Path) -> N
 def test_slurm_says_where_we_are(hosts: str, host: str) -> None:
     environment = {"SLURM_JOB_ID": "4099", "SLURM_STEP_NODELIST": hosts, "SLURM_NTASKS": "4", "SLURM_PROCID": "3",
                    "SLURM_LOCALID": "1"}  # fmt: skip
-    assert processes.from_slurm(environment) == Place(host, 61440 + 3, 4, 3)
+    assert processes.from_slurm(environment) == ProcessInfo(host, 61440 + 3, 4, 3)
     assert processes.from_slurm({"SLURM_JOB_ID": "1"}) is None

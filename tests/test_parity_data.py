@@ -143,7 +143,7 @@ def check_reference(config: ConfigDict, model: nn.Module) -> None:
     """20 steps of ours and of the script, from the same weights and head, on the same examples in the same order."""
     with jax.default_matmul_precision("highest"):
         job, _ = prepare(config)
-        oracle.load(model, names.to_torch(jax.device_get(job.state.variables())))
+        oracle.load(model, names.to_torch(jax.device_get(job.state.variables()), job.card.arch))
         sums = [jax.device_get(job.update(range(step, step + 1))) for step in range(1, 21)]
     found = [float(s["loss"] / s["count"]) for s in sums]
     source = open_source(config.data.source, config.data.train_split, Options.of(config))

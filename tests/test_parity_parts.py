@@ -15,8 +15,8 @@ from torch import nn
 from convert import checkpoints
 from jaxsft import config as config_module
 from jaxsft.cli import UserError
-from jaxsft.learn import optim
-from jaxsft.learn.steps import cross_entropy, mean_weight
+from jaxsft.learn.losses import cross_entropy, mean_weight
+from jaxsft.learn.schedule import make_schedule
 from jaxsft.models import layers
 from jaxsft.parity import compare, oracle, ours
 from jaxsft.parity.__main__ import precision
@@ -75,7 +75,7 @@ def test_schedules_are_torchs(name: str, warmup: int) -> None:
         scheduler.step()
     if name == "step" and warmup:  # ours counts epochs from the start of the run, not from the end of the warm-up
         expected[warmup:] = [0.3 * 0.1 ** (t // (2 * PER_EPOCH)) for t in range(warmup, STEPS)]
-    rate = optim.schedule(config, PER_EPOCH, STEPS)
+    rate = make_schedule(config, PER_EPOCH, STEPS)
     with jax.enable_x64(True):
         found = [float(rate(jnp.int32(t))) for t in range(STEPS)]
     # torch multiplies its cosine up step by step, at one rounding each

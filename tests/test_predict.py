@@ -25,7 +25,7 @@ from jaxsft.data.augment import preprocess
 from jaxsft.data.base import Options
 from jaxsft.data.embedded import open_sample
 from jaxsft.models.weights import INTERPOLATIONS, ModelCard, Preprocessing
-from jaxsft.run.workdir import Run
+from jaxsft.run.saved import Run
 from tests import small
 
 

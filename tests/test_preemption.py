@@ -84,7 +84,7 @@ def test_a_second_interrupt_leaves_at_once(run, tmp_path):
         "from jaxsft.run.interrupts import Interrupts\n"
         "from jaxsft.run.parallel import DataParallel\n"
         "with Interrupts(DataParallel()) as interrupts:\n"
-        "    interrupts.begin()\n"
+        "    interrupts.defer()\n"
         "    for wait in (0.5, 1.0): threading.Timer(wait, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "    hashlib.pbkdf2_hmac('sha256', b'', b'', 100_000_000)\n"  # releases the lock, as a compilation does
     )

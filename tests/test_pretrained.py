@@ -20,13 +20,14 @@ from convert import names
 from convert.__main__ import to_flax
 from jaxsft import config as config_module
 from jaxsft.cli import UserError
+from jaxsft.data.embedded import WEIGHTS as SAMPLE
 from jaxsft.learn.state import TrainState
 from jaxsft.models import weights
 from jaxsft.models.initial import initial
-from jaxsft.models.weights import SAMPLE, ModelCard, Preprocessing, file_sha256
+from jaxsft.models.weights import ModelCard, Preprocessing, file_sha256
 from jaxsft.run import pretrained
 from jaxsft.run.checkpoint import Checkpoints
-from jaxsft.run.pretrained import obtain
+from jaxsft.run.pretrained import load_pretrained
 
 ARCH = "resnet10_w16"
 NAMES = tuple("abcdefg")
@@ -64,25 +65,25 @@ def ported(cache: Path) -> list[Path]:
 
 def assert_sample(variables) -> None:
     expected = safetensors.numpy.load_file(SAMPLE)
-    found = names.to_torch(jax.device_get(variables))
+    found = names.to_torch(jax.device_get(variables), ARCH)
     assert {name: array.tobytes() for name, array in found.items()} == {n: a.tobytes() for n, a in expected.items()}
 
 
 def test_ports_are_kept_and_directories_used_as_they_are(tmp_path: Path, conversions: list[str], monkeypatch) -> None:
     for source in ("sample", str(SAMPLE)):
-        assert_sample(obtain(source, ARCH)[0])
+        assert_sample(load_pretrained(source, ARCH)[0])
     assert conversions == [str(SAMPLE)]
     (cached,) = ported(tmp_path / "cache")
     monkeypatch.setenv("HOME", str(cached.parent))
     for place in (str(cached), f"~/{cached.name}"):
-        assert_sample(obtain(place, ARCH)[0])
+        assert_sample(load_pretrained(place, ARCH)[0])
     assert conversions == [str(SAMPLE)]
     with pytest.raises(UserError, match="holds a resnet10_w16, not a resnet18; set --config.model.arch=resnet10_w16"):
-        obtain(str(cached), "resnet18")
+        load_pretrained(str(cached), "resnet18")
     with pytest.raises(UserError, match="no file"):
-        obtain(str(tmp_path / "absent.pth"), "resnet18")
+        load_pretrained(str(tmp_path / "absent.pth"), "resnet18")
     with pytest.raises(UserError, match="gs:// is not known"):
-        obtain("gs://bucket/port", "resnet18")
+        load_pretrained("gs://bucket/port", "resnet18")
     assert ported(tmp_path / "cache") == [cached]
 
 
@@ -126,13 +127,13 @@ def test_a_damaged_port_of_the_cache_is_made_anew_and_one_of_the_users_refused(
     shutil.copytree(tmp_path / "mine", cached)
     before = sorted(path for path in (tmp_path / "mine").rglob("*"))
     with pytest.raises(UserError) as error:
-        obtain(str(tmp_path / "mine"), ARCH)
+        load_pretrained(str(tmp_path / "mine"), ARCH)
     assert str(tmp_path / "mine") in str(error.value)
     assert len(" ".join(str(error.value).split())) < 500
     assert sorted(path for path in (tmp_path / "mine").rglob("*")) == before
 
     capsys.readouterr()
-    assert_sample(obtain("sample", ARCH)[0])
+    assert_sample(load_pretrained("sample", ARCH)[0])
     assert capsys.readouterr().err.startswith(f"warning: {cached}" if "card" in damage else "warning: the weights in ")
     assert len(conversions) == 1
     assert ported(tmp_path / "cache") == [cached]
@@ -148,7 +149,7 @@ def test_a_cache_that_cant_be_written_is_not_needed(
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     for count in (1, 2):
-        assert_sample(obtain("sample", ARCH)[0])
+        assert_sample(load_pretrained("sample", ARCH)[0])
         assert len(conversions) == count
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"warning: {tmp_path}/file/jaxsft/ported can't be written (")
@@ -158,7 +159,7 @@ def test_a_cache_that_cant_be_written_is_not_needed(
 def test_what_the_conversion_refuses_leaves_nothing(tmp_path: Path, conversions: list[str]) -> None:
     safetensors.numpy.save_file({"fc.bias": np.zeros(7, np.float32)}, tmp_path / "few.safetensors")
     with pytest.raises(UserError, match="do not fit"):
-        obtain(str(tmp_path / "few.safetensors"), ARCH)
+        load_pretrained(str(tmp_path / "few.safetensors"), ARCH)
     assert ported(tmp_path / "cache") == []
 
 
@@ -226,7 +227,7 @@ def test_a_run_that_does_not_fit_is_refused(run_directory: Path, tmp_path: Path)
 def test_weights_without_a_head_are_given_one(tmp_path: Path, conversions: list[str]) -> None:
     body = {n: a for n, a in safetensors.numpy.load_file(SAMPLE).items() if not n.startswith("fc.")}
     safetensors.numpy.save_file(body, tmp_path / "body.safetensors")
-    variables, card = obtain(str(tmp_path / "body.safetensors"), ARCH)
+    variables, card = load_pretrained(str(tmp_path / "body.safetensors"), ARCH)
     assert (card.num_classes, card.names) == (0, ())
     config = train_config(weights=str(tmp_path / "body.safetensors"))
     for head in ("auto", "replace"):

@@ -10,7 +10,8 @@ import torch
 import torchvision
 
 from convert import checkpoints, names
-from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
+from jaxsft.models.families import ARCHITECTURES
+from jaxsft.models.family import variable_shapes
 from tests.oracle import TEN
 
 SIGN, INFINITY, LAST_OF_EXPONENT = np.uint32(1 << 31), np.uint32(255 << 23), np.uint32(1 << 23)
@@ -46,7 +47,7 @@ def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarra
 
 
 def there_and_back(tensors: dict[str, np.ndarray], arch: str) -> dict[str, np.ndarray]:
-    return names.to_torch(names.to_flax(tensors, variable_shapes(ARCHITECTURES[arch]()), arch))
+    return names.to_torch(names.to_flax(tensors, variable_shapes(ARCHITECTURES[arch]()), arch), arch)
 
 
 @pytest.mark.parametrize("arch", TEN)

@@ -278,7 +278,7 @@ def test_streamed_tfds_is_the_array(cifar: tuple[Options, Path]):
     assert streamed.split == held.split == "train[:5]+test[5:9]"
     for i in range(9):
         np.testing.assert_array_equal(np.asarray(streamed[i]), held.images[i])
-    part = streamed.take(np.array([8, 0]))
+    part = streamed.select(np.array([8, 0]))
     np.testing.assert_array_equal(np.asarray(part[0]), held.images[8])
     assert part.name(0).startswith("example 8 of split test")
 

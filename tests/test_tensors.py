@@ -14,7 +14,7 @@ import torch
 
 from convert import checkpoints
 from jaxsft.cli import UserError
-from jaxsft.models.weights import SAMPLE
+from jaxsft.data.embedded import WEIGHTS as SAMPLE
 
 ARCH = "resnet10_w16"
 REAL = safetensors.torch.load_file(SAMPLE)

@@ -13,10 +13,11 @@ from safetensors.numpy import load_file
 from convert.__main__ import to_flax
 from jaxsft import config as config_module
 from jaxsft.cli import UserError
+from jaxsft.data.embedded import WEIGHTS as SAMPLE
 from jaxsft.models.initial import initial, judge_head
-from jaxsft.models.weights import SAMPLE, ModelCard, save
-from jaxsft.run.pretrained import obtain
-from jaxsft.run.workdir import load_run
+from jaxsft.models.weights import ModelCard, save
+from jaxsft.run.pretrained import load_pretrained
+from jaxsft.run.saved import load_run
 from tests import small
 
 CONFIG = "configs/cifar10.py"
@@ -184,7 +185,7 @@ def test_a_head_is_kept_where_its_classes_are_the_datas(head, there, kept, said)
 
 
 def test_what_is_kept_is_the_head_of_the_weights(tmp_path: Path) -> None:
-    variables, card = obtain("sample", "resnet10_w16")
+    variables, card = load_pretrained("sample", "resnet10_w16")
     save(tmp_path / "port", variables, dataclasses.replace(card, class_names=SEVEN))
     source = load_file(SAMPLE)["fc.weight"].T
     for head, kept in (("auto", True), ("replace", False)):

@@ -18,8 +18,8 @@ import torch
 from convert import checkpoints
 from convert.__main__ import main, to_flax, to_torch, verify
 from jaxsft.cli import UserError
+from jaxsft.data.embedded import WEIGHTS as SAMPLE
 from jaxsft.models import weights
-from jaxsft.models.weights import SAMPLE
 from jaxsft.parity import __main__ as parity
 
 ARCH = "resnet10_w16"

@@ -88,7 +88,7 @@ class Killed:
     """A pipeline whose worker is killed."""
 
     def __next__(self):
-        raise pipeline.Died(signal.SIGKILL)
+        raise pipeline.WorkerDied(signal.SIGKILL)
 
     def close(self) -> None: ...
 

@@ -28,10 +28,11 @@ from jaxsft.data.folder import open_folder
 from jaxsft.data.loader import Loader, make_loader
 from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, Plan, TrainPlan
-from jaxsft.learn import optim
+from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.state import TrainState
-from jaxsft.models.initial import init_variables, make_model
-from jaxsft.models.resnet import ARCHITECTURES
+from jaxsft.models.families import ARCHITECTURES
+from jaxsft.models.family import init_variables
+from jaxsft.models.initial import make_model
 from jaxsft.models.weights import Preprocessing
 from jaxsft.run.job import train_step_of
 from jaxsft.run.parallel import DataParallel
@@ -145,8 +146,8 @@ def with_step(source: Source, args: argparse.Namespace) -> dict[str, float]:
     config.data.image_size, config.data.batch_size = args.image_size, args.batch_size
     loader, parallel = loader_of(source, "train", args)
     model = make_model(config, len(source.class_names))
-    variables = init_variables(model, seed=0)
-    optimizer = optim.make(config, variables["params"], lambda step: 1e-3)
+    variables = init_variables(model, 0, args.image_size)
+    optimizer = make_optimizer(config, variables["params"], lambda step: 1e-3)
     update = parallel.compile(train_step_of(config, model, optimizer, loader.preprocessing, None), donate_first=True)
     state = parallel.replicate(TrainState.create(variables, optimizer, with_average=False))
     count = min(len(source) // args.batch_size - WARM_UP, MOST_STEPS)

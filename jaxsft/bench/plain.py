@@ -12,7 +12,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxsft.cli import UserError, nearest
 from jaxsft.models.resnet import ARCHITECTURES, Bottleneck
+
+
+def plain_model(arch: str, num_classes: int, dtype: Any) -> nn.Module:
+    """The plain model of an architecture. Raises UserError where none is written."""
+    if arch not in ARCHITECTURES:
+        raise UserError(f"there is no plain Flax model of {arch} to compare with", nearest(arch, list(ARCHITECTURES)))
+    return PlainResNet(arch, num_classes, dtype)
 
 
 class PlainResNet(nn.Module):

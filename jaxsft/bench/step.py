@@ -13,11 +13,13 @@ import optax
 from ml_collections import ConfigDict
 
 from jaxsft import cli, config
-from jaxsft.learn import optim
+from jaxsft.learn.optim import make_optimizer
+from jaxsft.learn.schedule import make_schedule
 from jaxsft.learn.state import TrainState
 from jaxsft.learn.steps import make_eval_step
+from jaxsft.models.families import ARCHITECTURES
+from jaxsft.models.family import variable_shapes
 from jaxsft.models.initial import make_model, preprocessing
-from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
 from jaxsft.run.job import train_step_of
 from jaxsft.run.parallel import DataParallel
 
@@ -89,8 +91,8 @@ def make_steps(c: ConfigDict, parallel: DataParallel, model: nn.Module | None = 
     """
     parallel.check_batch(c.data.batch_size)
     model = model or make_model(c, CLASSES, parallel.statistics_axis(c.parallel.batch_norm))
-    shapes = variable_shapes(model)
-    optimizer = optim.make(c, shapes["params"], optim.schedule(c, 1000, 10_000))
+    shapes = variable_shapes(model, c.data.image_size)
+    optimizer = make_optimizer(c, shapes["params"], make_schedule(c, 1000, 10_000))
     size = c.data.image_size
     batch = {
         "image": jax.ShapeDtypeStruct((c.data.batch_size, size, size, 3), jnp.uint8),

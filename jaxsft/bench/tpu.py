@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsft import cli
 from jaxsft.bench import step
-from jaxsft.bench.plain import PlainResNet
+from jaxsft.bench.plain import plain_model
 from jaxsft.run.parallel import AXIS, DataParallel
 
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise step.missing("libtpu", "tpu")
     config = step.config_of(args)
     parallel = DataParallel(config.parallel.backend, topology(args.topology))
-    model = PlainResNet(args.arch, step.CLASSES, jnp.dtype(args.precision)) if args.plain else None
+    model = plain_model(args.arch, step.CLASSES, jnp.dtype(args.precision)) if args.plain else None
     record = measure(config, parallel, chip, model)
     if args.largest:
         record["largest_batch_size"] = largest(config, parallel, chip, record, model)

@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 
 from jaxsft import cli
 from jaxsft.bench import step
-from jaxsft.bench.plain import PlainResNet
+from jaxsft.bench.plain import plain_model
 from jaxsft.learn.state import TrainState
-from jaxsft.models.initial import init_variables
+from jaxsft.models.family import init_variables
 from jaxsft.run.parallel import all_devices
 
 Step = Callable[[], Any]  # makes one step and returns what to wait for
@@ -113,7 +113,7 @@ def ours(config: ConfigDict, kind: str, model: Any = None) -> Step:
     """This program's step on all devices; with `model` the same around another network."""
     parallel = all_devices(config)
     steps = step.make_steps(config, parallel, model)
-    variables = init_variables(steps.model, config.seed)
+    variables = init_variables(steps.model, config.seed, config.data.image_size)
     random = np.random.default_rng(0)
     batch = {name: random.integers(0, 256, leaf.shape).astype(leaf.dtype) for name, leaf in steps.batch.items()}
     state = parallel.replicate(TrainState.create(variables, steps.optimizer, with_average=False))
@@ -135,7 +135,7 @@ def others(args: argparse.Namespace, config: ConfigDict, kind: str) -> dict[str,
     found: dict[str, Step] = {}
     for name in args.against:
         if name == "flax":
-            found[name] = ours(config, kind, PlainResNet(args.arch, step.CLASSES, jnp.dtype(args.precision)))
+            found[name] = ours(config, kind, plain_model(args.arch, step.CLASSES, jnp.dtype(args.precision)))
         elif name == "torch":
             found |= {f"torch ({layout})": torchs(args, kind, layout) for layout in ("channels_last", "NCHW")}
         else:

@@ -83,7 +83,7 @@ class Source(abc.ABC):
         """
 
     @abc.abstractmethod
-    def take(self, indices: np.ndarray) -> Source:
+    def select(self, indices: np.ndarray) -> Source:
         """The source of these images, in this order."""
 
     def relabelled(self, labels: np.ndarray, class_names: Sequence[str]) -> Source:
@@ -121,5 +121,5 @@ class Arrays(Source):
     def __getitem__(self, index: int) -> np.ndarray:
         return self.images[index]
 
-    def take(self, indices: np.ndarray) -> Arrays:
+    def select(self, indices: np.ndarray) -> Arrays:
         return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices])

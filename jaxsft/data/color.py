@@ -12,7 +12,7 @@ import jax.numpy as jnp
 GREY = (0.2989, 0.587, 0.114)  # of R, G, B
 
 
-def settle(image: jax.Array, whole: bool) -> jax.Array:
+def clip_levels(image: jax.Array, whole: bool) -> jax.Array:
     """Clipped to 0..255, and cut to whole levels where `whole`."""
     image = jnp.clip(image, 0, 255)
     return jnp.floor(image) if whole else image
@@ -20,7 +20,7 @@ def settle(image: jax.Array, whole: bool) -> jax.Array:
 
 def blend(image: jax.Array, other: jax.Array, amount: jax.Array, whole: bool = False) -> jax.Array:
     """amount * image + (1 - amount) * other."""
-    return settle(amount * image + (1 - amount) * other, whole)
+    return clip_levels(amount * image + (1 - amount) * other, whole)
 
 
 def grey(image: jax.Array, whole: bool = False) -> jax.Array:
@@ -71,7 +71,7 @@ def hue(image: jax.Array, turn: jax.Array, whole: bool = False) -> jax.Array:
     k = (offsets + angle[..., None] * 6) % 6
     shape = jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
     out = high[..., None] * (1 - saturated[..., None] * shape) * 255
-    return settle(jnp.round(out) if whole else out, whole)
+    return clip_levels(jnp.round(out) if whole else out, whole)
 
 
 def sharpness(image: jax.Array, amount: jax.Array, whole: bool = False) -> jax.Array:
@@ -102,7 +102,7 @@ def autocontrast(image: jax.Array) -> jax.Array:
     low, high = image.min((0, 1)), image.max((0, 1))
     flat = low == high
     scale = 255 / jnp.where(flat, 1, high - low)
-    return settle(jnp.where(flat, image, (image - low) * scale), whole=True)
+    return clip_levels(jnp.where(flat, image, (image - low) * scale), whole=True)
 
 
 def equalize(image: jax.Array) -> jax.Array:

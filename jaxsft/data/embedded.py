@@ -12,6 +12,7 @@ from jaxsft.data.base import Arrays, Options
 from jaxsft.data.splits import resolved, slices
 
 SAMPLE = Path(__file__).parent / "sample"
+WEIGHTS = SAMPLE / "resnet10_w16.safetensors"
 
 
 def open_sample(name: str, split: str, options: Options) -> Arrays:

@@ -36,7 +36,7 @@ class Files(Source):
     def __getitem__(self, index: int) -> PIL.Image.Image:
         return decode.read_rgb(self.paths[index], self.upright)
 
-    def take(self, indices: np.ndarray) -> Files:
+    def select(self, indices: np.ndarray) -> Files:
         return dataclasses.replace(self, paths=tuple(self.paths[i] for i in indices), labels=self.labels[indices])
 
     def name(self, index: int) -> str:

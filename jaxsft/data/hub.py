@@ -42,7 +42,7 @@ class Table(Source):
             raise decode.Unreadable("no image")
         return decode.read_rgb(content, self.upright)
 
-    def take(self, indices: np.ndarray) -> Table:
+    def select(self, indices: np.ndarray) -> Table:
         return dataclasses.replace(self, numbers=self.numbers[indices], labels=self.labels[indices])
 
     def name(self, index: int) -> str:

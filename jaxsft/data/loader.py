@@ -19,10 +19,10 @@ from jaxsft.cli import Stop, UserError, printable, warn
 from jaxsft.data.augment import RANDOM_CROP
 from jaxsft.data.base import LONG, Arrays, Source
 from jaxsft.data.files import broken
-from jaxsft.data.pipeline import Died, Pipeline, one_line
+from jaxsft.data.pipeline import Pipeline, WorkerDied, one_line
 from jaxsft.data.reading import LONGEST, Layout, Plan, Reader
+from jaxsft.data.threads import cores
 from jaxsft.models.weights import Preprocessing
-from jaxsft.run.machine import cores
 
 DEATHS = 3  # of worker processes, with no batch between them, before their number must be wrong
 MOST_WORKERS = 16  # by default; more seldom decode faster than one device trains
@@ -154,7 +154,7 @@ class Stream:
         while batch is None:
             try:
                 batch = self._read(step)
-            except Died as death:
+            except WorkerDied as death:
                 self._after(death, step)
             except (OSError, MemoryError) as error:
                 self.close()
@@ -180,7 +180,7 @@ class Stream:
             self._finalizer = weakref.finalize(self, self._pipeline.close)
         return next(self._pipeline)
 
-    def _after(self, death: Died, step: int) -> None:
+    def _after(self, death: WorkerDied, step: int) -> None:
         """Make ready for another try, unless there have been too many."""
         self.close()
         self._deaths += 1

@@ -22,11 +22,11 @@ from jaxsft.data import handover
 from jaxsft.data.reading import EvalPlan, Reader
 
 STARTED_SECONDS = 5  # after the first batch all workers have started, or will do so the slower way
-UNHEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 KILLED = re.compile(r"Worker process was terminated .* exit code -(\d+)")  # Grain's message
 
 
-class Died(Exception):
+class WorkerDied(Exception):
     """A signal from outside ended a worker process."""
 
     def __init__(self, number: int):
@@ -46,7 +46,7 @@ class Pipeline:
         threads of this one read them.
 
         Raises:
-          Died: a process was killed meanwhile.
+          WorkerDied: a process was killed meanwhile.
           OSError: the batch can't be read.
         """
         self._iterator: Any = None
@@ -77,13 +77,13 @@ class Pipeline:
         batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
         if processes:
             options = grain.MultiprocessingOptions(processes, per_worker_buffer_size=1)
-            batches = batches.mp_prefetch(options, worker_init_fn=be_a_worker)
+            batches = batches.mp_prefetch(options, worker_init_fn=init_worker)
         if not flags.FLAGS.is_parsed():  # Grain reads absl's flags, which our command lines do not use
             flags.FLAGS.mark_as_parsed()
         before = set(multiprocessing.active_children())
         self._iterator = iter(batches)
         try:
-            with no_main_module(), unheard():
+            with without_main_module(), signals_blocked():
                 self._first = self._read()  # on the way to it Grain starts its processes, in threads
                 deadline = time.monotonic() + STARTED_SECONDS
                 while len(self._processes) < processes and time.monotonic() < deadline:
@@ -103,30 +103,30 @@ class Pipeline:
         self._iterator = self._first = None
 
     def _read(self) -> dict[str, Any]:
-        """The next batch; raises Died."""
+        """The next batch; raises WorkerDied."""
         try:
             batch = next(self._iterator)
             return handover.unpack(batch) if self._handed_over else batch
         except RuntimeError as error:
             if killed := KILLED.search(str(error)):
-                raise Died(int(killed[1])) from None
+                raise WorkerDied(int(killed[1])) from None
             raise
         except (handover.Gone, BrokenPipeError, EOFError):
-            raise Died(max([0, *(-(process.exitcode or 0) for process in self._processes)])) from None
+            raise WorkerDied(max([0, *(-(process.exitcode or 0) for process in self._processes)])) from None
 
 
-def be_a_worker(index: int, count: int) -> None:
+def init_worker(index: int, count: int) -> None:
     """What a worker process does first: leave signals to its parent, and see to it that it ends with it.
 
     A terminal's Ctrl-C and a scheduler's notice go to all processes of the group. The loop answers them, and until it
     has saved it still needs its workers, which it ends itself, unless it is killed.
     """
-    for number in UNHEARD:
+    for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, name="parent", daemon=True).start()
+    threading.Thread(target=exit_with_parent, name="parent", daemon=True).start()
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     """Wait for the end of the parent process, then end this one.
 
     Not the system's own notice (PR_SET_PDEATHSIG): it comes at the end of the thread that started the process, and
@@ -144,7 +144,7 @@ def one_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def no_main_module() -> Iterator[None]:
+def without_main_module() -> Iterator[None]:
     """Let processes that are started meanwhile do without the program's main module.
 
     A spawned process imports its parent's, which here would be the whole of training.
@@ -157,9 +157,9 @@ def no_main_module() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unheard() -> Iterator[None]:
-    """Let processes that are started meanwhile be deaf to UNHEARD, until they are workers that ignore them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, UNHEARD)
+def signals_blocked() -> Iterator[None]:
+    """Let processes that are started meanwhile be deaf to IGNORED_SIGNALS, until they are workers that ignore them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
     try:
         yield
     finally:

@@ -174,4 +174,4 @@ def in_memory(source: Source, options: Options) -> Source:
     named = tuple((source.name(number), reason) for number, reason in sorted(bad.items()))
     bads = source.bad + named
     arrays = Arrays(images, source.labels, source.class_names, bads, source.split, source.listing)
-    return arrays.take(np.setdiff1d(np.arange(len(source)), list(bad))) if bad else arrays
+    return arrays.select(np.setdiff1d(np.arange(len(source)), list(bad))) if bad else arrays

@@ -101,7 +101,7 @@ def open_splits(config: Any) -> tuple[Source, Source]:
     if data.check_overlap:
         warn_of_overlap(train, evaluated)
     if data.fraction < 1 or data.per_class is not None:
-        train = train.take(subset(train.labels, data.fraction, data.per_class, config.seed))
+        train = train.select(subset(train.labels, data.fraction, data.per_class, config.seed))
     return in_memory(train, options), in_memory(evaluated, options)
 
 

@@ -100,7 +100,7 @@ class Examples(Source):
             number -= stop - start
         raise IndexError(index)
 
-    def take(self, indices: np.ndarray) -> Examples:
+    def select(self, indices: np.ndarray) -> Examples:
         return dataclasses.replace(self, numbers=self.numbers[indices], labels=self.labels[indices])
 
     def name(self, index: int) -> str:

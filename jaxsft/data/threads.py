@@ -1,18 +1,22 @@
-"""Work of many threads in the order in which it is wanted."""
+"""Cores, and the work of a thread on each in the order in which it is wanted."""
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from jaxsft.run.machine import cores
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 AHEAD = 1000  # results that may wait for one before them
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], ahead: int = AHEAD) -> Iterator[Result]:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import warnings
-from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxsft import config as config_module
 from jaxsft.cli import printable
 from jaxsft.interpret.metrics import Evaluation
 from jaxsft.models.weights import ModelCard
-from jaxsft.run.log import records as read_records
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; color: #222 }
@@ -28,16 +26,28 @@ MOST_CLASSES = 100  # beyond that a confusion matrix is a grey square
 FEW_POINTS = 30  # of a curve: each is marked, so that a single one is seen, too
 
 
-def write(
-    workdir: Path, card: ModelCard, config: ConfigDict, result: Evaluation, batch: matplotlib.figure.Figure
-) -> None:
-    """Write `workdir`/report.html from the run's metrics.jsonl and config, its last evaluation, and a picture of a
-    batch as the model sees it."""
-    records = read_records(workdir)
+def page(
+    title: str,
+    card: ModelCard,
+    config: ConfigDict,
+    records: list[dict[str, Any]],
+    result: Evaluation,
+    batch: matplotlib.figure.Figure,
+) -> str:
+    """The report of a run as HTML, its pictures inside.
+
+    Args:
+      title: what the run is called.
+      card: of its model.
+      config: of the run.
+      records: the lines of its metrics.jsonl.
+      result: its last evaluation.
+      batch: a picture of a batch as the model sees it.
+    """
     names = tuple(map(printable, card.names))
     parts = [
-        f"<!doctype html><meta charset=utf-8><title>{html.escape(workdir.name)}</title><style>{STYLE}</style>",
-        f"<h1>{html.escape(workdir.name)}: {html.escape(result.summary())}</h1>",
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>",
+        f"<h1>{html.escape(title)}: {html.escape(result.summary())}</h1>",
         table([(key, value) for key, value in facts(card, records)]),
         picture(curves(records, training_loss(config))),
         "<h2>By class</h2>",
@@ -47,11 +57,9 @@ def write(
         with matplotlib.rc_context({"text.parse_math": False}):  # what stands between two $ of a name is no formula
             parts += ["<h2>Confusions</h2>", picture(confusion(result.confusion, names))]
     parts += ["<h2>Of the first batch</h2>", picture(batch)]
-    configuration = html.escape(config_module.to_json(config))
+    configuration = html.escape(json.dumps(config.to_dict(), indent=2))
     parts.append(f"<h2>Config</h2><pre>{configuration}</pre>")
-    partial = workdir / "report.html.partial"
-    partial.write_text("\n".join(parts), encoding="utf-8", errors="replace")
-    partial.replace(workdir / "report.html")
+    return "\n".join(parts)
 
 
 def facts(card: ModelCard, records: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -24,10 +24,10 @@ class TrainState(flax.struct.PyTreeNode):
 
     @classmethod
     def create(cls, variables: Any, optimizer: optax.GradientTransformation, with_average: bool) -> TrainState:
-        """The state before the first update of {"params", "batch_stats"}."""
-        average = jax.tree.map(jnp.copy, variables) if with_average else None
-        params = variables["params"]
-        return cls(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params), average)
+        """The state before the first update of {"params", "batch_stats"}; the latter may be absent."""
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        state = cls(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
+        return state.replace(average=jax.tree.map(jnp.copy, state.variables())) if with_average else state
 
     def variables(self) -> dict[str, Any]:
         """What the current parameters compute with, for training."""

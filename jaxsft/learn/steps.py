@@ -14,33 +14,13 @@ from jax import lax
 from jaxsft.data.augment import Amounts, preprocess, train_images
 from jaxsft.data.mix import mix
 from jaxsft.interpret import metrics
+from jaxsft.learn.losses import cross_entropy, mean_weight
 from jaxsft.learn.state import TrainState
 from jaxsft.models.weights import Preprocessing
 
 Batch = dict[str, jax.Array]
 Dataset = dict[str, jax.Array]  # {"images": uint8 [N, H, W, 3], "labels": int32 [N]}, on the device; or {}
 MIXING = 2**32 - 1  # in the place of an example's index: the key of what is drawn once a step
-
-
-def cross_entropy(
-    logits: jax.Array, labels: jax.Array, smoothing: float = 0.0, class_weights: Sequence[float] = ()
-) -> jax.Array:
-    """The loss of each example, [N]: torch.nn.CrossEntropyLoss(weight, label_smoothing=..., reduction="none").
-
-    The target is (1 - smoothing) * onehot + smoothing / K (arXiv:1512.00567); a class's weight multiplies its term of
-    -log p, also in the smoothed part. torch's reduction="mean" is the sum of these over the sum of weight[label].
-    """
-    log_p = jax.nn.log_softmax(logits)
-    if class_weights:
-        log_p = log_p * jnp.asarray(class_weights, log_p.dtype)
-    own = -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
-    return own if not smoothing else (1 - smoothing) * own - smoothing * log_p.mean(1)
-
-
-def mean_weight(labels: jax.Array, class_weights: Sequence[float], axis_name: str | None) -> jax.Array:
-    """The mean of class_weights[label] over the global batch: losses divided by it average to torch's weighted mean."""
-    mean = jnp.asarray(class_weights)[labels].mean()
-    return mean if axis_name is None else lax.pmean(mean, axis_name)
 
 
 def gather(dataset: Dataset, batch: Batch) -> Batch:
@@ -104,7 +84,7 @@ def make_train_step(
         if mixup or cutmix:
             losses = share * losses + (1 - share) * losses_of(logits, batch["partner_label"])
         counts = metrics.count(logits, batch["label"], losses, jnp.ones_like(losses, bool))
-        return losses.mean(), (updated["batch_stats"], {k: counts[k] for k in ("loss", "top1", "count")})
+        return losses.mean(), (updated.get("batch_stats", {}), {k: counts[k] for k in ("loss", "top1", "count")})
 
     def train_step(state: TrainState, dataset: Dataset, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)

@@ -1,1 +1,1 @@
-"""Models in torch's numerics; `jaxsft.models.resnet` holds the table of architectures."""
+"""Models in torch's numerics, a file a family; `jaxsft.models.families` lists them all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -11,16 +12,19 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxsft.cli import UserError
+from jaxsft.models.families import ARCHITECTURES, family_of
+from jaxsft.models.family import init_variables, variable_shapes
 from jaxsft.models.layers import Linear
-from jaxsft.models.resnet import ARCHITECTURES, ResNet, variable_shapes
-from jaxsft.models.weights import HEAD, ModelCard, Preprocessing
-from jaxsft.run.pretrained import obtain
+from jaxsft.models.weights import ModelCard, Preprocessing
 
 TORCHVISION = Preprocessing()  # its weights' but for the V2 ones' 232 px
 EVERYWHERE = ("",)  # the pattern that every path contains
+Pretrained = Callable[
+    [str, str, str], tuple[dict[str, Any], ModelCard]
+]  # (weights, arch, checkpoint) -> variables, card
 
 
-def make_model(config: ConfigDict, num_classes: int, axis_name: str | None = None) -> ResNet:
+def make_model(config: ConfigDict, num_classes: int, axis_name: str | None = None) -> nn.Module:
     """The network to train, as the config wants it; parameters are float32 whatever its precision.
 
     `axis_name` is that of the devices over which batch norm takes its statistics; None: each its own.
@@ -51,12 +55,18 @@ def preprocessing(config: ConfigDict, of_weights: Preprocessing = TORCHVISION) -
 
 
 def initial(
-    config: ConfigDict, class_names: tuple[str, ...], axis_name: str | None = None
-) -> tuple[ResNet, dict[str, Any], ModelCard, str]:
+    config: ConfigDict, class_names: tuple[str, ...], pretrained: Pretrained, axis_name: str | None = None
+) -> tuple[nn.Module, dict[str, Any], ModelCard, str]:
     """The model, its variables, the card of the run, and a line that says what was done with the head.
 
     Ported weights keep their head where its classes are known and are the data's, and where config.model.head is
     'keep'; else it is replaced by a fresh one.
+
+    Args:
+      config: of the run.
+      class_names: of the data.
+      pretrained: how weights are had, as `run.pretrained.load_pretrained`.
+      axis_name: as for `make_model`.
 
     Raises:
       UserError: weights that can't be had or do not fit, fewer classes asked for than the data has, or weighted, or a
@@ -75,9 +85,14 @@ def initial(
     order = config.data.class_order
     card = ModelCard(c.arch, num_classes, names, preprocessing=preprocessing(config), class_order=order)
     if not c.weights:
-        return model, init_variables(model, config.seed), card, f"{c.arch} from scratch, {num_classes} classes"
+        return (
+            model,
+            init_variables(model, config.seed, config.data.image_size),
+            card,
+            f"{c.arch} from scratch, {num_classes} classes",
+        )
 
-    variables, origin = obtain(c.weights, c.arch, c.checkpoint)
+    variables, origin = pretrained(c.weights, c.arch, c.checkpoint)
     card = dataclasses.replace(
         card,
         source=origin.source,
@@ -85,14 +100,15 @@ def initial(
         weights_version=origin.weights_version,
         preprocessing=preprocessing(config, origin.preprocessing),
     )
-    kept, said = judge_head(c.head, origin, num_classes, names)
+    kept, said = decide_head(c.head, origin, num_classes, names)
     if not kept:
-        old = variables["params"].get(HEAD) or variable_shapes(model)["params"][HEAD]
-        variables["params"][HEAD] = init_head(model, old, config.seed)
+        head, params = family_of(c.arch).head, variables["params"]
+        old = params.get(head) or variable_shapes(model, config.data.image_size)["params"][head]
+        params[head] = init_head(model, old, config.seed)
     return model, variables, card, f"{c.arch} of {origin.source}, {said}"
 
 
-def judge_head(wanted: str, origin: ModelCard, num_classes: int, names: tuple[str, ...] | None) -> tuple[bool, str]:
+def decide_head(wanted: str, origin: ModelCard, num_classes: int, names: tuple[str, ...] | None) -> tuple[bool, str]:
     """Whether weights keep their head, and a line that says it and why.
 
     Args:
@@ -122,12 +138,7 @@ def judge_head(wanted: str, origin: ModelCard, num_classes: int, names: tuple[st
     return False, f"{head} replaced by one of {num_classes}"
 
 
-def init_head(model: ResNet, old: dict[str, Any], seed: int) -> dict[str, jax.Array]:
+def init_head(model: nn.Module, old: dict[str, Any], seed: int) -> dict[str, jax.Array]:
     """A fresh output layer for `model`, over as many features as the `old` one has."""
     layer = Linear(model.num_classes, model.head_init, model.param_dtype)
     return layer.init(jax.random.key(seed), jnp.zeros((1, old["kernel"].shape[0])))["params"]
-
-
-def init_variables(model: nn.Module, seed: int) -> dict[str, Any]:
-    """Fresh variables: {"params": ..., "batch_stats": ...}."""
-    return jax.jit(lambda key: model.init(key, jnp.zeros((2, 64, 64, 3)), train=False))(jax.random.key(seed))

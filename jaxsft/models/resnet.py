@@ -7,6 +7,7 @@ follow torch's with `layer1.0` written `layer1_0` and `downsample.0/1` written `
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
@@ -16,8 +17,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxsft.models.family import Family
 from jaxsft.models.layers import BatchNorm, Conv, Linear, global_average_pool, max_pool, pointwise
 
+HEAD = "fc"
 Norm = Any  # partial(BatchNorm, ...)
 Convolution = Any  # partial(Conv, ...)
 
@@ -112,7 +115,7 @@ class ResNet(nn.Module):
                     width_per_group=self.width_per_group,
                     name=f"layer{stage + 1}_{index}",
                 )(x, train)
-        return Linear(self.num_classes, self.head_init, self.param_dtype, name="fc")(global_average_pool(x))
+        return Linear(self.num_classes, self.head_init, self.param_dtype, name=HEAD)(global_average_pool(x))
 
 
 ARCHITECTURES: Mapping[str, partial[ResNet]] = MappingProxyType(
@@ -133,15 +136,18 @@ ARCHITECTURES: Mapping[str, partial[ResNet]] = MappingProxyType(
 )
 
 
-def variable_shapes(model: nn.Module) -> dict[str, Any]:
-    """Shapes and dtypes of every variable of `model` ({"params": ..., "batch_stats": ...}), computing nothing."""
-    image = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
-    return jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), image)
-
-
 def stage_of(path: str) -> int:
-    """How deep a parameter lies, for layer-wise learning rates: 0 for the stem, 1 to 4 for the stages, 5 for fc."""
+    """How deep a parameter lies: 0 for the stem, 1 to 4 for the stages, 5 for the head."""
     name = path.split("/")[0]
     if name.startswith("layer"):
         return int(name[len("layer")])
-    return 5 if name == "fc" else 0
+    return 5 if name == HEAD else 0
+
+
+def torch_name(path: str) -> str:
+    """torch's name of a module: layer1_0/downsample_conv is layer1.0.downsample.0."""
+    path = path.replace("downsample_conv", "downsample.0").replace("downsample_bn", "downsample.1")
+    return re.sub(r"^layer(\d)_(\d+)", r"layer\1.\2", path).replace("/", ".")
+
+
+FAMILY = Family(ARCHITECTURES, HEAD, stage_of, torch_name)

@@ -1,6 +1,6 @@
 """Ported weights on disk: an Orbax directory and the `model.json` that says where they came from.
 
-    DIR/weights/     Orbax: {"params": ..., "batch_stats": ...}
+    DIR/weights/     Orbax: {"params": ..., "batch_stats": ...}, the latter where the model has any
     DIR/model.json   ModelCard
 
 `python -m convert to-flax` writes such directories, `jaxsft.run.pretrained` makes one in the user's cache for training,
@@ -23,14 +23,13 @@ import orbax.checkpoint as ocp
 import platformdirs
 
 from jaxsft.cli import UserError, nearest
-from jaxsft.models.resnet import ARCHITECTURES, variable_shapes
+from jaxsft.models.families import ARCHITECTURES, family_of
+from jaxsft.models.family import variable_shapes
 
 CARD = "model.json"
-HEAD = "fc"  # the module whose outputs are the classes
 MOST_SAID = 200  # letters of another library's or a file's own words in a message
 MOST_CLASSES = 1_000_000  # a head of 2 GB on 512 features
 INTERPOLATIONS = ("bilinear", "bicubic")  # of resizing
-SAMPLE = Path(__file__).parent.parent / "data" / "sample" / "resnet10_w16.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +125,10 @@ class ModelCard:
 
 def shapes(card: ModelCard) -> dict[str, Any]:
     """Shapes and dtypes of the variables that a card stands for: without the head where it has no classes."""
-    found = variable_shapes(ARCHITECTURES[card.arch](num_classes=card.num_classes or 1))
+    model = ARCHITECTURES[card.arch](num_classes=card.num_classes or 1)
+    found = variable_shapes(model, card.preprocessing.crop_size)
     if not card.num_classes:
-        del found["params"][HEAD]
+        del found["params"][family_of(card.arch).head]
     return found
 
 

@@ -19,14 +19,14 @@ import jax
 
 from convert import checkpoints, files, names
 from jaxsft import cli
-from jaxsft.models.resnet import ARCHITECTURES
+from jaxsft.models.families import ARCHITECTURES
 from jaxsft.models.weights import shapes
 from jaxsft.parity import table
 
 try:
     files.import_torch()
 except cli.UserError as error:  # one line instead of a traceback, before what imports torch at its top
-    sys.exit(cli.complain(error))
+    sys.exit(cli.report_error(error))
 
 from jaxsft.parity import oracle
 from jaxsft.parity.compare import Options, compare, model_for
@@ -77,7 +77,7 @@ def run(options: Options, weights: str = "", every: bool = False) -> list[table.
         if source:
             # Through our table of names, whose message names every tensor that does not fit. A head that is not there
             # stays torch's own.
-            fitting = names.to_torch(names.to_flax(source.tensors, shapes(source.card), options.arch))
+            fitting = names.to_torch(names.to_flax(source.tensors, shapes(source.card), options.arch), options.arch)
             oracle.load(torch_model, oracle.state(torch_model) | fitting)
         cli.say(table.HEADER)
         for line in table.lines(remembered(), every):

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
+from flax.linen import Module
 from torch import nn
 
 from convert import names
-from jaxsft.models.resnet import ARCHITECTURES, ResNet
+from jaxsft.models.families import ARCHITECTURES, family_of
 from jaxsft.parity import oracle, ours
 from jaxsft.parity.oracle import Arrays, Recipe
 from jaxsft.parity.table import Row, compared, identical, tolerance
@@ -57,13 +58,13 @@ def recipes(num_classes: int) -> tuple[Recipe, ...]:
     )
 
 
-def model_for(options: Options, num_classes: int) -> ResNet:
+def model_for(options: Options, num_classes: int) -> Module:
     """Our model, parameters and arithmetic in the dtype of the comparison."""
     dtype = jnp.dtype(options.dtype)
     return ARCHITECTURES[options.arch](num_classes=num_classes, dtype=dtype, param_dtype=dtype)
 
 
-def compare(options: Options, model: ResNet, torch_model: nn.Module) -> Iterator[Row]:
+def compare(options: Options, model: Module, torch_model: nn.Module) -> Iterator[Row]:
     """Every row, in the order of computation, from the weights that `torch_model` holds; it is changed by training.
 
     In float64 both sides compute in it, and whatever consumes the rows must do so under `jax.enable_x64(True)`; in
@@ -74,7 +75,7 @@ def compare(options: Options, model: ResNet, torch_model: nn.Module) -> Iterator
     torch_model.double() if dtype == np.float64 else torch_model.float()
     start = oracle.state(torch_model)
     values = ours.variables(model, start, options.arch)
-    yield identical("weights/torch to Flax to torch", names.to_torch(values), start)
+    yield identical("weights/torch to Flax to torch", names.to_torch(values, options.arch), start)
 
     yield from eval_rows(options, model, values, torch_model)
     yield from train_rows(options, model, values, torch_model)
@@ -85,24 +86,24 @@ def compare(options: Options, model: ResNet, torch_model: nn.Module) -> Iterator
         oracle.load(torch_model, start)
 
 
-def eval_rows(options: Options, model: ResNet, values: dict, torch_model: nn.Module) -> Iterator[Row]:
+def eval_rows(options: Options, model: Module, values: dict, torch_model: nn.Module) -> Iterator[Row]:
     """Activations and logits in evaluation."""
     images = inputs(options, model.num_classes, 0).images
-    _, expected = oracle.activations(torch_model, images, train=False)
-    found = ours.forward(model, values, images, train=False)
-    yield from activation_rows("eval", found, expected, options.dtype)
+    found = ours.forward(model, options.arch, values, images, train=False)
+    _, expected = oracle.activations(torch_model, images, found, train=False)
+    yield from activation_rows("eval", found, expected, options)
 
 
-def train_rows(options: Options, model: ResNet, values: dict, torch_model: nn.Module) -> Iterator[Row]:
+def train_rows(options: Options, model: Module, values: dict, torch_model: nn.Module) -> Iterator[Row]:
     """Activations in training, losses, the buffers that one batch moved, gradients."""
     batch = inputs(options, model.num_classes, 0)
     weights = class_weights(model.num_classes)
     losses = {"plain": (0.0, ()), "smoothed": (0.1, ()), "weighted": (0.0, weights), "both": (0.1, weights)}
-    logits, expected = oracle.activations(torch_model, batch.images, train=True)
     found, found_losses, found_gradients, found_buffers = ours.trained(
-        model, values, batch.images, batch.labels, losses
+        model, options.arch, values, batch.images, batch.labels, losses
     )
-    yield from activation_rows("train", found, expected, options.dtype)
+    logits, expected = oracle.activations(torch_model, batch.images, found, train=True)
+    yield from activation_rows("train", found, expected, options)
     for name, (smoothing, class_weight) in losses.items():
         value = oracle.loss(logits, batch.labels, smoothing, class_weight)
         allowed = tolerance("loss", options.dtype)
@@ -115,11 +116,11 @@ def train_rows(options: Options, model: ResNet, values: dict, torch_model: nn.Mo
     yield from rows("train/gradient", found_gradients, expected, allowed, together=coarse)
 
 
-def activation_rows(phase: str, found: Arrays, expected: Arrays, dtype: str) -> Iterator[Row]:
+def activation_rows(phase: str, found: Arrays, expected: Arrays, options: Options) -> Iterator[Row]:
     """Every module's output, in torch's order; the head's are the logits."""
-    kind = "activation" if phase == "eval" else f"{phase} activation"
+    kind, dtype = "activation" if phase == "eval" else f"{phase} activation", options.dtype
     for name, value in expected.items():
-        if name == "fc":
+        if name == family_of(options.arch).head:
             allowed = tolerance("logits" if phase == "eval" else kind, dtype)
             yield compared(f"{phase}/logits", found[name], value, allowed)
         else:
@@ -143,13 +144,15 @@ def state_rows(phase: str, found: Arrays, expected: Arrays, when: str, dtype: st
 
 
 def step_rows(
-    options: Options, model: ResNet, values: dict, torch_model: nn.Module, recipe: Recipe, evaluate: ours.Evaluate
+    options: Options, model: Module, values: dict, torch_model: nn.Module, recipe: Recipe, evaluate: ours.Evaluate
 ) -> Iterator[Row]:
     """After every update: its rate, the loss, parameters, momentum, running statistics, counters; then evaluation."""
     dtype = options.dtype
     batches = [inputs(options, model.num_classes, 1 + number) for number in range(options.steps)]
     arrays = [(batch.images, batch.labels) for batch in batches]
-    both = zip(ours.train(model, values, recipe, arrays), oracle.train(torch_model, recipe, arrays), strict=True)
+    both = zip(
+        ours.train(model, options.arch, values, recipe, arrays), oracle.train(torch_model, recipe, arrays), strict=True
+    )
     for number, (found, expected) in enumerate(both, 1):
         phase = f"{recipe.name}/step {number:02d}"
         yield compared(f"{phase}/rate", found.rate, expected.rate, tolerance("rate", dtype))

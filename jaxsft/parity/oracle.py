@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ from convert.make_sample import resnet10_w16
 from jaxsft.cli import UserError
 
 Arrays = dict[str, np.ndarray]
-OBSERVED = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
-LAST_NORM = {BasicBlock: "bn2", Bottleneck: "bn3"}
+NOT_IN_TORCHVISION = {"resnet10_w16": resnet10_w16}  # architectures that torchvision has not
+LAST_NORM = {BasicBlock: "bn2", Bottleneck: "bn3"}  # of torchvision's residual blocks
 
 
 def build(arch: str, num_classes: int, seed: int = 0) -> nn.Module:
@@ -28,17 +28,17 @@ def build(arch: str, num_classes: int, seed: int = 0) -> nn.Module:
     """
     torch.manual_seed(seed)
     if arch in torchvision.models.list_models():
-        model = getattr(torchvision.models, arch)(num_classes=num_classes)
-    elif arch == "resnet10_w16":
-        model = resnet10_w16(num_classes)
+        model = torchvision.models.get_model(arch, num_classes=num_classes)
+    elif arch in NOT_IN_TORCHVISION:
+        model = NOT_IN_TORCHVISION[arch](num_classes)
     else:
         raise UserError(f"torchvision has no {arch}", "compare one of its own architectures")
-    for name, module in model.named_modules():
+    last_norms = {getattr(block, LAST_NORM[type(block)]) for block in model.modules() if type(block) in LAST_NORM}
+    for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             # The last one of a block is small, as after training: a deep network of fresh full-size blocks is chaotic,
             # torch's own float32 then leaves its own float64 by 8 % of the loss within five steps of a ResNet-50.
-            last = name.endswith(LAST_NORM[type(model.layer1[0])])
-            nn.init.uniform_(module.weight, *((0.0, 0.1) if last else (0.5, 1.0)))
+            nn.init.uniform_(module.weight, *((0.0, 0.1) if module in last_norms else (0.5, 1.0)))
             nn.init.normal_(module.bias, 0, 0.1)
             assert module.running_mean is not None
             assert module.running_var is not None
@@ -64,12 +64,14 @@ def nchw(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
-def activations(model: nn.Module, images: np.ndarray, train: bool) -> tuple[torch.Tensor, Arrays]:
-    """Logits with their graph, and the output of every convolution, batch norm, block and the head, in their order."""
+def activations(
+    model: nn.Module, images: np.ndarray, names: Container[str], train: bool
+) -> tuple[torch.Tensor, Arrays]:
+    """Logits with their graph, and in their order the outputs of the modules in `names` and of all with parameters."""
     seen: Arrays = {}
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, OBSERVED) or (name.count(".") == 1 and name.startswith("layer")):
+        if name in names or any(True for _ in module.parameters(recurse=False)):
 
             def keep(module: nn.Module, arguments: Any, output: torch.Tensor, name: str = name) -> None:
                 seen[name] = output.detach().numpy().copy()  # a copy: torchvision's ReLU works in place

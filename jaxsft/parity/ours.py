@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,10 +14,13 @@ import optax
 from convert import names
 from jaxsft import config as config_module
 from jaxsft.interpret.metrics import Evaluation
-from jaxsft.learn import optim
+from jaxsft.learn.losses import cross_entropy, mean_weight
+from jaxsft.learn.optim import make_optimizer
+from jaxsft.learn.schedule import make_schedule
 from jaxsft.learn.state import TrainState
-from jaxsft.learn.steps import cross_entropy, make_eval_step, make_train_step, mean_weight
-from jaxsft.models.resnet import ResNet, variable_shapes
+from jaxsft.learn.steps import make_eval_step, make_train_step
+from jaxsft.models.families import family_of
+from jaxsft.models.family import variable_shapes
 from jaxsft.parity.oracle import Arrays, Recipe, Step
 
 CALL = "__call__"
@@ -25,29 +28,23 @@ Evaluate = Callable[[Arrays, np.ndarray, np.ndarray], tuple[float, int]]
 Losses = dict[str, tuple[float, tuple[float, ...]]]  # name -> (smoothing, class weights)
 
 
-def variables(model: ResNet, tensors: Arrays, arch: str) -> dict[str, Any]:
+def variables(model: nn.Module, tensors: Arrays, arch: str) -> dict[str, Any]:
     """torch's tensors as the model's variables, on the device, in the model's dtype."""
     return jax.device_put(names.to_flax(tensors, variable_shapes(model), arch))
 
 
-def module_name(path: str) -> str:
-    """torch's name of a module: layer1_0/downsample_conv is layer1.0.downsample.0."""
-    path = path.replace("downsample_conv", "downsample.0").replace("downsample_bn", "downsample.1")
-    return re.sub(r"^layer(\d)_(\d+)", r"layer\1.\2", path).replace("/", ".")
-
-
-def outputs(intermediates: Any) -> Arrays:
+def outputs(intermediates: Any, arch: str) -> Arrays:
     """What every module gave, NHWC as torch's NCHW, by torch's name of the module."""
-    result = {}
+    result, torch_name = {}, family_of(arch).torch_name
     for path, (value,) in names.flatten(intermediates).items():
         module, _, method = path.rpartition("/")
-        if method == CALL and module:  # without a module it is the whole network: the logits, which fc gave
+        if method == CALL and module:  # without a module it is the whole network: the logits, which the head gave
             array = np.asarray(value)
-            result[module_name(module)] = array.transpose(0, 3, 1, 2) if array.ndim == 4 else array
+            result[torch_name(module)] = array.transpose(0, 3, 1, 2) if array.ndim == 4 else array
     return result
 
 
-def forward(model: ResNet, values: Any, images: np.ndarray, train: bool) -> Arrays:
+def forward(model: nn.Module, arch: str, values: Any, images: np.ndarray, train: bool) -> Arrays:
     """The output of every module."""
 
     @jax.jit
@@ -55,17 +52,17 @@ def forward(model: ResNet, values: Any, images: np.ndarray, train: bool) -> Arra
         mutable = ["batch_stats", "intermediates"]
         return model.apply(values, images, train=train, capture_intermediates=True, mutable=mutable)[1]["intermediates"]
 
-    return outputs(apply(values, images))
+    return outputs(apply(values, images), arch)
 
 
 def trained(
-    model: ResNet, values: Any, images: np.ndarray, labels: np.ndarray, losses: Losses
+    model: nn.Module, arch: str, values: Any, images: np.ndarray, labels: np.ndarray, losses: Losses
 ) -> tuple[Arrays, dict[str, float], Arrays, Arrays]:
     """One pass in training mode: outputs, every loss, the gradient of the first loss, the buffers afterwards."""
 
     def loss_fn(params: Any) -> tuple[jax.Array, Any]:
         logits, updated = model.apply(
-            {"params": params, "batch_stats": values["batch_stats"]},
+            {**values, "params": params},
             images,
             train=True,
             capture_intermediates=True,
@@ -80,14 +77,16 @@ def trained(
 
     grads, (updated, found) = jax.jit(jax.grad(loss_fn, has_aux=True))(values["params"])
     return (
-        outputs(updated["intermediates"]),
+        outputs(updated["intermediates"], arch),
         {name: float(value) for name, value in found.items()},
-        names.to_torch({"params": grads}),
-        names.to_torch({"batch_stats": updated["batch_stats"]}),
+        names.to_torch({"params": grads}, arch),
+        names.to_torch({"batch_stats": updated.get("batch_stats", {})}, arch),
     )
 
 
-def train(model: ResNet, values: Any, recipe: Recipe, batches: list[tuple[np.ndarray, np.ndarray]]) -> Iterator[Step]:
+def train(
+    model: nn.Module, arch: str, values: Any, recipe: Recipe, batches: list[tuple[np.ndarray, np.ndarray]]
+) -> Iterator[Step]:
     """`jaxsft.train`'s own optimizer, schedule and step on (images, labels) in turn."""
     config = config_module.default()
     config.optim.update(
@@ -101,8 +100,8 @@ def train(model: ResNet, values: Any, recipe: Recipe, batches: list[tuple[np.nda
             "warmup_epochs": float(recipe.warmup(len(batches))),
         }
     )
-    rate = optim.schedule(config, steps_per_epoch=1, total_steps=len(batches))
-    optimizer = optim.make(config, values["params"], rate)
+    rate = make_schedule(config, steps_per_epoch=1, total_steps=len(batches))
+    optimizer = make_optimizer(config, values["params"], rate)
     step = jax.jit(
         make_train_step(model, optimizer, None, smoothing=recipe.smoothing, class_weights=recipe.class_weights)
     )
@@ -113,12 +112,12 @@ def train(model: ResNet, values: Any, recipe: Recipe, batches: list[tuple[np.nda
         yield Step(
             float(rate(number)),
             float(counts["loss"] / counts["count"]),
-            names.to_torch(state.variables()),
-            names.to_torch({"params": optax.tree.get(state.opt_state, "trace")}),
+            names.to_torch(state.variables(), arch),
+            names.to_torch({"params": optax.tree.get(state.opt_state, "trace")}, arch),
         )
 
 
-def evaluator(model: ResNet, arch: str) -> Evaluate:
+def evaluator(model: nn.Module, arch: str) -> Evaluate:
     """`jaxsft.evaluate`'s own step: (state_dict, images, labels) -> mean loss, how many are right. Compiled once."""
     step = jax.jit(make_eval_step(model, None))
 

@@ -75,7 +75,7 @@ class Row:
 
     def group(self) -> str:
         """What the row is summed up under: its name without the tensor, activations by stage."""
-        stage = re.match(r"(.*/activation/layer\d)", self.name)
+        stage = re.match(r"(.*/activation/[^./]+)[.]", self.name)  # of layer1.0.conv1 layer1
         quantity = self.name.rpartition("/")[0]
         of_tensors = quantity.rpartition("/")[2] in PER_TENSOR
         return stage.group(1) if stage else quantity if of_tensors else self.name

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from jaxsft.cli import Preempted, leave
+from jaxsft.cli import Preempted, exit_process
 from jaxsft.run.parallel import DataParallel
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -32,9 +32,9 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """To be entered around a loop that calls `poll` at every step, and `begin` once there is something to save.
+    """To be entered around a loop that calls `poll` at every step, and `defer` once there is something to save.
 
-    Before `begin` a signal ends a run of one process at once, also in the middle of a compilation. After it, the next
+    Before `defer` a signal ends a run of one process at once, also in the middle of a compilation. After it, the next
     `poll` raises Interrupted; a second SIGINT leaves at once, wherever we are. In a run of several processes, `poll`
     raises in all of them at the same call, one call late: the answer to one call's question is read at the next, so
     that no device waits. JAX's own notice of preemption (`reached_preemption_sync_point`) counts as a SIGTERM. Where
@@ -43,7 +43,7 @@ class Interrupts:
 
     def __init__(self, parallel: DataParallel):
         self._parallel = parallel
-        self._begun = False
+        self._deferring = False
         self._received: list[int] = []
         self._asked: jax.Array | None = None
 
@@ -69,9 +69,9 @@ class Interrupts:
         self._thread.join()
         os.close(self._read_end)
 
-    def begin(self) -> None:
+    def defer(self) -> None:
         """From now on there is something that a signal must not lose."""
-        self._begun = True
+        self._deferring = True
 
     def poll(self, step: int) -> None:
         """Raise Interrupted where this process (of several: any) has been told to stop.
@@ -98,10 +98,12 @@ class Interrupts:
             return  # one that the program around us answers
         before = list(self._received)
         self._received.append(number)  # before anything is said: there may be nobody left who hears it
-        if not self._begun and self._parallel.process_count == 1:
-            leave(Preempted(number, "before the first step", "there was nothing to save, the same command resumes"))
+        if not self._deferring and self._parallel.process_count == 1:
+            exit_process(
+                Preempted(number, "before the first step", "there was nothing to save, the same command resumes")
+            )
         elif number == signal.SIGINT and signal.SIGINT in before:
-            leave(Preempted(number, "again: left at once", "the same command resumes at the last checkpoint"))
+            exit_process(Preempted(number, "again: left at once", "the same command resumes at the last checkpoint"))
         elif not before:
             hint = ", Ctrl-C again leaves at once" if number == signal.SIGINT else ""
             with contextlib.suppress(OSError, ValueError):  # no stderr any more

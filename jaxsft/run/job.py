@@ -22,16 +22,19 @@ from jaxsft.data.loader import BadFiles, Loader, make_loader
 from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, TrainPlan
 from jaxsft.data.sources import open_splits
-from jaxsft.evaluate import evaluate, of_split
 from jaxsft.interpret.metrics import Evaluation
-from jaxsft.learn import optim
+from jaxsft.learn import trainable
+from jaxsft.learn.optim import make_optimizer
+from jaxsft.learn.schedule import make_schedule
 from jaxsft.learn.state import TrainState
 from jaxsft.learn.steps import make_eval_step, make_several, make_train_step
+from jaxsft.models.family import variable_shapes
 from jaxsft.models.initial import initial, make_model
 from jaxsft.models.layers import OneValueError
-from jaxsft.models.resnet import variable_shapes
 from jaxsft.models.weights import ModelCard, Preprocessing
+from jaxsft.run.evaluation import evaluate, of_split
 from jaxsft.run.parallel import DataParallel, all_devices
+from jaxsft.run.pretrained import load_pretrained
 
 
 @dataclasses.dataclass
@@ -102,17 +105,17 @@ class Job:
 
         Later there are updates to lose, and a compilation does not listen.
         """
-        with contextlib.suppress(EnoughError):
-            self.evaluate(enough)
+        with contextlib.suppress(FirstBatchDone):
+            self.evaluate(stop_after_first_batch)
 
 
-class EnoughError(Exception):
+class FirstBatchDone(Exception):
     """The first batch of an evaluation is done."""
 
 
-def enough() -> None:
+def stop_after_first_batch() -> None:
     """End an evaluation after its first batch."""
-    raise EnoughError
+    raise FirstBatchDone
 
 
 def open_data(config: ConfigDict) -> tuple[Source, Source]:
@@ -163,7 +166,7 @@ def check_batch_norm(config: ConfigDict, parallel: DataParallel, order: Order) -
         if rows // parts != 1:
             continue
         model, size = make_model(config, 2), config.data.image_size
-        shapes, image = variable_shapes(model), jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+        shapes, image = variable_shapes(model, size), jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
         try:
             jax.eval_shape(lambda v, x, m=model: m.apply(v, x, train=True, mutable=["batch_stats"]), shapes, image)
         except OneValueError:
@@ -207,7 +210,8 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     """
     parallel = all_devices(config)
     parallel.check_batch(config.data.batch_size, config.optim.accumulate)
-    optim.check_patterns(config, variable_shapes(make_model(config, 2))["params"])  # before anything is fetched
+    shapes = variable_shapes(make_model(config, 2), config.data.image_size)
+    trainable.frozen_parameters(config, shapes["params"])  # its patterns, before anything is fetched
     tell = cli.say if parallel.is_main else lambda text: None
     tell(f"reading {config.data.source} ...")
     train_source, eval_source = open_data(config)
@@ -218,9 +222,9 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     tell(
         f"making {config.model.arch} of {config.model.weights} ..." if config.model.weights else "making the model ..."
     )
-    model, variables, card, said = initial(config, train_source.class_names, statistics_axis)
-    rate = optim.schedule(config, order.steps_per_epoch, total_steps)
-    optimizer = optim.make(config, variables["params"], rate)
+    model, variables, card, said = initial(config, train_source.class_names, load_pretrained, statistics_axis)
+    rate = make_schedule(config, order.steps_per_epoch, total_steps)
+    optimizer = make_optimizer(config, variables["params"], rate)
     bad_files = BadFiles(config.data.on_error)
     options = {"workers": config.data.workers, "share": parallel.share, "bad": bad_files}
     mixing = bool(config.train.mixup or config.train.cutmix)

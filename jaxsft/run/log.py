@@ -66,17 +66,17 @@ class Meter:
         self._queue.append((steps, counts))
         self._drain(IN_FLIGHT)
 
-    def settle(self) -> dict[str, Any]:
+    def compute(self) -> dict[str, Any]:
         """Wait for the queued steps and return the sums. Raises NotFinite as `add` does."""
         self._drain(0)
         return self.sums
 
-    def take(self) -> dict[str, Any]:
-        """`settle`, and begin anew."""
-        sums, self.sums = self.settle(), dict(ZERO)
+    def compute_and_reset(self) -> dict[str, Any]:
+        """`compute`, and begin anew."""
+        sums, self.sums = self.compute(), dict(ZERO)
         return sums
 
-    def take_epoch(self) -> dict[str, Any]:
+    def compute_epoch_and_reset(self) -> dict[str, Any]:
         """The sums since it was last asked, of what has left the queue."""
         sums, self.epoch = self.epoch, dict(ZERO)
         return sums
@@ -93,7 +93,7 @@ class Meter:
                 self.loss = counts["loss"][i] / max(counts["count"][i], 1)
 
 
-class Speed:
+class Throughput:
     """Images per second of training, without compilation and evaluation."""
 
     def __init__(self) -> None:
@@ -104,14 +104,14 @@ class Speed:
         """Count images trained on."""
         self._images += images
 
-    def restart(self) -> None:
+    def reset(self) -> None:
         """Forget what was measured."""
         self._since, self._images = time.perf_counter(), 0
 
-    def take(self) -> float | None:
+    def compute_and_reset(self) -> float | None:
         """Images per second since the last start; None where none were counted."""
         elapsed, images = time.perf_counter() - self._since, self._images
-        self.restart()
+        self.reset()
         return images / elapsed if images else None
 
 
@@ -129,13 +129,13 @@ class Log:
             return
         if self.path.exists():
             lines = self.path.read_text(errors="replace").splitlines(keepends=True)
-            with told(self.path):
+            with stop_on_write_error(self.path):
                 partial = self.path.with_suffix(".partial")
                 partial.write_text("".join(line for line in lines if is_up_to(line, step)))
                 partial.replace(self.path)
         # The writer itself, not SummaryWriter: that one hands events to a thread, and waits for ever once it has died
         # of a full disk.
-        with told(workdir / "events"):
+        with stop_on_write_error(workdir / "events"):
             self._events = EventsWriter(str(workdir / "events"))
             self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
@@ -146,9 +146,9 @@ class Log:
         now = time.time()
         values = {name: value for name, value in values.items() if value is not None}
         line = {"step": step, "split": split, **{k: None if is_nan(v) else v for k, v in values.items()}, "time": now}
-        with told(self.path), self.path.open("a") as file:
+        with stop_on_write_error(self.path), self.path.open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
-        with told(self.path.with_name("events")):
+        with stop_on_write_error(self.path.with_name("events")):
             for name, value in values.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     summary = scalar(f"{split}/{name}", value)
@@ -162,7 +162,7 @@ class Log:
     def sync(self) -> None:
         """Put metrics.jsonl on the disk itself: a checkpoint that outlives a power cut must not be ahead of it."""
         if self._events is not None and self.path.exists():
-            with told(self.path), self.path.open("rb") as file:
+            with stop_on_write_error(self.path), self.path.open("rb") as file:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
@@ -179,7 +179,7 @@ class Log:
 
 
 @contextlib.contextmanager
-def told(path: Path) -> Iterator[None]:
+def stop_on_write_error(path: Path) -> Iterator[None]:
     """Let a failure to write `path` end the run in one line. Raises Stop."""
     try:
         yield

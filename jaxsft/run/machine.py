@@ -1,4 +1,4 @@
-"""What the machine offers to a run on its CPU: cores, and memory in huge pages.
+"""What the machine offers to a run: memory in huge pages, and a place for compiled programs.
 
 XLA:CPU takes the temporary memory of a step from malloc and gives it back after the step, and a block of that size
 comes from the kernel, which clears each page when it is first touched. In pages of 4 KB that took a fifth of the
@@ -18,12 +18,7 @@ VARIABLE, TUNABLE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def greet() -> None:
+def announce_start() -> None:
     """Say on stdout that the command has begun, for the imports that come take seconds."""
     if not {"-h", "--help"} & set(sys.argv):
         with contextlib.suppress(OSError, ValueError):  # of a terminal that is gone
@@ -57,13 +52,13 @@ def ask_for_huge_pages() -> None:
     pages for all or for none, or a variable that says what the user wants.
     """
     said = os.environ.get(VARIABLE, "")
-    if TUNABLE in said or not is_for_asking(ENABLED):
+    if TUNABLE in said or not is_madvise(ENABLED):
         return
     os.environ[VARIABLE] = ":".join(filter(None, (said, f"{TUNABLE}=1")))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def is_for_asking(enabled: Path) -> bool:
+def is_madvise(enabled: Path) -> bool:
     """Whether the kernel's setting is to give huge pages to a process that asks for them, and only to it."""
     try:
         return "[madvise]" in enabled.read_text()

@@ -9,11 +9,11 @@ from collections.abc import Generator
 from multiprocessing.connection import wait
 from typing import Any
 
-GREETING_SECONDS = 5  # from the connection to the end of its first message
-GREETING = 200  # bytes of that, at most
+HANDSHAKE_SECONDS = 5  # from the connection to the end of its first message
+HANDSHAKE_BYTES = 200  # bytes of that, at most
 LONGEST = 2**15  # bytes of any other message
-Greetings = Generator[tuple[socket.socket, int, int], None, None]  # connection, index, count
-WORD = 1000  # characters of a text in one, of which each may take twelve bytes
+Handshakes = Generator[tuple[socket.socket, int, int], None, None]  # connection, index, count
+MOST_CHARACTERS = 1000  # characters of a text in one, of which each may take twelve bytes
 
 
 def send(connection: socket.socket, message: dict[str, Any]) -> None:
@@ -57,67 +57,67 @@ def is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**31
 
 
-def greetings(server: socket.socket, most: int, deadline: float) -> Greetings:
+def accept_handshakes(server: socket.socket, most: int, deadline: float) -> Handshakes:
     """Those who come to `server` until `deadline` (of time.monotonic) and say their index and how many there are.
 
-    Nobody waits for another. Sent away is whoever says something else, or nothing within GREETING_SECONDS; and he who
+    Nobody waits for another. Sent away is whoever says something else, or nothing within HANDSHAKE_SECONDS; and he who
     came first of those that have said nothing yet where they are more than `most`, or no descriptor is left.
     """
     silent: dict[socket.socket, tuple[float, bytearray]] = {}  # until when, and what it has said so far
     server.setblocking(False)
 
-    def send_away(connection: socket.socket) -> None:
+    def reject(connection: socket.socket) -> None:
         del silent[connection]
         connection.close()
 
     try:
         while (now := time.monotonic()) < deadline:
             for connection in [known for known, (until, _) in silent.items() if until <= now]:
-                send_away(connection)
+                reject(connection)
             ends = min([deadline, *(until for until, _ in silent.values())])
             for connection in wait([*silent, server], ends - now):  # type: ignore[assignment]
                 if connection is server:
                     try:
                         for _ in range(most // 2):  # those who came last are still here when they are heard
-                            silent[server.accept()[0]] = (time.monotonic() + GREETING_SECONDS, bytearray())
+                            silent[server.accept()[0]] = (time.monotonic() + HANDSHAKE_SECONDS, bytearray())
                             if len(silent) > most:
-                                send_away(next(iter(silent)))
+                                reject(next(iter(silent)))
                     except BlockingIOError:
                         pass
                     except OSError:  # no descriptor is left
                         time.sleep(0.01)
                         if silent:
-                            send_away(next(iter(silent)))
+                            reject(next(iter(silent)))
                 elif connection in silent:
                     try:
-                        if (said := greeting(connection, silent[connection][1])) is None:
+                        if (said := read_handshake(connection, silent[connection][1])) is None:
                             continue
                     except (OSError, ValueError):
-                        send_away(connection)
+                        reject(connection)
                         continue
                     del silent[connection]
-                    connection.settimeout(GREETING_SECONDS)
+                    connection.settimeout(HANDSHAKE_SECONDS)
                     yield connection, *said
     finally:
         for connection in list(silent):
-            send_away(connection)
+            reject(connection)
 
 
-def greeting(connection: socket.socket, line: bytearray) -> tuple[int, int] | None:
+def read_handshake(connection: socket.socket, line: bytearray) -> tuple[int, int] | None:
     """Add to `line` what has come on a connection that doesn't block; once it ends, the (index, count) in it.
 
     Raises:
       OSError: the connection has ended.
       ValueError: this is no greeting.
     """
-    part = connection.recv(GREETING)
+    part = connection.recv(HANDSHAKE_BYTES)
     if not part:
         raise ConnectionError("the connection ended")
     line += part
-    if line.endswith(b"\n") and len(line) <= GREETING:
+    if line.endswith(b"\n") and len(line) <= HANDSHAKE_BYTES:
         match parse(line):
             case {"index": index, "count": count} if is_count(index) and is_count(count):
                 return index, count
-    elif len(line) < GREETING:
+    elif len(line) < HANDSHAKE_BYTES:
         return None
     raise ValueError("not a greeting")

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxsft.cli import UserError
-from jaxsft.run.machine import cores
+from jaxsft.data.threads import cores
 
 AXIS = "batch"
 MOST_CORES = 16  # as devices: each has the whole state

@@ -14,11 +14,12 @@ from typing import Any
 import jax
 
 from jaxsft.cli import UserError, local_path, run_module, warn
-from jaxsft.models.weights import SAMPLE, ModelCard, cache_dir, file_sha256, load
-from jaxsft.run import saved as runs
+from jaxsft.data import embedded
+from jaxsft.models.weights import ModelCard, cache_dir, file_sha256, load
+from jaxsft.run import saved
 
 
-def obtain(weights: str, arch: str, checkpoint: str = "last") -> tuple[dict[str, Any], ModelCard]:
+def load_pretrained(weights: str, arch: str, checkpoint: str = "last") -> tuple[dict[str, Any], ModelCard]:
     """The variables that `weights` names, as arrays on the default device, and their card.
 
     Args:
@@ -30,18 +31,18 @@ def obtain(weights: str, arch: str, checkpoint: str = "last") -> tuple[dict[str,
     Raises:
       UserError: they can't be had, are damaged, do not fit, or are of another architecture.
     """
-    path = SAMPLE if weights == "sample" else local_path(weights)
+    path = embedded.WEIGHTS if weights == "sample" else local_path(weights)
     if not os.path.isdir(path):
         return convert(path, arch)
-    found = (runs.read_card(path) if runs.is_run(path) else ModelCard.load(path)).arch
+    found = (saved.read_card(path) if saved.is_run(path) else ModelCard.load(path)).arch
     if found != arch:
         raise UserError(f"{path} holds a {found}, not a {arch}", f"set --config.model.arch={found}")
-    if not runs.is_run(path):
+    if not saved.is_run(path):
         return load(path)
-    saved = runs.read(path, checkpoint)
-    source = f"{path.resolve().name} at step {saved.step}"
-    card = dataclasses.replace(saved.card, source=source, sha256="", weights_version="")
-    return jax.device_put(saved.variables, jax.local_devices()[0]), card
+    run = saved.read(path, checkpoint)
+    source = f"{path.resolve().name} at step {run.step}"
+    card = dataclasses.replace(run.card, source=source, sha256="", weights_version="")
+    return jax.device_put(run.variables, jax.local_devices()[0]), card
 
 
 def convert(path: Path, arch: str) -> tuple[dict[str, Any], ModelCard]:

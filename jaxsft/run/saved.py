@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax
 from ml_collections import ConfigDict
 
 from jaxsft import config as config_module
 from jaxsft.cli import UserError
 from jaxsft.models import weights
+from jaxsft.models.initial import make_model
 from jaxsft.models.weights import ModelCard
 from jaxsft.run import checkpoint
-from jaxsft.run.log import records
+from jaxsft.run.best import Best
 
 CONFIG = "config.json"
 
 
-class Saved(NamedTuple):
+class SavedRun(NamedTuple):
     """What a run has on disk at `step`: the moving average of its variables where it keeps one."""
 
     config: ConfigDict
@@ -35,7 +36,7 @@ def is_run(directory: Path) -> bool:
     return (directory / CONFIG).exists() or (directory / checkpoint.FOLDER).is_dir()
 
 
-def read(workdir: Path, which: str = "last") -> Saved:
+def read(workdir: Path, which: str = "last") -> SavedRun:
     """A run at its newest intact checkpoint, its best, or the one of a step.
 
     Args:
@@ -55,7 +56,7 @@ def read(workdir: Path, which: str = "last") -> Saved:
     if restored is None:
         what = f"intact checkpoint of step {step}" if step is not None else "checkpoint yet"
         raise UserError(f"{workdir} has no {what}", "name another --checkpoint" if step is not None else "train longer")
-    return Saved(config, card, restored.state.get("average", restored.state), restored.step)
+    return SavedRun(config, card, restored.state.get("average", restored.state), restored.step)
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -135,37 +136,6 @@ def evaluated(record: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
     return {"average": shapes} if averaged else shapes
 
 
-@dataclasses.dataclass
-class Best:
-    """The best evaluation so far by one metric, the first of equals; a `metric` of '' has none."""
-
-    metric: str
-    step: int | None = None
-    value: float = math.nan
-
-    @classmethod
-    def of(cls, workdir: Path, metric: str, up_to: float = math.inf) -> Best:
-        """The best that metrics.jsonl knows up to a step."""
-        best = cls(metric)
-        for record in records(workdir):
-            if record.get("split") == "eval" and record["step"] <= up_to:
-                best.offer(record["step"], record)
-        return best
-
-    def offer(self, step: int, values: dict[str, Any]) -> None:
-        """Take the evaluation of `step` where it is better; never one whose loss is not finite."""
-        value = values.get(self.metric)
-        if value is None or not is_finite(value) or not is_finite(values.get("loss", 0.0)):
-            return
-        if self.step is None or (value < self.value if self.metric == "loss" else value > self.value):
-            self.step, self.value = step, value
-
-
-def is_finite(value: Any) -> bool:
-    """Whether `value` is a number, neither NaN nor infinite."""
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -179,3 +149,24 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no object", "remove the run and start it again")
     return value
+
+
+class Run(NamedTuple):
+    """A saved run made ready to compute: what evaluate, predict and export work with."""
+
+    config: ConfigDict
+    card: ModelCard
+    model: nn.Module
+    variables: dict[str, Any]
+    step: int
+
+
+def load_run(workdir: Path, which: str = "last") -> Run:
+    """A run at its newest intact checkpoint ('last'), its 'best', or the one of a step, on this process's first device.
+
+    Raises:
+      UserError: as `read`.
+    """
+    saved = read(workdir, which)
+    model = make_model(saved.config, saved.card.num_classes)
+    return Run(saved.config, saved.card, model, jax.device_put(saved.variables, jax.local_devices()[0]), saved.step)

@@ -10,19 +10,16 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from jaxsft import config as config_module
 from jaxsft.cli import UserError
 from jaxsft.data.fingerprint import classes_difference, difference
-from jaxsft.models.initial import make_model
-from jaxsft.models.resnet import ResNet
 from jaxsft.models.weights import ModelCard, check_name
-from jaxsft.run import checkpoint
-from jaxsft.run import saved as runs
+from jaxsft.run import checkpoint, saved
+from jaxsft.run.best import is_finite
 from jaxsft.run.log import records
 from jaxsft.run.saved import CONFIG, read_json
 
@@ -54,11 +51,11 @@ def check(workdir: Path, config: ConfigDict) -> None:
 
 def check_config(workdir: Path, config: ConfigDict) -> None:
     """Raise a UserError where `workdir` holds a run of another config, or something that is no run."""
-    if not runs.is_run(workdir):
+    if not saved.is_run(workdir):
         if workdir.exists() and any(path.name != LOCK for path in workdir.iterdir()):
             raise UserError(f"{workdir} is not empty and holds no run", "give another --workdir")
         return
-    there = settings(runs.config_record(workdir))
+    there = settings(saved.config_record(workdir))
     here = settings(json.loads(config_module.to_json(config)))
     differing = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
     if differing:
@@ -108,7 +105,7 @@ def check_data(workdir: Path, card: ModelCard, data: dict[str, Any], on_changed:
 def known_card(workdir: Path) -> ModelCard | None:
     """The card of the run in `workdir`; None where neither model.json nor a checkpoint has it, and it is made anew."""
     with contextlib.suppress(UserError):
-        return runs.read_card(workdir)
+        return saved.read_card(workdir)
     return None
 
 
@@ -175,25 +172,4 @@ def create(workdir: Path, config: ConfigDict, card: ModelCard, data: dict[str, A
 def final_record(workdir: Path) -> dict[str, Any] | None:
     """The last line of metrics.jsonl where the run is finished, else None."""
     last = (records(workdir) or [{}])[-1]
-    return last if last.get("final") and runs.is_finite(last.get("accuracy")) else None
-
-
-class Run(NamedTuple):
-    """A run read back: what evaluate, predict and export work with."""
-
-    config: ConfigDict
-    card: ModelCard
-    model: ResNet
-    variables: dict[str, Any]
-    step: int
-
-
-def load_run(workdir: Path, which: str = "last") -> Run:
-    """A run at its newest intact checkpoint ('last'), its 'best', or the one of a step, on this process's first device.
-
-    Raises:
-      UserError: as `runs.read`.
-    """
-    saved = runs.read(workdir, which)
-    model = make_model(saved.config, saved.card.num_classes)
-    return Run(saved.config, saved.card, model, jax.device_put(saved.variables, jax.local_devices()[0]), saved.step)
+    return last if last.get("final") and is_finite(last.get("accuracy")) else None

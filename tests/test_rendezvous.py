@@ -15,24 +15,24 @@ import jax
 import pytest
 
 from jaxsft.cli import Stop
-from jaxsft.run import messages, processes
-from jaxsft.run.processes import Meeting, Place
+from jaxsft.run import messages, processes, rendezvous
+from jaxsft.run.rendezvous import ProcessInfo, Rendezvous
 
 DEEP = b"[" * 20_000 + b"\n"
 
 
-def meet(index: int, port: int, into: dict[int, Meeting | Stop], count: int = 2, timeout: float = 20) -> None:
+def meet(index: int, port: int, into: dict[int, Rendezvous | Stop], count: int = 2, timeout: float = 20) -> None:
     """Come as process `index`; what becomes of it."""
     try:
-        into[index] = Meeting(Place("127.0.0.1", port, count, index), timeout)
+        into[index] = Rendezvous(ProcessInfo("127.0.0.1", port, count, index), timeout)
     except Stop as stop:
         into[index] = stop
 
 
 @contextlib.contextmanager
-def waiting(timeout: float = 20) -> Iterator[tuple[int, dict[int, Meeting | Stop], Callable[[], float]]]:
+def waiting(timeout: float = 20) -> Iterator[tuple[int, dict[int, Rendezvous | Stop], Callable[[], float]]]:
     """Process 0 of two waits: its port, who has met, and a function that lets process 1 come; the seconds it took."""
-    port, met = processes.free_port(), {}
+    port, met = rendezvous.free_port(), {}
     first = threading.Thread(target=meet, args=(0, port, met), kwargs={"timeout": timeout}, daemon=True)
     first.start()
 
@@ -44,7 +44,7 @@ def waiting(timeout: float = 20) -> Iterator[tuple[int, dict[int, Meeting | Stop
 
     yield port, met, come
     for meeting in met.values():
-        for connection in meeting._connections.values() if isinstance(meeting, Meeting) else ():
+        for connection in meeting._connections.values() if isinstance(meeting, Rendezvous) else ():
             connection.close()
 
 
@@ -57,8 +57,8 @@ def connect(port: int) -> socket.socket:
             time.sleep(0.01)
 
 
-def assert_met(met: dict[int, Meeting | Stop]) -> None:
-    assert {index: type(meeting) for index, meeting in met.items()} == {0: Meeting, 1: Meeting}, met
+def assert_met(met: dict[int, Rendezvous | Stop]) -> None:
+    assert {index: type(meeting) for index, meeting in met.items()} == {0: Rendezvous, 1: Rendezvous}, met
     assert met[0].address == met[1].address  # type: ignore[union-attr]
 
 
@@ -93,7 +93,7 @@ def test_what_is_no_greeting_is_sent_away(said: bytes) -> None:
 
 def test_one_who_speaks_slowly_holds_up_nobody(monkeypatch) -> None:
     """And is sent away when the time of one greeting is over, however many bytes have come."""
-    monkeypatch.setattr(messages, "GREETING_SECONDS", 1)
+    monkeypatch.setattr(messages, "HANDSHAKE_SECONDS", 1)
     with waiting() as (port, met, come), connect(port) as slow:
         began = time.monotonic()
         with contextlib.suppress(ConnectionError):
@@ -153,7 +153,7 @@ def test_where_no_descriptor_is_left_the_first_silent_one_goes() -> None:
         last = stack.enter_context(connect(port))
         last.sendall(b'{"index": 1, "count": 2}\n')
         deadline = time.monotonic() + 5
-        arrivals = messages.greetings(server, 64, deadline)  # type: ignore[arg-type]
+        arrivals = messages.accept_handshakes(server, 64, deadline)  # type: ignore[arg-type]
         connection, index, count = next(arrivals)
         assert (index, count) == (1, 2)
         assert server.calls >= 5
@@ -196,7 +196,7 @@ def test_what_is_not_process_0_is_told(answer: bytes, told: str) -> None:
 
         threading.Thread(target=serve, daemon=True).start()
         with pytest.raises(Stop, match=told):
-            Meeting(Place("127.0.0.1", server.getsockname()[1], 2, 1), 5)
+            Rendezvous(ProcessInfo("127.0.0.1", server.getsockname()[1], 2, 1), 5)
 
 
 @pytest.mark.parametrize(
@@ -214,16 +214,16 @@ def test_what_is_not_process_0_is_told(answer: bytes, told: str) -> None:
 )
 def test_the_end_of_another_process_is_noticed_whatever_it_says(said: bytes, told: str | None, monkeypatch) -> None:
     left: list[Stop] = []
-    monkeypatch.setattr(processes, "leave", left.append)
+    monkeypatch.setattr(rendezvous, "exit_process", left.append)
     with waiting() as (_, met, come):
         come()
         assert_met(met)
         meeting, peer = met[0], met[1]._connections[0]  # type: ignore[union-attr]
-        assert isinstance(meeting, Meeting)
+        assert isinstance(meeting, Rendezvous)
         with contextlib.suppress(ConnectionError):
             peer.sendall(said)
             peer.shutdown(socket.SHUT_WR)
-        meeting._listen(1, meeting._connections[1])
+        meeting._await_end(1, meeting._connections[1])
         told_all = [f"{told}; start all again: the same command resumes"] if told else []
         assert [str(stop) for stop in left] == told_all
 
@@ -232,9 +232,9 @@ def test_any_word_is_short_enough_to_be_heard() -> None:
     """A message has room for the longest word in characters that JSON writes with twelve bytes."""
     one, other = socket.socketpair()
     with one, other:
-        messages.send(one, {"failed": ["\U0001f600" * messages.WORD] * 2})
-        assert messages.receive(other, time.monotonic() + 5)["failed"] == ["\U0001f600" * messages.WORD] * 2
-    assert len(json.dumps("\U0001f600" * messages.WORD)) * 2 < messages.LONGEST
+        messages.send(one, {"failed": ["\U0001f600" * messages.MOST_CHARACTERS] * 2})
+        assert messages.receive(other, time.monotonic() + 5)["failed"] == ["\U0001f600" * messages.MOST_CHARACTERS] * 2
+    assert len(json.dumps("\U0001f600" * messages.MOST_CHARACTERS)) * 2 < messages.LONGEST
 
 
 class Left(BaseException):
@@ -254,15 +254,15 @@ def test_a_broken_collective_is_laid_to_the_process_that_broke_it(monkeypatch, w
         def watch(self) -> None:
             threading.Timer(0.1, told.append, ["process 1 is gone"]).start()
 
-        def say(self, word: str) -> None:
+        def announce(self, word: str) -> None:
             told.append(word)
 
     def leave(*_: object) -> None:
         raise Left
 
-    monkeypatch.setattr(processes, "Meeting", Peers)
+    monkeypatch.setattr(processes, "Rendezvous", Peers)
     monkeypatch.setattr(processes, "GRACE", 0.5)
-    monkeypatch.setattr(processes, "leave", leave)
+    monkeypatch.setattr(processes, "exit_process", leave)
     monkeypatch.setattr("os._exit", leave)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
     values = {"coordinator": "127.0.0.1:1", "num-processes": "3", "process-id": "2"}

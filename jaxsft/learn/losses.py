@@ -1,0 +1,30 @@
+"""What is minimised: a loss of each example, in torch's definition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, smoothing: float = 0.0, class_weights: Sequence[float] = ()
+) -> jax.Array:
+    """The loss of each example, [N]: torch.nn.CrossEntropyLoss(weight, label_smoothing=..., reduction="none").
+
+    The target is (1 - smoothing) * onehot + smoothing / K (arXiv:1512.00567); a class's weight multiplies its term of
+    -log p, also in the smoothed part. torch's reduction="mean" is the sum of these over the sum of weight[label].
+    """
+    log_p = jax.nn.log_softmax(logits)
+    if class_weights:
+        log_p = log_p * jnp.asarray(class_weights, log_p.dtype)
+    own = -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+    return own if not smoothing else (1 - smoothing) * own - smoothing * log_p.mean(1)
+
+
+def mean_weight(labels: jax.Array, class_weights: Sequence[float], axis_name: str | None) -> jax.Array:
+    """The mean of class_weights[label] over the global batch: losses divided by it average to torch's weighted mean."""
+    mean = jnp.asarray(class_weights)[labels].mean()
+    return mean if axis_name is None else lax.pmean(mean, axis_name)

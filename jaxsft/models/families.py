@@ -1,0 +1,31 @@
+"""The registry of models: every architecture by torchvision's name, and the family that it belongs to.
+
+A new family is one file beside this one, which ends in its record, and one line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+
+from jaxsft.models import resnet
+from jaxsft.models.family import Family
+
+FAMILIES: list[Family] = [
+    resnet.FAMILY,
+]
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}
+for _family in FAMILIES:
+    ARCHITECTURES |= _family.architectures
+
+
+def register(family: Family) -> None:
+    """Make the architectures of another family known, under names of their own; to be called from a config file."""
+    FAMILIES.append(family)
+    ARCHITECTURES.update(family.architectures)
+
+
+def family_of(arch: str) -> Family:
+    """The family of an architecture of ARCHITECTURES; of two that have the name the one registered last."""
+    return next(family for family in reversed(FAMILIES) if arch in family.architectures)

@@ -1,0 +1,58 @@
+"""What the rest of the program knows of a family of models: one record each, at the end of the family's file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# The last part of a parameter's path -> its kind, by which the options of weight decay know it.
+PARAMETER_KINDS: Mapping[str, str] = {
+    "kernel": "weight",
+    "in_proj_weight": "weight",
+    "scale": "norm",
+    "bias": "bias",
+    "layer_scale": "layer_scale",
+    "class_token": "class_token",
+    "pos_embedding": "position_embedding",
+    "relative_position_bias_table": "bias_table",
+}
+IMAGE_SIZE = 224  # px, what torchvision makes its models for
+
+
+def dotted(path: str) -> str:
+    """The name in torch of a module whose modules are named as in torch: `features.3/conv` is `features.3.conv`."""
+    return path.replace("/", ".")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of models: its architectures, and where things lie in them.
+
+    Every architecture takes the keywords num_classes, head_init, dtype, param_dtype, axis_name, frozen and remat, and
+    maps normalised images [N, H, W, 3] to logits [N, num_classes].
+    """
+
+    architectures: Mapping[str, Callable[..., nn.Module]]  # as torchvision calls them
+    head: str  # the output layer, a module of the network itself; also its name in torch
+    stage_of: Callable[[str], int]  # how deep a path lies, for layer-wise learning rates; the head's is the largest
+    torch_name: Callable[[str], str] = dotted  # of a module's path, such as layer1_0/conv1
+
+
+def variable_shapes(model: nn.Module, image_size: int = IMAGE_SIZE) -> dict[str, Any]:
+    """Shapes and dtypes of every variable of `model` by collection, "params" and perhaps "batch_stats".
+
+    Computes nothing. `image_size` (px) matters only to models whose variables depend on it.
+    """
+    image = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
+    return jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), image)
+
+
+def init_variables(model: nn.Module, seed: int, image_size: int = IMAGE_SIZE) -> dict[str, Any]:
+    """Fresh variables of `model`, in the shapes of `variable_shapes`."""
+    image = jnp.zeros((2, image_size, image_size, 3))
+    return jax.jit(lambda key: model.init(key, image, train=False))(jax.random.key(seed))
