@@ -19,6 +19,7 @@ import torch
 
 from convert import names
 from jaxsft import config as config_module
+from jaxsft.learn.losses import make_loss
 from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.schedule import make_schedule
 from jaxsft.learn.state import TrainState
@@ -49,7 +50,7 @@ def train(parallel: DataParallel, tensors: oracle.Arrays, sync: bool, weights: t
     config.optim.update({"lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY, "schedule": "constant"})
     optimizer = make_optimizer(config, values["params"], make_schedule(config, 1, STEPS))
     body = make_train_step(
-        model, optimizer, None, smoothing=SMOOTHING, class_weights=weights, axis_name=parallel.axis_name
+        model, optimizer, None, loss=make_loss(SMOOTHING, weights, parallel.axis_name), axis_name=parallel.axis_name
     )
     step = parallel.compile(body)
     state = parallel.replicate(TrainState.create(values, optimizer, with_average=False))

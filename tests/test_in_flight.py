@@ -29,7 +29,7 @@ for call in range(int(sys.argv[2])):
     state, counts = train(state, {}, batch)
     if call % 10 == 0:  # two programs, one bound
         evaluate(state, {}, batch)
-    most = max(most, len(parallel.Bounded._dispatched))
+    most = max(most, len(parallel.BoundedDispatch._dispatched))
 jax.block_until_ready(state)
 print("most in flight:", most)
 """

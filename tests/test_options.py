@@ -266,6 +266,7 @@ def test_the_step_is_told_what_the_config_says(monkeypatch: pytest.MonkeyPatch) 
     """What it makes of it has tests of its own."""
     told: dict[str, Any] = {}
     monkeypatch.setattr(job, "make_train_step", lambda *_, **options: told.update(options))
+    monkeypatch.setattr(job, "make_loss", lambda *arguments: arguments)
     config = config_of(
         optim__accumulate=4, train__label_smoothing=0.1, train__class_weights=(1.0, 2.0), train__mixup=0.2,
         train__cutmix=0.3, train__ema=0.9, data__augment=("flip",), data__erasing=0.7,
@@ -274,7 +275,7 @@ def test_the_step_is_told_what_the_config_says(monkeypatch: pytest.MonkeyPatch) 
     job.train_step_of(config, None, None, None, "batch")
     assert told == {
         "augmentations": ("flip",), "amounts": Amounts(erasing=0.7), "mixup": 0.2, "cutmix": 0.3, "seed": 5,
-        "smoothing": 0.1, "class_weights": (1.0, 2.0), "accumulate": 4, "ema": 0.9, "axis_name": "batch",
+        "loss": (0.1, (1.0, 2.0), "batch"), "accumulate": 4, "ema": 0.9, "axis_name": "batch",
     }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from jaxsft.data.augment import train_images
 from jaxsft.interpret.metrics import Evaluation
 from jaxsft.learn import steps
+from jaxsft.learn.losses import make_loss
 from jaxsft.learn.state import TrainState
 from jaxsft.learn.steps import make_eval_step, make_several, make_train_step
 from jaxsft.models.weights import Preprocessing
@@ -49,11 +50,18 @@ def start(ema: float = 0.0) -> tuple[TrainState, optax.GradientTransformation]:
     return TrainState.create(values, optimizer, with_average=ema > 0), optimizer
 
 
+def told(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of `make_train_step`, the loss made of "smoothing" and "class_weights"."""
+    names = {"smoothing", "class_weights", "axis_name"} & options.keys()
+    rest = {name: value for name, value in options.items() if name not in ("smoothing", "class_weights")}
+    return {**rest, "loss": make_loss(**{name: options[name] for name in names})}
+
+
 @functools.cache
 def train(model: Any = Tiny(), **options: Any) -> list[tuple[TrainState, dict[str, Any]]]:  # noqa: B008
     """The state and the counts after each update."""
     state, optimizer = start(options.get("ema", 0.0))
-    step, results = compiled(make_train_step(model, optimizer, None, **options)), []
+    step, results = compiled(make_train_step(model, optimizer, None, **told(options))), []
     for number in range(UPDATES):
         state, counts = step(state, {}, batch_of(number))
         results.append((state, counts))
@@ -133,7 +141,7 @@ def test_the_average_changes_nothing_but_what_is_evaluated() -> None:
 def on_devices(devices: int, model: Any, **options: Any) -> list[tuple[TrainState, dict[str, Any]]]:
     """`train` on so many devices, each of which must come to the same result."""
     state, optimizer = start()
-    body = make_train_step(model, optimizer, None, axis_name="batch", **options)
+    body = make_train_step(model, optimizer, None, **told({"axis_name": "batch", **options}))
     step = compiled(jax.vmap(body, (None, None, 0), axis_name="batch"))
     results = []
     for number in range(UPDATES):
@@ -205,7 +213,7 @@ def test_the_loss_of_mixed_images_is_torchs(options: dict[str, Any], monkeypatch
     partner, (images, labels) = np.roll(np.arange(BATCH), 1), tiny.batch(0, BATCH)
     more = {"partner": partner, "partner_image": images[partner], "partner_label": labels[partner]}
     state, optimizer = start()
-    step = compiled(make_train_step(Tiny(), optimizer, None, mixup=0.3, cutmix=0.7, **options))
+    step = compiled(make_train_step(Tiny(), optimizer, None, mixup=0.3, cutmix=0.7, **told(options)))
     state, counts = step(state, {}, batch_of(0, **more))
 
     model = tiny.in_torch(tiny.variables()).train()

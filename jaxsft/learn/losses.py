@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+Loss = Callable[[jax.Array, jax.Array], jax.Array]  # logits [N, K], labels int32 [N] -> the loss of each example, [N]
+
+
+def make_loss(smoothing: float = 0.0, class_weights: Sequence[float] = (), axis_name: str | None = None) -> Loss:
+    """The loss that training minimises the mean of.
+
+    Args:
+      smoothing: share of each label that is spread over all classes.
+      class_weights: a factor for each class; (): none.
+      axis_name: of the devices that the batch is split over.
+    """
+
+    def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        losses = cross_entropy(logits, labels, smoothing, class_weights)
+        return losses / mean_weight(labels, class_weights, axis_name) if class_weights else losses
+
+    return loss
 
 
 def cross_entropy(

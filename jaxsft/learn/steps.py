@@ -14,7 +14,7 @@ from jax import lax
 from jaxsft.data.augment import Amounts, preprocess, train_images
 from jaxsft.data.mix import mix
 from jaxsft.interpret import metrics
-from jaxsft.learn.losses import cross_entropy, mean_weight
+from jaxsft.learn.losses import Loss, cross_entropy
 from jaxsft.learn.state import TrainState
 from jaxsft.models.weights import Preprocessing
 
@@ -47,8 +47,7 @@ def make_train_step(
     mixup: float = 0.0,
     cutmix: float = 0.0,
     seed: int = 0,
-    smoothing: float = 0.0,
-    class_weights: Sequence[float] = (),
+    loss: Loss = cross_entropy,
     accumulate: int = 1,
     ema: float = 0.0,
     axis_name: str | None = None,
@@ -68,10 +67,6 @@ def make_train_step(
             return images
         return train_images(images, augmentations, preprocessing, key, batch[role], sizes=sizes, amounts=amounts)
 
-    def losses_of(logits: jax.Array, labels: jax.Array) -> jax.Array:
-        losses = cross_entropy(logits, labels, smoothing, class_weights)
-        return losses / mean_weight(labels, class_weights, axis_name) if class_weights else losses
-
     def loss_fn(params: Any, batch_stats: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
         images = input_of(batch, key)
         if mixup or cutmix:
@@ -80,9 +75,9 @@ def make_train_step(
         logits, updated = model.apply(
             {"params": params, "batch_stats": batch_stats}, images, train=True, mutable=["batch_stats"]
         )
-        losses = losses_of(logits, batch["label"])
+        losses = loss(logits, batch["label"])
         if mixup or cutmix:
-            losses = share * losses + (1 - share) * losses_of(logits, batch["partner_label"])
+            losses = share * losses + (1 - share) * loss(logits, batch["partner_label"])
         counts = metrics.count(logits, batch["label"], losses, jnp.ones_like(losses, bool))
         return losses.mean(), (updated.get("batch_stats", {}), {k: counts[k] for k in ("loss", "top1", "count")})
 

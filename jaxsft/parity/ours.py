@@ -14,7 +14,7 @@ import optax
 from convert import names
 from jaxsft import config as config_module
 from jaxsft.interpret.metrics import Evaluation
-from jaxsft.learn.losses import cross_entropy, mean_weight
+from jaxsft.learn.losses import make_loss
 from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.schedule import make_schedule
 from jaxsft.learn.state import TrainState
@@ -70,9 +70,7 @@ def trained(
         )
         found = {}
         for name, (smoothing, weights) in losses.items():
-            found[name] = cross_entropy(logits, jnp.asarray(labels), smoothing, weights).mean()
-            if weights:
-                found[name] /= mean_weight(jnp.asarray(labels), weights, None)
+            found[name] = make_loss(smoothing, weights)(logits, jnp.asarray(labels)).mean()
         return next(iter(found.values())), (updated, found)
 
     grads, (updated, found) = jax.jit(jax.grad(loss_fn, has_aux=True))(values["params"])
@@ -102,9 +100,7 @@ def train(
     )
     rate = make_schedule(config, steps_per_epoch=1, total_steps=len(batches))
     optimizer = make_optimizer(config, values["params"], rate)
-    step = jax.jit(
-        make_train_step(model, optimizer, None, smoothing=recipe.smoothing, class_weights=recipe.class_weights)
-    )
+    step = jax.jit(make_train_step(model, optimizer, None, loss=make_loss(recipe.smoothing, recipe.class_weights)))
     state = TrainState.create(values, optimizer, with_average=False)
     for number, (images, labels) in enumerate(batches):
         dataset = {"images": images, "labels": labels}

@@ -112,7 +112,7 @@ class Checkpoints:
         arrays = on_host(state)
         if self.on_nan == "stop":
             check_finite(arrays, step)
-        record = seal({**host, "versions": versions(), "arrays": describe(arrays)})
+        record = with_checksum({**host, "versions": versions(), "arrays": describe(arrays)})
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave(record))
         try:
             self._manager.save(step, args=arguments, force=True)
@@ -218,7 +218,7 @@ def read_record(path: Path) -> dict[str, Any]:
         is_ours = isinstance(record["arrays"], dict) and isinstance(record["versions"], dict)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"its record can't be read: {first_line(error)}") from None
-    if not is_ours or seal(record)["crc32"] != checksum:
+    if not is_ours or with_checksum(record)["crc32"] != checksum:
         raise Damaged("its record is not what was written")
     return record
 
@@ -267,7 +267,7 @@ def check_finite(arrays: Any, step: int) -> None:
             raise NotFinite(step, f"{name} is not finite")
 
 
-def seal(record: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(record: dict[str, Any]) -> dict[str, Any]:
     """`record` with the checksum of its own JSON text."""
     return {**record, "crc32": zlib.crc32(json.dumps(record, sort_keys=True).encode())}
 

@@ -27,7 +27,7 @@ IN_FLIGHT = 2  # calls dispatched beyond the one that is waited for: enough to k
 IMAGES_A_CORE = 4  # at least: each core also updates all parameters; where that ceases to pay was not measured
 
 
-class Bounded:
+class BoundedDispatch:
     """A compiled function of which at most IN_FLIGHT calls run ahead of the host, counted over all such functions.
 
     The host may not run ahead without end. XLA:CPU executes for all devices on one pool of as many threads as there
@@ -165,17 +165,17 @@ class DataParallel:
         """`body(replicated, replicated dataset, split batch)` on all devices; what it returns must be replicated.
 
         With `donate_first` the memory of the first argument is given to the first of the results. The host waits in a
-        call while more than IN_FLIGHT earlier ones are on their way (see `Bounded`).
+        call while more than IN_FLIGHT earlier ones are on their way (see `BoundedDispatch`).
         """
         donate = (0,) if donate_first else ()
         if self.backend == "pmap":
             mapped = jax.pmap(
                 body, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=donate, devices=self.devices
             )
-            return Bounded(mapped, donate_first)
+            return BoundedDispatch(mapped, donate_first)
         everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
         # check_vma off: the body averages gradients itself, exactly as under pmap.
         mapped = jax.shard_map(
             body, mesh=self.mesh, in_specs=(everywhere, everywhere, split), out_specs=everywhere, check_vma=False
         )
-        return Bounded(jax.jit(mapped, donate_argnums=donate), donate_first)
+        return BoundedDispatch(jax.jit(mapped, donate_argnums=donate), donate_first)
