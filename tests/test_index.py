@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 
 from jaxsft.data import decode, index
-from jaxsft.run.machine import cores
+from jaxsft.data.threads import cores
 
 
 @pytest.fixture(autouse=True)

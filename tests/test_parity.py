@@ -169,6 +169,6 @@ def test_stride_on_the_wrong_convolution_is_named() -> None:
     options = Options("resnet50", image_size=(32, 32))
     for block, expected in ((resnet.Bottleneck, None), (StrideOnTheFirst, "eval/activation/layer2.0.conv1")):
         model = resnet.ResNet((1, 1, 1, 1), block, num_classes=10)
-        values = ours.variables(model, oracle.state(torch_model), "")
+        values = ours.variables(model, oracle.state(torch_model), options.arch)
         first = table.first_failure(compare.eval_rows(options, model, values, torch_model))
         assert (first.name if first else None) == expected

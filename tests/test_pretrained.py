@@ -197,31 +197,31 @@ def test_a_run_is_gone_on_from(run_directory: Path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(run_directory.parent))
     for checkpoint, step, factor in (("last", 4, 2), ("best", 2, 1), ("2", 2, 1), ("4", 4, 2)):
         config = train_config(weights="~/tuned", checkpoint=checkpoint)
-        _, variables, card, said = initial(config, NAMES)
+        _, variables, card, said = initial(config, NAMES, load_pretrained)
         assert isinstance(variables["params"]["fc"]["bias"], jax.Array)
         np.testing.assert_array_equal(variables["params"]["fc"]["bias"], bias * factor)
         assert said == f"{ARCH} of tuned at step {step}, its head of 7 classes kept, for they are the data's"
         assert (card.source, card.sha256, card.class_names) == (f"tuned at step {step}", "", NAMES)
         assert card.preprocessing == Preprocessing(54, 48)  # the run's 72 of 64 px, in proportion
-    _, variables, _, said = initial(train_config(weights=str(run_directory)), NAMES[::-1])
+    _, variables, _, said = initial(train_config(weights=str(run_directory)), NAMES[::-1], load_pretrained)
     assert "which are not the data's, replaced" in said
     assert not np.array_equal(variables["params"]["fc"]["bias"], bias * 2)
 
 
 def test_a_run_that_does_not_fit_is_refused(run_directory: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds a resnet10_w16, not a resnet18"):
-        initial(train_config(weights=str(run_directory), arch="resnet18"), NAMES)
+        initial(train_config(weights=str(run_directory), arch="resnet18"), NAMES, load_pretrained)
     with pytest.raises(UserError, match="has no intact checkpoint of step 3"):
-        initial(train_config(weights=str(run_directory), checkpoint="3"), NAMES)
+        initial(train_config(weights=str(run_directory), checkpoint="3"), NAMES, load_pretrained)
     young = tmp_path / "young"
     young.mkdir()
     for name in ("config.json", "model.json"):
         shutil.copy(run_directory / name, young)
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        initial(train_config(weights=str(young)), NAMES)
+        initial(train_config(weights=str(young)), NAMES, load_pretrained)
     os.remove(young / "model.json")
     with pytest.raises(UserError, match="model.json can't be read"):
-        initial(train_config(weights=str(young)), NAMES)
+        initial(train_config(weights=str(young)), NAMES, load_pretrained)
 
 
 def test_weights_without_a_head_are_given_one(tmp_path: Path, conversions: list[str]) -> None:
@@ -232,15 +232,15 @@ def test_weights_without_a_head_are_given_one(tmp_path: Path, conversions: list[
     config = train_config(weights=str(tmp_path / "body.safetensors"))
     for head in ("auto", "replace"):
         config.model.head = head
-        _, variables, card, said = initial(config, NAMES)
+        _, variables, card, said = initial(config, NAMES, load_pretrained)
         assert said == f"{ARCH} of body.safetensors, which has no head, given one of 7"
         assert variables["params"]["fc"]["kernel"].shape == (128, 7)
         assert card.num_classes == 7
-    sample = initial(train_config(weights="sample", head="replace"), NAMES)[1]
+    sample = initial(train_config(weights="sample", head="replace"), NAMES, load_pretrained)[1]
     assert all(map(np.array_equal, jax.tree.leaves(variables), jax.tree.leaves(sample)))
     config.model.head = "keep"
     with pytest.raises(UserError, match="is 'keep' for 7 classes, and body.safetensors has no head"):
-        initial(config, NAMES)
+        initial(config, NAMES, load_pretrained)
 
 
 def test_a_card_without_classes_has_no_head_in_its_shapes() -> None:

@@ -14,7 +14,7 @@ from convert.__main__ import to_flax
 from jaxsft import config as config_module
 from jaxsft.cli import UserError
 from jaxsft.data.embedded import WEIGHTS as SAMPLE
-from jaxsft.models.initial import initial, judge_head
+from jaxsft.models.initial import decide_head, initial
 from jaxsft.models.weights import ModelCard, save
 from jaxsft.run.pretrained import load_pretrained
 from jaxsft.run.saved import load_run
@@ -181,7 +181,7 @@ SEVEN = tuple("abcdefg")
     ],
 )
 def test_a_head_is_kept_where_its_classes_are_the_datas(head, there, kept, said) -> None:
-    assert judge_head(head, ModelCard("resnet18", 7, there), 7, SEVEN) == (kept, said)
+    assert decide_head(head, ModelCard("resnet18", 7, there), 7, SEVEN) == (kept, said)
 
 
 def test_what_is_kept_is_the_head_of_the_weights(tmp_path: Path) -> None:
@@ -191,19 +191,19 @@ def test_what_is_kept_is_the_head_of_the_weights(tmp_path: Path) -> None:
     for head, kept in (("auto", True), ("replace", False)):
         config = sample_config(head=head, weights=str(tmp_path / "port"))
         config.data.class_order = "numeric"
-        _, variables, card, _ = initial(config, SEVEN)
+        _, variables, card, _ = initial(config, SEVEN, load_pretrained)
         assert np.array_equal(variables["params"]["fc"]["kernel"], source) == kept
         assert (card.class_names, card.class_order) == (SEVEN, "numeric")
     # More outputs than the data has classes: whose they are is not known.
-    _, _, card, line = initial(sample_config(weights=str(tmp_path / "port"), num_classes=7), SEVEN[:5])
+    _, _, card, line = initial(sample_config(weights=str(tmp_path / "port"), num_classes=7), SEVEN[:5], load_pretrained)
     assert "which are not the data's, replaced" in line
     assert card.class_names is None
     with pytest.raises(UserError, match="has a head of 7 classes; set --config.model.head=replace"):
-        initial(sample_config(weights=str(tmp_path / "port"), head="keep"), tuple("abcdefghij"))
+        initial(sample_config(weights=str(tmp_path / "port"), head="keep"), tuple("abcdefghij"), load_pretrained)
 
 
 def test_a_head_that_is_replaced_is_torchs_own_or_zeros() -> None:
-    _, variables, _, said = initial(sample_config(), tuple("abcdefghij"))
+    _, variables, _, said = initial(sample_config(), tuple("abcdefghij"), load_pretrained)
     assert "its head of 7 classes replaced by one of 10" in said
     kernel = np.asarray(variables["params"]["fc"]["kernel"])
     assert kernel.shape == (128, 10)
@@ -213,20 +213,20 @@ def test_a_head_that_is_replaced_is_torchs_own_or_zeros() -> None:
     body = load_file(SAMPLE)["layer4.0.conv2.weight"].transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(variables["params"]["layer4_0"]["conv2"]["kernel"], body)
 
-    _, variables, _, _ = initial(sample_config(head_init="zeros"), tuple("abcdefghij"))
+    _, variables, _, _ = initial(sample_config(head_init="zeros"), tuple("abcdefghij"), load_pretrained)
     assert not np.any(variables["params"]["fc"]["kernel"])
 
 
 def test_too_few_classes_are_refused() -> None:
     with pytest.raises(UserError, match="the data has 10 classes"):
-        initial(sample_config(num_classes=9), tuple("abcdefghij"))
+        initial(sample_config(num_classes=9), tuple("abcdefghij"), load_pretrained)
 
 
 def test_class_weights_are_one_a_class() -> None:
     config = sample_config()
     config.train.class_weights = (1.0, 2.0)
     with pytest.raises(UserError, match="class_weights has 2 numbers; give one for each of 10 classes"):
-        initial(config, tuple("abcdefghij"))
+        initial(config, tuple("abcdefghij"), load_pretrained)
 
 
 @pytest.mark.parametrize("backend", ["pmap", pytest.param("shard_map", marks=pytest.mark.full)])

@@ -90,7 +90,7 @@ def eval_rows(options: Options, model: Module, values: dict, torch_model: nn.Mod
     """Activations and logits in evaluation."""
     images = inputs(options, model.num_classes, 0).images
     found = ours.forward(model, options.arch, values, images, train=False)
-    _, expected = oracle.activations(torch_model, images, found, train=False)
+    _, expected = oracle.activations(torch_model, images, False, found)
     yield from activation_rows("eval", found, expected, options)
 
 
@@ -102,7 +102,7 @@ def train_rows(options: Options, model: Module, values: dict, torch_model: nn.Mo
     found, found_losses, found_gradients, found_buffers = ours.trained(
         model, options.arch, values, batch.images, batch.labels, losses
     )
-    logits, expected = oracle.activations(torch_model, batch.images, found, train=True)
+    logits, expected = oracle.activations(torch_model, batch.images, True, found)
     yield from activation_rows("train", found, expected, options)
     for name, (smoothing, class_weight) in losses.items():
         value = oracle.loss(logits, batch.labels, smoothing, class_weight)

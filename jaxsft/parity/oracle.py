@@ -65,7 +65,7 @@ def nchw(images: np.ndarray) -> torch.Tensor:
 
 
 def activations(
-    model: nn.Module, images: np.ndarray, names: Container[str], train: bool
+    model: nn.Module, images: np.ndarray, train: bool, names: Container[str] = ()
 ) -> tuple[torch.Tensor, Arrays]:
     """Logits with their graph, and in their order the outputs of the modules in `names` and of all with parameters."""
     seen: Arrays = {}
