@@ -9,19 +9,16 @@ from __future__ import annotations
 import ast
 import difflib
 import re
-import sys
 import textwrap
-import traceback
-import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from jaxsft import config as config_module
-from jaxsft.cli import Stop, UserError, local_path
+from jaxsft import recipes
+from jaxsft.cli import UserError
 from jaxsft.config import kinds, wanted
 from jaxsft.keys import KEYS, Key
 
@@ -99,7 +96,7 @@ def parse_flags(argv: Sequence[str], usage: str, strings: dict[str, str]) -> tup
     config_flag = values.pop("config")
     if not config_flag:
         raise UserError("no config", "give --config configs/cifar10.py or another file")
-    config = load(config_flag)
+    config = recipes.load(config_flag)
     for key, value in changes.items():
         config_module.put(config, key, value)
     config.lock()
@@ -221,72 +218,6 @@ def as_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def load(config_flag: str) -> ConfigDict:
-    """The config of FILE[:VARIANT]: what get_config([VARIANT]) of the Python file returns.
-
-    FILE is a path, or names a recipe that ships with this package: cifar10 or configs/cifar10.py.
-
-    Raises:
-      UserError: there is no such file, it can't be run, or it returns something else.
-    """
-    local_path(config_flag)  # for gs://bucket/file.py, before it is cut at its colon
-    file, colon, variant = config_flag.partition(":")
-    path = find(local_path(file))
-    try:
-        source = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"there is no config file {path}", near_files(path)) from None
-    except OSError as error:
-        raise UserError(f"the config file {path} can't be read: {error.strerror}", near_files(path)) from None
-    module = types.ModuleType("config_config")
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # where dataclasses and pickle look for what it defines
-    try:
-        exec(compile(source, str(path), "exec"), module.__dict__)
-        if not callable(getattr(module, "get_config", None)):
-            raise UserError(f"the config file {path} defines no get_config", "write it as in configs/cifar10.py")
-        config = module.get_config(*[variant] if colon else [])
-    except Stop:
-        raise
-    except SyntaxError as error:
-        raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}", "mend the config file") from None
-    except Exception as error:  # the file is a stranger's
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        what = f"{path}, line {lines[-1]}" if lines else f"{path}: get_config"
-        hint = "mend the config file" if lines or not colon else f"leave out the :{variant}"
-        raise UserError(f"{what}: {type(error).__name__}: {error}", hint) from None
-    if not isinstance(config, ConfigDict):
-        what = f"get_config of {path} returns a {type(config).__name__}"
-        raise UserError(what, "let it return what jaxsft.config.default() gave, with changes")
-    config = ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
-    config_module.check_keys(config)
-    return config
-
-
-def recipes() -> Path:
-    """The folder of the recipes that ship: in the installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
-    return next(filter(Path.is_dir, (package / "configs", package.parent / "configs")))
-
-
-def find(path: Path) -> Path:
-    """`path` itself where a file is there, else the recipe that is called so."""
-    recipe = recipes() / f"{path.stem}.py"
-    is_name = path.parent in (Path(), Path("configs")) and path.suffix in ("", ".py")
-    is_there = path.exists() and not path.is_dir()
-    return recipe if is_name and not is_there and recipe.exists() else path
-
-
-def near_files(path: Path) -> str:
-    """A hint for the name of a config file that is not there."""
-    ours = [Path("configs", file.name) for file in sorted(recipes().glob("*.py"))]
-    files = {file.stem: file for file in [*path.parent.glob("*.py"), *ours]}
-    close = difflib.get_close_matches(path.stem, files, n=1)
-    if close:
-        return f"did you mean {files[close[0]]}?"
-    return f"known: {', '.join(map(str, ours))}"
-
-
 def help_lines(usage: str, strings: Mapping[str, str]) -> list[str]:
     """What --help prints: the usage, the command's options, and every key of the config."""
     return [
@@ -317,9 +248,3 @@ def entries(rows: Iterable[tuple[str, ...]], column: int = 42) -> list[str]:
         lines += [f"{name:{column}}{cell.pop(0)}"] if len(name) < column else [name]
         lines += [" " * column + more for more in cell]
     return lines
-
-
-def run_name(config_flag: str) -> str:
-    """The default name of a run: configs/cifar10.py:sample -> cifar10-sample."""
-    file, _, variant = config_flag.partition(":")
-    return Path(file).stem + (f"-{variant}" if variant else "")

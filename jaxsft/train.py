@@ -30,7 +30,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from jaxsft import cli, flags, streams
+from jaxsft import cli, flags, recipes, streams
 from jaxsft import config as config_module
 from jaxsft.interpret.metrics import Evaluation
 from jaxsft.run import checkpoint, processes
@@ -280,7 +280,7 @@ def main() -> None:
     }
     assert __doc__ is not None
     config, values, config_flag = flags.parse_flags(sys.argv[1:], __doc__, options)
-    workdir = cli.local_path(values["workdir"] or Path("runs") / flags.run_name(config_flag))
+    workdir = cli.local_path(values["workdir"] or Path("runs") / recipes.run_name(config_flag))
     if values["checkpoint"]:
         config.model.checkpoint = values["checkpoint"]
     config_module.check(config)

@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxsft import config as config_module
-from jaxsft import flags
+from jaxsft import flags, recipes
 from jaxsft.cli import UserError
 from jaxsft.data import show
 from jaxsft.keys import KEYS
@@ -113,7 +113,7 @@ def test_ways_to_write_an_option() -> None:
     assert values == {"workdir": "b=c", "other": ""}
     assert f"--config={config_flag}" == SAMPLE
     assert config.is_locked
-    assert flags.run_name(config_flag) == "cifar10-sample"
+    assert recipes.run_name(config_flag) == "cifar10-sample"
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_a_config_file_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.Mo
     for config_flag, variant, name in (("~/own.py", "none", "own"), ("~/own.py:v:w", "v:w", "own-v:w")):
         config, _, said = flags.parse_flags([f"--config={config_flag}"], "", {})
         assert (config.seed, config.data.train_split, said) == (7, variant, config_flag)
-        assert flags.run_name(config_flag) == name
+        assert recipes.run_name(config_flag) == name
     assert [path.name for path in tmp_path.iterdir()] == ["own.py"]  # nothing that Python made of it
 
 
@@ -193,16 +193,16 @@ def test_a_resumed_run_may_be_evaluated_at_other_times(tmp_path: Path) -> None:
 
 def test_recipes_are_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where this package is installed and no configs/ is near; a file of the user's own comes first."""
-    there = flags.load("configs/cifar10.py:sample")
+    there = recipes.load("configs/cifar10.py:sample")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cifar10").mkdir()
     for name in ("cifar10:sample", "cifar10.py:sample", "configs/cifar10.py:sample"):
-        assert flags.load(name) == there
+        assert recipes.load(name) == there
     with pytest.raises(UserError, match="there is no config file other/cifar10.py"):
-        flags.load("other/cifar10.py:sample")
+        recipes.load("other/cifar10.py:sample")
     (tmp_path / "cifar10.py").write_text(
         "from jaxsft.config import default\n"
         "def get_config():\n    config = default()\n    config.seed = 9\n    return config\n"
     )
-    assert flags.load("cifar10.py").seed == 9
-    assert flags.load("configs/cifar10.py").seed == 0
+    assert recipes.load("cifar10.py").seed == 9
+    assert recipes.load("configs/cifar10.py").seed == 0

@@ -18,7 +18,7 @@ LAYERS = (
     ("jaxsft.models",),
     ("jaxsft.data", "jaxsft.interpret", "convert"),
     ("jaxsft.learn",),
-    ("jaxsft.allowed", "jaxsft.keys", "jaxsft.config", "jaxsft.flags"),
+    ("jaxsft.allowed", "jaxsft.keys", "jaxsft.config", "jaxsft.recipes", "jaxsft.flags"),
     ("jaxsft.run", "jaxsft.parity"),
     ("jaxsft", "jaxsft.bench", "jaxsft.data.show"),  # the commands
 )
