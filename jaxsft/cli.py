@@ -89,7 +89,7 @@ def write_output(stream: Any, text: str) -> None:
         raise Stop(f"the output can't be written: {error.strerror}", "make room, or write it elsewhere") from None
 
 
-def write_aside(text: str) -> None:
+def write_stderr(text: str) -> None:
     """`streams.write_text` on stderr, where there still is one."""
     with contextlib.suppress(OSError, ValueError):
         streams.write_text(sys.stderr, text)
@@ -102,7 +102,7 @@ def say(text: object) -> None:
 
 def warn(text: object) -> None:
     """Print `warning: text` as one line on stderr."""
-    write_aside(f"warning: {printable(text)}\n")
+    write_stderr(f"warning: {printable(text)}\n")
 
 
 def local_path(text: str | Path) -> Path:
@@ -118,7 +118,7 @@ def local_path(text: str | Path) -> Path:
 
 def report_error(stop: Stop) -> int:
     """Print `error: what; what to do` as one line on stderr, where that can be, and return the exit status."""
-    write_aside(f"{stop.label}: {printable(' '.join(str(stop).split()))}\n")
+    write_stderr(f"{stop.label}: {printable(' '.join(str(stop).split()))}\n")
     return stop.status
 
 
@@ -191,7 +191,7 @@ def run_module(*command: str, platform: str = "cpu") -> None:
         while chunk := process.stderr.read1(65536):  # type: ignore[attr-defined]
             said += chunk
             if b"error: " not in said:  # ours to print, once
-                write_aside(decoder.decode(chunk))
+                write_stderr(decoder.decode(chunk))
     if process.returncode == USER_ERROR:
         message = said.decode(errors="replace").strip().splitlines()[-1].partition("error: ")[2]
         what, _, what_to_do = " ".join(message.split()).rpartition("; ")

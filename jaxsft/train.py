@@ -100,7 +100,7 @@ class Trainer:
 
     def tell_epoch(self, step: int, result: Evaluation | None) -> None:
         """The line of an epoch: what it has learnt, and how long it took with its evaluation."""
-        sums, now = self.meter.compute_epoch_and_reset(), time.perf_counter()
+        sums, now = self.meter.reset_epoch(), time.perf_counter()
         epochs = f"{self.job.epoch(step):g} of {self.job.epoch(self.job.total_steps):g}"
         trained = f"training loss {sums['loss'] / sums['count']:.4f}" if sums["count"] else ""
         evaluated = f"evaluation {result.summary()}" if result else ""

@@ -81,7 +81,7 @@ def assert_met(met: dict[int, Rendezvous | Stop]) -> None:
     ],
     ids=lambda said: repr(said[:24]),
 )
-def test_what_is_no_greeting_is_sent_away(said: bytes) -> None:
+def test_what_is_no_handshake_is_rejected(said: bytes) -> None:
     with waiting() as (port, met, come), connect(port) as stranger:
         with contextlib.suppress(ConnectionError):  # sent away before all is said
             stranger.sendall(said)
@@ -92,7 +92,7 @@ def test_what_is_no_greeting_is_sent_away(said: bytes) -> None:
 
 
 def test_one_who_speaks_slowly_holds_up_nobody(monkeypatch) -> None:
-    """And is sent away when the time of one greeting is over, however many bytes have come."""
+    """And is rejected when the time of one handshake is over, however many bytes have come."""
     monkeypatch.setattr(messages, "HANDSHAKE_SECONDS", 1)
     with waiting() as (port, met, come), connect(port) as slow:
         began = time.monotonic()

@@ -145,7 +145,7 @@ def one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def without_main_module() -> Iterator[None]:
-    """Let processes that are started meanwhile do without the program's main module.
+    """Let the processes that are started meanwhile not import the program's main module.
 
     A spawned process imports its parent's, which here would be the whole of training.
     """
@@ -158,7 +158,7 @@ def without_main_module() -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Let processes that are started meanwhile be deaf to IGNORED_SIGNALS, until they are workers that ignore them."""
+    """Block IGNORED_SIGNALS in the processes that are started meanwhile; `init_worker` then ignores them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
     try:
         yield

@@ -70,7 +70,7 @@ class Interrupts:
         os.close(self._read_end)
 
     def defer(self) -> None:
-        """From now on there is something that a signal must not lose."""
+        """From now on the next `poll` answers a signal, for there is something to save."""
         self._deferring = True
 
     def poll(self, step: int) -> None:

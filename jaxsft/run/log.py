@@ -72,12 +72,12 @@ class Meter:
         return self.sums
 
     def compute_and_reset(self) -> dict[str, Any]:
-        """`compute`, and begin anew."""
+        """`compute`, then start again from zero."""
         sums, self.sums = self.compute(), dict(ZERO)
         return sums
 
-    def compute_epoch_and_reset(self) -> dict[str, Any]:
-        """The sums since it was last asked, of what has left the queue."""
+    def reset_epoch(self) -> dict[str, Any]:
+        """Start the epoch's sums again from zero; returns those of the steps that had left the queue."""
         sums, self.epoch = self.epoch, dict(ZERO)
         return sums
 

@@ -1,4 +1,4 @@
-"""Messages between the processes of a run, one line of JSON each, and who may send them: whoever reaches the port."""
+"""Messages between the processes of a run, one line of JSON each. Whoever reaches the port may send anything."""
 
 from __future__ import annotations
 
@@ -53,15 +53,17 @@ def parse(line: bytes | bytearray) -> dict[str, Any]:
 
 
 def is_count(value: object) -> bool:
-    """Whether a part of a message is a whole number that can be one of processes, or of one of them."""
+    """Whether `value`, a part of a message, is a whole number that can count or number processes."""
     return type(value) is int and 0 <= value < 2**31
 
 
 def accept_handshakes(server: socket.socket, most: int, deadline: float) -> Handshakes:
-    """Those who come to `server` until `deadline` (of time.monotonic) and say their index and how many there are.
+    """Accept connections until `deadline` (of time.monotonic); yield those of processes that say which one they are.
 
-    Nobody waits for another. Sent away is whoever says something else, or nothing within HANDSHAKE_SECONDS; and he who
-    came first of those that have said nothing yet where they are more than `most`, or no descriptor is left.
+    A process's first message gives its index and the number of processes. Connections are read side by side, so that a
+    slow one holds up no other. One is closed if its first message is anything else or takes longer than
+    HANDSHAKE_SECONDS. If more than `most` are still silent, or no file descriptor is left, the oldest of these is
+    closed.
     """
     silent: dict[socket.socket, tuple[float, bytearray]] = {}  # until when, and what it has said so far
     server.setblocking(False)
@@ -104,11 +106,11 @@ def accept_handshakes(server: socket.socket, most: int, deadline: float) -> Hand
 
 
 def read_handshake(connection: socket.socket, line: bytearray) -> tuple[int, int] | None:
-    """Add to `line` what has come on a connection that doesn't block; once it ends, the (index, count) in it.
+    """Read what has come on a non-blocking connection into `line`: (index, count) once it is whole, None before.
 
     Raises:
       OSError: the connection has ended.
-      ValueError: this is no greeting.
+      ValueError: this is no handshake.
     """
     part = connection.recv(HANDSHAKE_BYTES)
     if not part:
@@ -120,4 +122,4 @@ def read_handshake(connection: socket.socket, line: bytearray) -> tuple[int, int
                 return index, count
     elif len(line) < HANDSHAKE_BYTES:
         return None
-    raise ValueError("not a greeting")
+    raise ValueError("not a handshake")

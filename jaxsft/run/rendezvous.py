@@ -33,7 +33,11 @@ class Rendezvous:
     """The connections between process 0 and the others."""
 
     def __init__(self, info: ProcessInfo, timeout: float):
-        """Meet within `timeout` seconds. Raises Stop, in every process that came, with the names of those missing."""
+        """Meet within `timeout` seconds.
+
+        Raises:
+          Stop: in every process that came; it names those that did not.
+        """
         self.info = info
         self._deadline = time.monotonic() + timeout
         self._timeout = timeout
@@ -45,7 +49,7 @@ class Rendezvous:
             keep_alive(connection)
 
     def _accept_all(self) -> int:
-        """Process 0: wait for all others, then tell them the port of JAX's own service."""
+        """Process 0: accept all other processes, then tell them the port of JAX's own service."""
         info, reached = self.info, f"{self.info.host}:{self.info.port}"
         try:
             server = socket.create_server(("", info.port), backlog=info.count + PENDING)
@@ -85,7 +89,7 @@ class Rendezvous:
         raise Stop(what, what_to_do)
 
     def _connect(self) -> int:
-        """The others: go to process 0 and wait until all are there."""
+        """The other processes: connect to process 0 and wait until all have."""
         info = self.info
         while True:
             left = self._deadline - time.monotonic()
@@ -119,13 +123,13 @@ class Rendezvous:
         )
 
     def announce(self, word: str) -> None:
-        """Tell the others how this process ends."""
+        """Tell the other processes how this one ends."""
         for connection in self._connections.values():
             with contextlib.suppress(OSError):
                 send(connection, {"from": self.info.index, "word": word[:MOST_CHARACTERS]})
 
     def watch(self) -> None:
-        """From now on end this process when another one ends otherwise than done."""
+        """From now on end this process as soon as another one ends without being done."""
         for index, connection in self._connections.items():
             threading.Thread(target=self._await_end, args=(index, connection), daemon=True).start()
 
