@@ -27,5 +27,12 @@ def register(family: Family) -> None:
 
 
 def family_of(arch: str) -> Family:
-    """The family of an architecture of ARCHITECTURES; of two that have the name the one registered last."""
-    return next(family for family in reversed(FAMILIES) if arch in family.architectures)
+    """The family of an architecture; of two that have one of this name the one registered last.
+
+    Raises:
+      KeyError: there is none.
+    """
+    for family in reversed(FAMILIES):
+        if arch in family.architectures:
+            return family
+    raise KeyError(arch)
