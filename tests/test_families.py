@@ -113,8 +113,10 @@ def test_names_and_layouts(weights: Path) -> None:
     shapes = variable_shapes(ARCHITECTURES["plain"](num_classes=7))
     assert "batch_stats" not in shapes
     variables = names.to_flax(found, shapes, "plain")
+    for name, value in names.to_torch(variables, "plain").items():
+        np.testing.assert_array_equal(value, found[name])
     model = in_torch(7)
-    model.load_state_dict({name: torch.tensor(value) for name, value in names.to_torch(variables, "plain").items()})
+    model.load_state_dict({name: torch.tensor(value) for name, value in found.items()})
     images = np.random.default_rng(0).standard_normal((3, 32, 32, 3), np.float32)
     with torch.no_grad():
         expected = model(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
