@@ -1,4 +1,4 @@
-"""A family that shares nothing with the landed ones goes through all commands: no batch norm, a nested head, own names.
+"""A family that shares nothing with the others: no batch norm, no module of their names, another head and depth.
 
 What the program knows of a family is its record; a name, a depth or a collection of another family that is written
 into the program elsewhere fails here.
@@ -31,6 +31,7 @@ from jaxsft.models.layers import Linear, torch_linear_uniform
 from jaxsft.models.weights import ModelCard
 from jaxsft.run import checkpoint, saved
 from tests.commands import run_command
+from tests.files import write
 from tests.small import outcome
 
 
@@ -173,6 +174,10 @@ def test_a_run_from_weights_to_export(weights: Path, tmp_path: Path) -> None:
     status, said = run_command(f"evaluate --workdir {whole} --json {tmp_path}/e.json", tmp_path)
     assert status == 0, said
     assert json.loads((tmp_path / "e.json").read_text())["count"] == 40
+    write(tmp_path / "a.png", size=(50, 40))
+    assert run_command(f"predict --workdir {whole} {tmp_path}/a.png --json {tmp_path}/p.json", tmp_path)[0] == 0
+    (answer,) = json.loads((tmp_path / "p.json").read_text())["images"]
+    assert len(answer["classes"]) == 5
     command = f"export --workdir {whole} --format safetensors --out {tmp_path}/tuned.safetensors"
     assert run_command(command, tmp_path)[0] == 0
     model = in_torch(10)

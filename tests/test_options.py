@@ -25,6 +25,7 @@ from jaxsft.data.augment import Amounts, preprocess, train_images
 from jaxsft.data.base import Options
 from jaxsft.data.sources import open_splits
 from jaxsft.interpret import metrics
+from jaxsft.learn import losses
 from jaxsft.models import families, initial, layers, resnet
 from jaxsft.models.family import variable_shapes
 from jaxsft.models.resnet import BasicBlock, ResNet
@@ -266,7 +267,7 @@ def test_the_step_is_told_what_the_config_says(monkeypatch: pytest.MonkeyPatch) 
     """What it makes of it has tests of its own."""
     told: dict[str, Any] = {}
     monkeypatch.setattr(job, "make_train_step", lambda *_, **options: told.update(options))
-    monkeypatch.setattr(job, "make_loss", lambda *arguments: arguments)
+    monkeypatch.setattr(losses, "make_loss", lambda *arguments: arguments)
     config = config_of(
         optim__accumulate=4, train__label_smoothing=0.1, train__class_weights=(1.0, 2.0), train__mixup=0.2,
         train__cutmix=0.3, train__ema=0.9, data__augment=("flip",), data__erasing=0.7,

@@ -7,8 +7,14 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from ml_collections import ConfigDict
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]  # logits [N, K], labels int32 [N] -> the loss of each example, [N]
+
+
+def loss_of(config: ConfigDict, axis_name: str | None) -> Loss:
+    """The loss that a run's config asks for; `axis_name` as for `make_loss`."""
+    return make_loss(config.train.label_smoothing, tuple(config.train.class_weights), axis_name)
 
 
 def make_loss(smoothing: float = 0.0, class_weights: Sequence[float] = (), axis_name: str | None = None) -> Loss:

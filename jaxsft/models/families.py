@@ -21,7 +21,7 @@ for _family in FAMILIES:
 
 
 def register(family: Family) -> None:
-    """Make the architectures of another family known, under names of their own; to be called from a config file."""
+    """Make the architectures of another family known to this process."""
     FAMILIES.append(family)
     ARCHITECTURES.update(family.architectures)
 

@@ -24,7 +24,7 @@ from jaxsft.data.reading import EvalPlan, TrainPlan
 from jaxsft.data.sources import open_splits
 from jaxsft.interpret.metrics import Evaluation
 from jaxsft.learn import trainable
-from jaxsft.learn.losses import make_loss
+from jaxsft.learn.losses import loss_of
 from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.schedule import make_schedule
 from jaxsft.learn.state import TrainState
@@ -195,7 +195,7 @@ def train_step_of(
         mixup=train.mixup,
         cutmix=train.cutmix,
         seed=config.seed,
-        loss=make_loss(train.label_smoothing, tuple(train.class_weights), axis_name),
+        loss=loss_of(config, axis_name),
         accumulate=config.optim.accumulate,
         ema=train.ema,
         axis_name=axis_name,
