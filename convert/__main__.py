@@ -9,6 +9,7 @@ python -m convert list
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -68,7 +69,7 @@ def verify(directory: Path, against: str, image_size: int) -> int:
     images = np.random.default_rng(0).standard_normal((4, image_size, image_size, 3), np.float32)
     for train in (False, True):
         with jax.default_matmul_precision("highest"):
-            logits, _ = model.apply(variables, images, train=train, mutable=["batch_stats"])
+            logits, _ = jax.jit(partial(model.apply, train=train, mutable=["batch_stats"]))(variables, images)
         expected = torchvision_logits(card, tensors, images, train)
         relative = float(np.abs(np.asarray(logits) - expected).max() / np.abs(expected).max())
         ok = relative <= LOGIT_TOLERANCE

@@ -97,7 +97,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert left["accuracy"] == right["accuracy"]
 
 
-@pytest.mark.parametrize("backend", ["pmap", "shard_map"])
+@pytest.mark.parametrize("backend", ["pmap", pytest.param("shard_map", marks=pytest.mark.full)])
 def test_eight_devices(run, one_device: Path, tmp_path: Path, backend: str) -> None:
     back_end = f"--config.parallel.backend={backend}"
     done = run("-m", "jaxsft.train", *SYNC, back_end, "--workdir", tmp_path, devices=8)

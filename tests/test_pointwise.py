@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxsft.models import layers
+from jaxsft.models.family import init_variables
 from jaxsft.models.pointwise import conv_norm
 from jaxsft.models.resnet import Bottleneck, ResNet
 
@@ -61,7 +62,7 @@ def test_a_network_in_bfloat16_learns_the_same_with_and_without(monkeypatch) -> 
     images = jax.random.normal(jax.random.key(1), (16, 32, 32, 3))
     network = partial(ResNet, (1, 1), Bottleneck, num_classes=10, width=16)
     exact_model = network()
-    values = exact_model.init(jax.random.key(0), images, train=False)
+    values = init_variables(exact_model, 0, 32)
     exact, exact_stats = gradients(exact_model, values, images, False, monkeypatch)
     model = network(dtype=jnp.bfloat16)
     off = {}
