@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import re
+import sys
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 
 from jaxsft import config as config_module
 from jaxsft import recipes
-from jaxsft.cli import UserError
+from jaxsft.cli import UserError, write_output
 from jaxsft.config import kinds, wanted
 from jaxsft.keys import KEYS, Key
 
@@ -82,7 +83,7 @@ def parse_flags(argv: Sequence[str], usage: str, strings: dict[str, str]) -> tup
       SystemExit: --help.
     """
     if {"--help", "-help", "-h"} & set(argv):
-        print("\n".join(help_lines(usage, strings)))
+        write_output(sys.stdout, "\n".join([*help_lines(usage, strings), ""]))
         raise SystemExit(0)
     values = {"config": "", **dict.fromkeys(strings, "")}
     changes: dict[str, Any] = {}
@@ -94,7 +95,7 @@ def parse_flags(argv: Sequence[str], usage: str, strings: dict[str, str]) -> tup
             value = read(key, text)
             changes[key] = changes.get(key, ()) + value if isinstance(value, tuple) else value
     config_flag = values.pop("config")
-    if not config_flag:
+    if not config_flag.partition(":")[0]:
         raise UserError("no config", "give --config configs/cifar10.py or another file")
     config = recipes.load(config_flag)
     for key, value in changes.items():

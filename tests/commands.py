@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 from jaxsft import cli
+from tests.conftest import ROOT
 
+START = "import os, sys, threading\nfrom jaxsft import cli, streams\n"
 PACKAGES = ("parity", "bench")
 
 
@@ -42,3 +46,13 @@ def assert_refused(command: str, expected: str, place: Path) -> None:
         assert said == expected
     assert "; " in said
     assert status == 2
+
+
+def python(program: str, shell: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program with redirections of a shell."""
+    environment = {"PYTHONUNBUFFERED": "", **environment}
+    command = f'"$0" -c "$1" {shell}'
+    return subprocess.run(
+        ["bash", "-c", command, sys.executable, START + program],
+        check=False, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, timeout=60,
+    )  # fmt: skip

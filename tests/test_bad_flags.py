@@ -38,6 +38,7 @@ def make_place(place: Path) -> None:
 # (command, what stderr says after "error: "); "..." at the end stands for any rest, where another library words it.
 CASES: tuple[tuple[str, str], ...] = (
     ("train", "no config; give --config configs/cifar10.py or another file"),
+    ("train --config :sample", "no config; give --config configs/cifar10.py or another file"),
     ("train --config", "--config has no value; give it as --config=VALUE"),
     ("train --config --workdir=@/new", "--config has no value; give it as --config=VALUE"),
     ("train --config @/zzz.py", "there is no config file @/zzz.py; known: configs/cifar10.py, configs/folder.py"),
