@@ -50,7 +50,8 @@ def read(weights: str, arch: str) -> Weights:
 def read_file(path: Path, arch: str) -> dict[str, np.ndarray]:
     """The tensors of a file by torchvision's names. Raises UserError."""
     known = names.torch_names(variable_shapes(ARCHITECTURES[arch]()), arch)
-    return tensors.as_arrays(layouts.state_dict(files.read(path), path, known), path)
+    found = layouts.state_dict(files.read(path), path, known)
+    return tensors.as_arrays(names.renamed(found, arch), path)
 
 
 def head_classes(found: dict[str, np.ndarray], path: Path, arch: str) -> int:

@@ -6,6 +6,7 @@ module (`Family.torch_name`); LEAVES and KERNELS say it of what lies in one, wha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -42,6 +43,8 @@ LEAVES: Mapping[str, str] = {
     "count": "num_batches_tracked",
 }
 
+CONSTANT = 1e-6  # relative: a file's logarithms were another library's
+
 # Absent from files written before PyTorch 0.4.1; torch itself takes it for 0 then.
 OPTIONAL_LEAF = "num_batches_tracked"
 
@@ -54,9 +57,21 @@ def torch_tensor(flax_path: str, ndim: int, arch: str) -> tuple[str, LayoutTrans
     return ".".join(filter(None, (module, LEAVES.get(leaf, leaf)))), transform
 
 
+def renamed(tensors: Mapping[str, Any], arch: str) -> dict[str, Any]:
+    """Tensors of a file by torchvision's names of today."""
+
+    def today(name: str) -> str:
+        for pattern, replacement in family_of(arch).renamed:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    return {today(name): tensor for name, tensor in tensors.items()}
+
+
 def torch_names(shapes: Mapping[str, Any], arch: str) -> set[str]:
     """Torch's names of the variables in `shapes` (`models.family.variable_shapes`)."""
-    return {torch_tensor(path, leaf.ndim, arch)[0] for path, leaf in flatten(shapes).items()}
+    variables = {torch_tensor(path, leaf.ndim, arch)[0] for path, leaf in flatten(shapes).items()}
+    return variables | family_of(arch).constants(arch).keys()
 
 
 def to_flax(tensors: Arrays, shapes: Mapping[str, Any], arch: str) -> dict[str, Any]:
@@ -70,6 +85,12 @@ def to_flax(tensors: Arrays, shapes: Mapping[str, Any], arch: str) -> dict[str, 
     result: dict[str, np.ndarray] = {}
     missing, misshapen = [], []
     unused = dict(tensors)
+    for name, constant in family_of(arch).constants(arch).items():
+        tensor = unused.pop(name, None)
+        if tensor is None:
+            missing.append(name)
+        elif tensor.shape != constant.shape or not np.allclose(tensor, constant, rtol=CONSTANT, atol=CONSTANT):
+            misshapen.append(f"{name} {tensor.shape}, which holds other values than those of {arch}")
     for path, leaf in flatten(shapes).items():
         name, transform = torch_tensor(path, leaf.ndim, arch)
         tensor = unused.pop(name, None)
@@ -106,7 +127,14 @@ def to_torch(variables: Mapping[str, Any], arch: str) -> dict[str, np.ndarray]:
         if transform.to_torch is not None:
             array = array.transpose(transform.to_torch)
         tensors[name] = np.array(array, transform.torch_dtype or array.dtype, order="C")
-    return tensors
+    return tensors | constants(arch, tensors)
+
+
+def constants(arch: str, tensors: Arrays) -> dict[str, np.ndarray]:
+    """What torch's state_dict holds beside the variables, whole numbers as int64, others in the dtype of `tensors`."""
+    floating = next((array.dtype for array in tensors.values() if array.dtype.kind not in "iu"), np.dtype(np.float32))
+    found = family_of(arch).constants(arch)
+    return {name: value if value.dtype.kind in "iu" else value.astype(floating) for name, value in found.items()}
 
 
 def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:

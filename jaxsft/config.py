@@ -31,7 +31,7 @@ def default() -> ConfigDict:
         section = key.name.rpartition(".")[0]
         if section and section not in config:
             config[section] = ConfigDict()
-        put(config, key.name, placeholder(int) if key.default is None else key.default)
+        put(config, key.name, placeholder(key.kind) if key.default is None else key.default)
     return config
 
 
@@ -39,7 +39,7 @@ def default() -> ConfigDict:
 def kinds() -> dict[str, tuple[type, bool]]:
     """For every key the type of its values, and whether it may be None instead; by name, as a ConfigDict lists them."""
     return {
-        key.name: (int if key.default is None else type(key.default), key.default is None)
+        key.name: (key.kind if key.default is None else type(key.default), key.default is None)
         for key in sorted(KEYS, key=lambda key: key.name)
     }
 

@@ -11,12 +11,13 @@ from jaxsft.models.family import PARAMETER_KINDS
 
 
 class Key(NamedTuple):
-    """A setting. The type of `default` is that of its values; None stands for a whole number that may be None."""
+    """A setting. The type of `default` is that of its values; where it is None, they are None or of type `kind`."""
 
     name: str
     default: Any
     allowed: Allowed
     meaning: str
+    kind: type = int
 
 
 def architectures() -> tuple[str, ...]:
@@ -54,6 +55,10 @@ KEYS = (
     Key("model.head_init", "torch", one_of("torch", "zeros"), "of a fresh head; 'torch': U(+-1/sqrt(fan_in))"),
     Key("model.freeze", (), allowed.PATTERNS,
         "searched in parameter paths such as 'layer1_0/conv1/kernel'; a parameter where one is found is not trained"),
+    Key("model.dropout", None, none_or(from_to_below(0, 1)),
+        "rate in training, of the networks that have it; None: torchvision's own", float),
+    Key("model.stochastic_depth", None, none_or(from_to_below(0, 1)),
+        "rate of the deepest block in training, of the networks that have it; None: torchvision's own", float),
     Key("model.batch_norm", "train", one_of("train", "frozen"),
         "'frozen': running statistics everywhere; frozen layers always use them"),
 

@@ -18,7 +18,7 @@ from jax import lax
 
 from jaxsft.models import convolution
 from jaxsft.models.convolution import conv2d
-from jaxsft.models.layers import max_pool
+from jaxsft.models.pooling import max_pool
 
 # Relative to the largest value of the array. float64: rounding. float32: sums of up to 9 * 130 products, and Winograd
 # adds a bit (measured: at most 7e-7). bfloat16: one rounding of the result, 2^-9, and one of each gradient.
@@ -186,7 +186,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxsft.models import convolution
 from jaxsft.models.convolution import conv2d
-from jaxsft.models.layers import max_pool
+from jaxsft.models.pooling import max_pool
 jax.config.update("jax_enable_x64", True)
 random = np.random.default_rng(0)
 x, kernel = random.normal(size=(8, 8, 14, 14, 128))[:, 0], random.normal(size=(3, 3, 128, 128))

@@ -28,6 +28,7 @@ from jaxsft.models import families
 from jaxsft.models.families import ARCHITECTURES, family_of
 from jaxsft.models.family import Family, init_variables, variable_shapes
 from jaxsft.models.layers import Linear, torch_linear_uniform
+from jaxsft.models.stochastic import Keys
 from jaxsft.models.weights import ModelCard
 from jaxsft.run import checkpoint, saved
 from tests.commands import run_command
@@ -55,11 +56,13 @@ class Plain(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, keys: Keys = None) -> jax.Array:
         drawn = partial(torch_linear_uniform, fan_in=48)
         convolution = nn.Conv(8, (4, 4), 4, padding="VALID", kernel_init=drawn, bias_init=drawn, name="features.0")
         x = nn.relu(Scale(name="features.1")(convolution(x.astype(self.dtype))))
-        return Linear(self.num_classes, self.head_init, self.param_dtype, name="classifier.1")(x.mean((1, 2)))
+        return Linear(self.num_classes, self.head_init, param_dtype=self.param_dtype, name="classifier.1")(
+            x.mean((1, 2))
+        )
 
 
 PLAIN = Family(

@@ -18,6 +18,7 @@ from jaxsft.cli import UserError
 from jaxsft.learn.losses import cross_entropy, mean_weight
 from jaxsft.learn.schedule import make_schedule
 from jaxsft.models import layers
+from jaxsft.models.pooling import max_pool
 from jaxsft.parity import compare, oracle, ours
 from jaxsft.parity.__main__ import precision
 from jaxsft.parity.compare import Options, class_weights
@@ -113,7 +114,7 @@ def test_layers_on_hostile_activations(kind: str) -> None:
     np.testing.assert_allclose(updated["batch_stats"]["var"], exact.running_var.numpy(), rtol=1e-5)
 
     pooled = nn.MaxPool2d(3, 2, 1)(oracle.nchw(x)).numpy()
-    np.testing.assert_array_equal(np.asarray(layers.max_pool(jnp.asarray(x))).transpose(0, 3, 1, 2), pooled)
+    np.testing.assert_array_equal(np.asarray(max_pool(jnp.asarray(x))).transpose(0, 3, 1, 2), pooled)
 
 
 def images(kind: str, dtype: str) -> np.ndarray:

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from jaxsft.models.layers import BatchNorm, Linear, global_average_pool
+from jaxsft.models.layers import BatchNorm, Linear
+from jaxsft.models.pooling import global_average_pool
+from jaxsft.models.stochastic import Keys
 
 CLASSES, SIDE = 4, 6
 # Half the time of a test is compiling what then runs for milliseconds.
@@ -30,7 +32,7 @@ class Tiny(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, keys: Keys = None) -> jax.Array:
         x = nn.Dense(5, use_bias=False, name="conv1", param_dtype=jnp.float64)(x)
         norm = BatchNorm(name="bn1", frozen=self.frozen, axis_name=self.axis_name, param_dtype=jnp.float64)
         x = global_average_pool(nn.relu(norm(x, train)))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxsft.cli import UserError, nearest
 from jaxsft.models.resnet import ARCHITECTURES, Bottleneck
+from jaxsft.models.stochastic import Keys
 
 
 def plain_model(arch: str, num_classes: int, dtype: Any) -> nn.Module:
@@ -31,7 +32,7 @@ class PlainResNet(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, keys: Keys = None) -> jax.Array:
         like = ARCHITECTURES[self.arch]()
         conv = partial(nn.Conv, use_bias=False, dtype=self.dtype)
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)

@@ -16,11 +16,14 @@ from jaxsft.data.mix import mix
 from jaxsft.interpret import metrics
 from jaxsft.learn.losses import Loss, cross_entropy
 from jaxsft.learn.state import TrainState
+from jaxsft.models.stochastic import example_keys
 from jaxsft.models.weights import Preprocessing
 
 Batch = dict[str, jax.Array]
 Dataset = dict[str, jax.Array]  # {"images": uint8 [N, H, W, 3], "labels": int32 [N]}, on the device; or {}
-MIXING = 2**32 - 1  # in the place of an example's index: the key of what is drawn once a step
+# In the place of an example's index, of which there are less than 2**31:
+MIXING = 2**32 - 1  # the key of what is drawn once a step
+MODEL = 2**32 - 2  # the key of what the network draws, which is then divided among the examples
 
 
 def gather(dataset: Dataset, batch: Batch) -> Batch:
@@ -35,6 +38,19 @@ def gather(dataset: Dataset, batch: Batch) -> Batch:
         taken["partner_image"] = dataset["images"][batch["partner"]]
         taken["partner_label"] = dataset["labels"][batch["partner"]]
     return {**taken, **batch}
+
+
+def step_key(seed: int, step: jax.Array) -> jax.Array:
+    """The key of all that update number `step` draws."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def network_keys(key: jax.Array, examples: jax.Array) -> jax.Array:
+    """The keys of dropout and stochastic depth, one for each of `examples`, of a step's `key`.
+
+    Of a mixed image it is the first one's.
+    """
+    return example_keys(jax.random.fold_in(key, MODEL), examples)
 
 
 def make_train_step(
@@ -72,9 +88,9 @@ def make_train_step(
         if mixup or cutmix:
             partners = input_of(batch, key, "partner", "partner_")
             images, share = mix(jax.random.fold_in(key, MIXING), images, partners, mixup, cutmix)
-        logits, updated = model.apply(
-            {"params": params, "batch_stats": batch_stats}, images, train=True, mutable=["batch_stats"]
-        )
+        keys = network_keys(key, batch["example"])
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, updated = model.apply(variables, images, train=True, keys=keys, mutable=["batch_stats"])
         losses = loss(logits, batch["label"])
         if mixup or cutmix:
             losses = share * losses + (1 - share) * loss(logits, batch["partner_label"])
@@ -82,7 +98,7 @@ def make_train_step(
         return losses.mean(), (updated.get("batch_stats", {}), {k: counts[k] for k in ("loss", "top1", "count")})
 
     def train_step(state: TrainState, dataset: Dataset, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = step_key(seed, state.step)
         grad_fn = jax.grad(loss_fn, has_aux=True)
 
         def micro_step(batch_stats: Any, micro: Batch) -> tuple[Any, tuple[Any, Any]]:

@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
-from jaxsft.models import resnet
+from jaxsft.models import resnet, vgg
 from jaxsft.models.family import Family
 
 FAMILIES: list[Family] = [
     resnet.FAMILY,
+    vgg.FAMILY,
 ]
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}
 for _family in FAMILIES:

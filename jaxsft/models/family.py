@@ -9,11 +9,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # The last part of a parameter's path -> its kind, by which the options of weight decay know it.
 PARAMETER_KINDS: Mapping[str, str] = {
     "kernel": "weight",
     "in_proj_weight": "weight",
+    "in_proj_bias": "bias",
+    "logit_scale": "weight",
     "scale": "norm",
     "bias": "bias",
     "layer_scale": "layer_scale",
@@ -29,18 +32,29 @@ def dotted(path: str) -> str:
     return path.replace("/", ".")
 
 
+class ImageSizeError(ValueError):
+    """A network can't take images of this size; its text says which it takes."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A family of models: its architectures, and where things lie in them.
 
     Every architecture takes the keywords num_classes, head_init, dtype, param_dtype, axis_name, frozen and remat, and
-    maps normalised images [N, H, W, 3] to logits [N, num_classes].
+    `dropout` and `stochastic_depth` where it has such; it is called as model(images, train, keys), and maps normalised
+    images [N, H, W, 3] to logits [N, num_classes].
     """
 
     architectures: Mapping[str, Callable[..., nn.Module]]  # as torchvision calls them
     head: str  # the output layer, a module of the network itself; also its name in torch
     stage_of: Callable[[str], int]  # how deep a path lies, for layer-wise learning rates; the head's is the largest
     torch_name: Callable[[str], str] = dotted  # of a module's path, such as layer1_0/conv1
+    # Of an architecture: those tensors of torch's state_dict that follow from it alone, and are no variables here.
+    constants: Callable[[str], Mapping[str, np.ndarray]] = lambda arch: {}
+    # What old files call things: regular expressions of torch's names, and what to put in their place.
+    renamed: tuple[tuple[str, str], ...] = ()
+    # Where variables depend on the image's size: (variables, px) -> the same for images of that side.
+    resized: Callable[[dict[str, Any], int], dict[str, Any]] | None = None
 
 
 def variable_shapes(model: nn.Module, image_size: int = IMAGE_SIZE) -> dict[str, Any]:

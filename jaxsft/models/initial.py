@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from jaxsft.cli import UserError
 from jaxsft.models.families import ARCHITECTURES, family_of
-from jaxsft.models.family import init_variables, variable_shapes
+from jaxsft.models.family import ImageSizeError, init_variables, variable_shapes
 from jaxsft.models.layers import Linear
 from jaxsft.models.weights import ModelCard, Preprocessing
 
@@ -28,16 +28,36 @@ def make_model(config: ConfigDict, num_classes: int, axis_name: str | None = Non
     """The network to train, as the config wants it; parameters are float32 whatever its precision.
 
     `axis_name` is that of the devices over which batch norm takes its statistics; None: each its own.
+
+    Raises:
+      UserError: a rate of dropout or stochastic depth for a network that has none.
     """
     frozen = EVERYWHERE if config.model.batch_norm == "frozen" else tuple(config.model.freeze)
-    return ARCHITECTURES[config.model.arch](
+    architecture, rates = ARCHITECTURES[config.model.arch], {}
+    fields = {field.name for field in dataclasses.fields(getattr(architecture, "func", architecture))}
+    for name in ("dropout", "stochastic_depth"):
+        if (rate := config.model[name]) is not None:
+            if name not in fields:
+                what = f"config.model.{name} is {rate}, and {config.model.arch} has none"
+                raise UserError(what, f"leave it out: --config.model.{name}=None")
+            rates[name] = rate
+    return architecture(
         num_classes=num_classes,
         head_init=config.model.head_init,
         dtype=jnp.dtype(config.train.precision),
         axis_name=axis_name,
         frozen=frozen,
         remat=config.train.remat,
+        **rates,
     )
+
+
+def check_image_size(model: nn.Module, image_size: int) -> None:
+    """Raise a UserError where the network can't take images of that side (px)."""
+    try:
+        variable_shapes(model, image_size)
+    except ImageSizeError as error:
+        raise UserError(f"config.data.image_size is {image_size}", str(error)) from None
 
 
 def preprocessing(config: ConfigDict, of_weights: Preprocessing = TORCHVISION) -> Preprocessing:
@@ -81,6 +101,7 @@ def initial(
             f"config.train.class_weights has {count} numbers", f"give one for each of {num_classes} classes"
         )
     model = make_model(config, num_classes, axis_name)
+    check_image_size(model, config.data.image_size)
     names = class_names if num_classes == len(class_names) else None
     order = config.data.class_order
     card = ModelCard(c.arch, num_classes, names, preprocessing=preprocessing(config), class_order=order)
@@ -100,6 +121,8 @@ def initial(
         weights_version=origin.weights_version,
         preprocessing=preprocessing(config, origin.preprocessing),
     )
+    if resized := family_of(c.arch).resized:
+        variables = resized(variables, config.data.image_size)
     kept, said = decide_head(c.head, origin, num_classes, names)
     if not kept:
         head, params = family_of(c.arch).head, variables["params"]
@@ -140,5 +163,5 @@ def decide_head(wanted: str, origin: ModelCard, num_classes: int, names: tuple[s
 
 def init_head(model: nn.Module, old: dict[str, Any], seed: int) -> dict[str, jax.Array]:
     """A fresh output layer for `model`, over as many features as the `old` one has."""
-    layer = Linear(model.num_classes, model.head_init, model.param_dtype)
+    layer = Linear(model.num_classes, model.head_init, param_dtype=model.param_dtype)
     return layer.init(jax.random.key(seed), jnp.zeros((1, old["kernel"].shape[0])))["params"]

@@ -1,14 +1,16 @@
-"""Convolution, batch norm, pooling and the head with torch's numerics: the only place for them.
+"""Convolution, norms and linear layers with torch's numerics: the only place for them.
 
 Images are NHWC, kernels HWIO; every layer computes in the dtype of its input (float32, float64 or bfloat16) and keeps
 its parameters in `param_dtype`. What torch does differently from Flax's defaults, and would be lost by using those:
-symmetric padding at stride 2, max-pooling padded by -inf, a running variance that is unbiased, two-pass batch
-statistics, and U(+-1/sqrt(fan_in)) for a fresh linear layer.
+symmetric padding at stride 2, a running variance that is unbiased, two-pass statistics, and U(+-1/sqrt(fan_in)) for a
+fresh linear layer.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +22,9 @@ from jaxsft.models.convolution import conv2d
 from jaxsft.models.normalization import batch_norm
 from jaxsft.models.pointwise import conv_norm
 
-# torch.nn.init.kaiming_normal_(mode="fan_out", nonlinearity="relu"), which torchvision applies to every convolution.
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+
+# torch.nn.init.kaiming_normal_(mode="fan_out", nonlinearity="relu"), which most of torchvision's convolutions begin as.
 kaiming_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -30,16 +34,25 @@ def torch_linear_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jn
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-class Conv(nn.Module):
-    """`torch.nn.Conv2d(bias=False)`: square kernel, one stride, padding of kernel_size // 2 on all four sides.
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """`x`, where it is narrower, as float32: what pooling and the head compute in."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
-    Takes [N, H, W, C_in] and returns [N, H', W', features], H' = (H + 2 * (k // 2) - k) // stride + 1.
+
+class Conv(nn.Module):
+    """`torch.nn.Conv2d`: square kernel, one stride, `padding` (None: kernel_size // 2) of zeros on all four sides.
+
+    Takes [N, H, W, C_in] and returns [N, H', W', features], H' = (H + 2 * padding - k) // stride + 1. It has a bias
+    where `bias_init` is given, with most of torchvision's zeros.
     """
 
     features: int
     kernel_size: int
     stride: int = 1
     groups: int = 1
+    padding: int | None = None
+    kernel_init: Initializer = kaiming_normal_fan_out
+    bias_init: Initializer | None = None
     param_dtype: Any = jnp.float32
 
     @nn.compact
@@ -47,10 +60,15 @@ class Conv(nn.Module):
         """The convolution of `x`; or the kernel that it would take, for who does more than this."""
         k = self.kernel_size
         shape = (k, k, x.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", kaiming_normal_fan_out, shape, self.param_dtype)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         kernel = kernel.astype(x.dtype)
         # Explicit padding: "SAME" pads (0, 1) at stride 2 where torch pads (1, 1).
-        return kernel if only_kernel else conv2d(x, kernel, self.stride, k // 2, self.groups)
+        if only_kernel:
+            return kernel
+        y = conv2d(x, kernel, self.stride, k // 2 if self.padding is None else self.padding, self.groups)
+        if self.bias_init is None:
+            return y
+        return y + self.param("bias", self.bias_init, (self.features,), self.param_dtype).astype(x.dtype)
 
 
 class OneValueError(ValueError):
@@ -130,89 +148,49 @@ def is_frozen(path: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-@jax.custom_vjp
-def max_pool(x: jax.Array) -> jax.Array:
-    """`torch.nn.MaxPool2d(3, stride=2, padding=1)` on [N, H, W, C]: the border counts as -inf, not as zero.
+class LayerNorm(nn.Module):
+    """`torch.nn.LayerNorm` over the last axis of [..., C], by the biased variance, in float32 at least.
 
-    Of equal values in a window the first in row-major order gets the gradient, as in torch and in XLA. XLA's own
-    operation runs on GPU and TPU; on the CPU its two loops took a tenth of a train step, and are sums of slices here.
-    Reverse mode only.
-    """
-    return lax.platform_dependent(x, cpu=lambda x: _first_maximum(x)[0], default=_max_pool_plain)
-
-
-def _max_pool_plain(x: jax.Array) -> jax.Array:
-    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-
-
-def _first_maximum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The maximum of each window and which of its nine taps, counted row by row, holds it first."""
-    n, h, w, c = x.shape
-    height, width = (h + 1) // 2, (w + 1) // 2
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-    x = lax.optimization_barrier(x)  # else every slice pads anew
-    best, first = jnp.full((n, height, width, c), -jnp.inf, x.dtype), jnp.zeros((n, height, width, c), jnp.int8)
-    for tap in range(9):
-        i, j = divmod(tap, 3)
-        value = lax.slice(x, (0, i, j, 0), (n, i + 2 * height - 1, j + 2 * width - 1, c), (1, 2, 2, 1))
-        first = jnp.where(value > best, jnp.int8(tap), first)
-        best = jnp.maximum(best, value)
-    return best, first
-
-
-def _max_pool_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
-    """Each of the four pixels of a 2x2 cell collects from the one, two or four windows that see it."""
-    n, h, w, c = x.shape
-    height, width = dy.shape[1:3]
-    after = ((0, 0), (0, 1), (0, 1), (0, 0))
-    dy, first = lax.optimization_barrier((jnp.pad(dy, after), jnp.pad(_first_maximum(x)[1], after)))
-    # Of the pixels 2u: tap 1 of window u. Of 2u + 1: tap 2 of window u and tap 0 of window u + 1.
-    taps = (((1, 0),), ((2, 0), (0, 1)))
-
-    def collect(row: int, column: int) -> jax.Array:
-        total = jnp.zeros((n, height, width, c), dy.dtype)
-        for i, down in taps[row]:
-            for j, right in taps[column]:
-                window = (slice(None), slice(down, down + height), slice(right, right + width))
-                total += jnp.where(first[window] == 3 * i + j, dy[window], 0)
-        return total
-
-    dx = jnp.stack([jnp.stack([collect(row, column) for column in (0, 1)], 3) for row in (0, 1)], 2)
-    return dx.reshape(n, 2 * height, 2 * width, c)[:, :h, :w]
-
-
-def _max_pool_bwd(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-    plain = lambda x, dy: jax.vjp(_max_pool_plain, x)[1](dy)[0]
-    return (lax.platform_dependent(x, dy, cpu=_max_pool_gradient, default=plain),)
-
-
-max_pool.defvjp(lambda x: (max_pool(x), x), _max_pool_bwd)
-
-
-def global_average_pool(x: jax.Array) -> jax.Array:
-    """`AdaptiveAvgPool2d(1)` and `flatten`: [N, H, W, C] to [N, C], in float32 at least."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
-
-
-class Linear(nn.Module):
-    """`torch.nn.Linear` from [N, C] to [N, features]; the kernel is stored [C, features], torch's transposed.
-
-    `weight_init` is "torch" (uniform in +-1/sqrt(C), as a fresh torch layer) or "zeros" (the logits start at 0).
+    Ba et al. 2016 (arXiv:1607.06450). torchvision's LayerNorm2d is the same, for its images lie [N, C, H, W].
     """
 
-    features: int
-    weight_init: str = "torch"
+    epsilon: float
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        fan_in = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+        y = at_least_float32(x)
+        y = y - y.mean(-1, keepdims=True)  # two passes: batch_statistics in normalization.py says why
+        y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        return (y * scale.astype(y.dtype) + bias.astype(y.dtype)).astype(x.dtype)
 
-        def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-            if self.weight_init == "zeros":
-                return jnp.zeros(shape, dtype)
-            return torch_linear_uniform(key, shape, dtype, fan_in=fan_in)
 
-        kernel = self.param("kernel", draw, (fan_in, self.features), self.param_dtype)
-        bias = self.param("bias", draw, (self.features,), self.param_dtype)
-        return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+class Linear(nn.Module):
+    """`torch.nn.Linear` from [..., C] to [..., features]; the kernel is stored [C, features], torch's transposed.
+
+    `kernel_init` is an initializer, or "torch" (uniform in +-1/sqrt(C), as a fresh torch layer, the bias too), or
+    "zeros" (all of it: the logits start at 0). `bias_init` None: zeros beside an initializer of the kernel.
+    """
+
+    features: int
+    kernel_init: str | Initializer = "torch"
+    bias_init: Initializer | None = None
+    use_bias: bool = True
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel_init = self.kernel_init
+        bias_init = self.bias_init or nn.initializers.zeros
+        if kernel_init == "zeros":
+            kernel_init = nn.initializers.zeros
+        elif isinstance(kernel_init, str):
+            kernel_init = partial(torch_linear_uniform, fan_in=x.shape[-1])
+            bias_init = self.bias_init or kernel_init
+        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), self.param_dtype)
+        y = x @ kernel.astype(x.dtype)
+        if not self.use_bias:
+            return y
+        return y + self.param("bias", bias_init, (self.features,), self.param_dtype).astype(x.dtype)

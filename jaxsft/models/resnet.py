@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxsft.models.family import Family
-from jaxsft.models.layers import BatchNorm, Conv, Linear, global_average_pool, max_pool, pointwise
+from jaxsft.models.layers import BatchNorm, Conv, Linear, pointwise
+from jaxsft.models.pooling import global_average_pool, max_pool
+from jaxsft.models.stochastic import Keys
 
 HEAD = "fc"
 Norm = Any  # partial(BatchNorm, ...)
@@ -81,7 +83,8 @@ class ResNet(nn.Module):
     """A ResNet from normalised images [N, H, W, 3] to logits [N, num_classes].
 
     `train` selects batch statistics and their update; the collection "batch_stats" must then be mutable. Logits and
-    pooling are float32 at least whatever `dtype` (float32, float64, bfloat16) the body computes in.
+    pooling are float32 at least whatever `dtype` (float32, float64, bfloat16) the body computes in. Nothing is drawn
+    at random: `keys` has no use here.
     """
 
     stage_sizes: tuple[int, ...]
@@ -98,7 +101,7 @@ class ResNet(nn.Module):
     remat: bool = False  # keep only the input of each block for the backward pass, and compute the block again there
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, keys: Keys = None) -> jax.Array:
         conv = partial(Conv, param_dtype=self.param_dtype)
         block = nn.remat(self.block, static_argnums=(2,)) if self.remat else self.block
         norm = partial(BatchNorm, axis_name=self.axis_name, frozen=self.frozen, param_dtype=self.param_dtype)
@@ -115,7 +118,7 @@ class ResNet(nn.Module):
                     width_per_group=self.width_per_group,
                     name=f"layer{stage + 1}_{index}",
                 )(x, train)
-        return Linear(self.num_classes, self.head_init, self.param_dtype, name=HEAD)(global_average_pool(x))
+        return Linear(self.num_classes, self.head_init, param_dtype=self.param_dtype, name=HEAD)(global_average_pool(x))
 
 
 ARCHITECTURES: Mapping[str, partial[ResNet]] = MappingProxyType(
