@@ -26,7 +26,7 @@ from jaxsft.learn.state import TrainState
 from jaxsft.learn.steps import make_train_step
 from jaxsft.models.families import ARCHITECTURES
 from jaxsft.models.resnet import ResNet
-from jaxsft.parity import oracle, ours
+from jaxsft.parity import networks, oracle, ours
 from jaxsft.parity.compare import Options, class_weights, inputs
 from jaxsft.parity.table import compared
 from jaxsft.run.parallel import DataParallel
@@ -75,7 +75,7 @@ def ddp(tensors: oracle.Arrays, replicas: int) -> tuple[dict[str, Any], list[ora
     Returns what `train` does without running statistics, and every replica's buffers at the end. DDP hands rank 0's
     buffers to all before each forward pass; within one step the replicas' differ.
     """
-    model = oracle.build(ARCH, CLASSES).double()
+    model = networks.build(ARCH, CLASSES).double()
     oracle.load(model, tensors)
     optimizer = torch.optim.SGD(model.parameters(), LR, MOMENTUM, weight_decay=DECAY)
     parameters = list(model.parameters())
@@ -115,7 +115,7 @@ def main() -> None:
     backends, counts = sys.argv[1].split(","), [int(count) for count in sys.argv[2].split(",")]
     result = {}
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        tensors = oracle.state(oracle.build(ARCH, CLASSES).double())
+        tensors = oracle.state(networks.build(ARCH, CLASSES).double())
         whole = train(DataParallel("pmap", jax.devices()[:1]), tensors, False, WEIGHTS)
         for backend in backends:
             for count in counts:

@@ -20,7 +20,7 @@ from jax import lax
 from jaxsft.cli import UserError
 from jaxsft.learn import optim
 from jaxsft.models import layers, resnet
-from jaxsft.parity import compare, oracle, ours, table
+from jaxsft.parity import compare, networks, oracle, ours, table
 from jaxsft.parity.__main__ import main, precision
 from jaxsft.parity.compare import Options
 
@@ -46,7 +46,7 @@ def test_training_is_torchs(dtype: str, size: str, monkeypatch, capsys, tmp_path
     rows = {row["name"]: row for row in result["rows"]}
     assert len(rows) == len(result["rows"]), "names are not unique"
     assert all(set(row) == {"name", "max_abs", "relative", "tolerance", "passed"} for row in rows.values())
-    tensors = oracle.state(oracle.build(SMALL, 10))
+    tensors = oracle.state(networks.build(SMALL, 10))
     quantity = {"weight": "parameter", "bias": "parameter"}
     for name in tensors:
         kind = quantity.get(name.rpartition(".")[2], name.rpartition(".")[2])
@@ -133,7 +133,7 @@ def test_a_broken_layer_fails_and_is_named(broken: Any, part: Any, expected: str
     broken(monkeypatch)
     options = Options(SMALL, "float64", steps=1, image_size=(32, 32))
     with precision("float64"):
-        torch_model, model = oracle.build(SMALL, 10).double(), compare.model_for(options, 10)
+        torch_model, model = networks.build(SMALL, 10).double(), compare.model_for(options, 10)
         values = ours.variables(model, oracle.state(torch_model), SMALL)
         first = table.first_failure(part(options, model, values, torch_model))
     assert first is not None

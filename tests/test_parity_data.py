@@ -25,7 +25,7 @@ from jaxsft.data.base import Options
 from jaxsft.data.sources import open_source
 from jaxsft.flags import parse_flags
 from jaxsft.models.weights import Preprocessing
-from jaxsft.parity import oracle
+from jaxsft.parity import networks, oracle
 from jaxsft.run.job import prepare
 from tests.conftest import ROOT
 
@@ -161,4 +161,4 @@ def test_the_reference_recipe_is_the_plain_script() -> None:
 @pytest.mark.full
 def test_the_reference_recipe_at_full_size(realdata: Path, cifar7: Path) -> None:
     config = reference(f"data.data_dir={realdata / 'tfds'}", f"model.weights={cifar7}", "train.steps=20")
-    check_reference(config, oracle.build("resnet18", 10))
+    check_reference(config, networks.build("resnet18", 10))

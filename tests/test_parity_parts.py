@@ -19,7 +19,7 @@ from jaxsft.learn.losses import cross_entropy, mean_weight
 from jaxsft.learn.schedule import make_schedule
 from jaxsft.models import layers
 from jaxsft.models.pooling import max_pool
-from jaxsft.parity import compare, oracle, ours
+from jaxsft.parity import compare, networks, oracle, ours
 from jaxsft.parity.__main__ import precision
 from jaxsft.parity.compare import Options, class_weights
 from jaxsft.parity.table import first_failure
@@ -134,7 +134,7 @@ def test_networks_on_odd_images(kind: str) -> None:
     arch = "resnet10_w16"
     options = Options(arch, "float64")
     with precision("float64"):
-        torch_model = oracle.build(arch, CLASSES).double()
+        torch_model = networks.build(arch, CLASSES).double()
         model = compare.model_for(options, CLASSES)
         values = ours.variables(model, oracle.state(torch_model), arch)
         x = images(kind, "float64")
@@ -155,7 +155,7 @@ def check_network(arch: str, weights: str = "", size: tuple[int, int] = (97, 131
     """
     source = checkpoints.read(weights, arch) if weights else None
     num_classes = source.card.num_classes if source else CLASSES
-    torch_model = oracle.build(arch, num_classes)
+    torch_model = networks.build(arch, num_classes)
     if source:
         oracle.load(torch_model, source.tensors)
     options = Options(arch, batch_size=4, image_size=size)

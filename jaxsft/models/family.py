@@ -24,7 +24,8 @@ PARAMETER_KINDS: Mapping[str, str] = {
     "pos_embedding": "position_embedding",
     "relative_position_bias_table": "bias_table",
 }
-IMAGE_SIZE = 224  # px, what torchvision makes its models for
+ImageSize = int | tuple[int, ...]  # px: the side of a square, or height and width
+IMAGE_SIZE = 224  # what torchvision makes its models for
 
 
 def dotted(path: str) -> str:
@@ -57,12 +58,13 @@ class Family:
     resized: Callable[[dict[str, Any], int], dict[str, Any]] | None = None
 
 
-def variable_shapes(model: nn.Module, image_size: int = IMAGE_SIZE) -> dict[str, Any]:
+def variable_shapes(model: nn.Module, image_size: ImageSize = IMAGE_SIZE) -> dict[str, Any]:
     """Shapes and dtypes of every variable of `model` by collection, "params" and perhaps "batch_stats".
 
-    Computes nothing. `image_size` (px) matters only to models whose variables depend on it.
+    Computes nothing. `image_size` matters only to models whose variables depend on it.
     """
-    image = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    image = jax.ShapeDtypeStruct((2, height, width, 3), jnp.float32)
     return jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), image)
 
 

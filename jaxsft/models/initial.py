@@ -34,7 +34,8 @@ def make_model(config: ConfigDict, num_classes: int, axis_name: str | None = Non
     """
     frozen = EVERYWHERE if config.model.batch_norm == "frozen" else tuple(config.model.freeze)
     architecture, rates = ARCHITECTURES[config.model.arch], {}
-    fields = {field.name for field in dataclasses.fields(getattr(architecture, "func", architecture))}
+    module: Any = getattr(architecture, "func", architecture)  # of a partial
+    fields = {field.name for field in dataclasses.fields(module)}
     for name in ("dropout", "stochastic_depth"):
         if (rate := config.model[name]) is not None:
             if name not in fields:

@@ -2,7 +2,7 @@
 
 python -m jaxsft.parity --arch ARCH [--weights FILE] [--steps N] [--dtype float32|float64] [--json FILE]
 
-Without --weights both sides start from torchvision's own initialisation with randomised batch-norm statistics. Exit
+Without --weights both sides start from values drawn so that each of them shows in the result. Exit
 status 1 when a row fails; the last line then names the first one, in the order of computation.
 """
 
@@ -19,7 +19,8 @@ import jax
 
 from convert import checkpoints, files, names
 from jaxsft import cli
-from jaxsft.models.families import ARCHITECTURES
+from jaxsft.models.families import ARCHITECTURES, family_of
+from jaxsft.models.family import ImageSizeError, variable_shapes
 from jaxsft.models.weights import shapes
 from jaxsft.parity import table
 
@@ -28,7 +29,7 @@ try:
 except cli.UserError as error:  # one line instead of a traceback, before what imports torch at its top
     sys.exit(cli.report_error(error))
 
-from jaxsft.parity import oracle
+from jaxsft.parity import networks, oracle
 from jaxsft.parity.compare import Options, compare, model_for
 
 NUM_CLASSES = 10
@@ -64,7 +65,8 @@ def run(options: Options, weights: str = "", every: bool = False) -> list[table.
     """
     source = checkpoints.read(weights, options.arch) if weights else None
     num_classes = (source and source.card.num_classes) or NUM_CLASSES
-    torch_model = oracle.build(options.arch, num_classes, options.seed)
+    height, width = options.image_size
+    torch_model = networks.build(options.arch, num_classes, options.seed, height)
     rows: list[table.Row] = []
 
     def remembered() -> Iterator[table.Row]:
@@ -74,10 +76,17 @@ def run(options: Options, weights: str = "", every: bool = False) -> list[table.
 
     with precision(options.dtype):
         model = model_for(options, num_classes)
+        try:
+            variable_shapes(model, options.image_size)
+        except ImageSizeError as error:
+            raise cli.UserError(f"--image-size is {height}x{width}", str(error)) from None
         if source:
             # Through our table of names, whose message names every tensor that does not fit. A head that is not there
             # stays torch's own.
-            fitting = names.to_torch(names.to_flax(source.tensors, shapes(source.card), options.arch), options.arch)
+            values = names.to_flax(source.tensors, shapes(source.card), options.arch)
+            if resized := family_of(options.arch).resized:
+                values = resized(values, height)
+            fitting = names.to_torch(values, options.arch)
             oracle.load(torch_model, oracle.state(torch_model) | fitting)
         cli.say(table.HEADER)
         for line in table.lines(remembered(), every):

@@ -12,9 +12,14 @@ from torch import nn
 
 from convert import names
 from jaxsft.models.families import ARCHITECTURES, family_of
-from jaxsft.parity import oracle, ours
+from jaxsft.parity import networks, oracle, ours
 from jaxsft.parity.oracle import Arrays, Recipe
-from jaxsft.parity.table import Row, compared, identical, tolerance
+from jaxsft.parity.table import Row, compared, held, identical, tolerance
+
+BLIND = 1e-3  # of the largest logit: where the images of a batch differ by less, an error could hide
+# Of the network's largest gradient: where all of a parameter's are smaller, float64 would not tell them from roundings.
+# In float32 roundings are as large, and only a zero is one.
+UNSEEN = {"float64": 1e-9, "float32": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +79,7 @@ def compare(options: Options, model: Module, torch_model: nn.Module) -> Iterator
     assert jnp.zeros((), dtype).dtype == dtype, "float64 needs jax.enable_x64(True)"
     torch_model.double() if dtype == np.float64 else torch_model.float()
     start = oracle.state(torch_model)
-    values = ours.variables(model, start, options.arch)
+    values = ours.variables(model, start, options.arch, options.image_size)
     yield identical("weights/torch to Flax to torch", names.to_torch(values, options.arch), start)
 
     yield from eval_rows(options, model, values, torch_model)
@@ -92,6 +97,9 @@ def eval_rows(options: Options, model: Module, values: dict, torch_model: nn.Mod
     found = ours.forward(model, options.arch, values, images, train=False)
     _, expected = oracle.activations(torch_model, images, False, found)
     yield from activation_rows("eval", found, expected, options)
+    logits = expected[family_of(options.arch).head]
+    spread = float((logits.max(0) - logits.min(0)).max() / np.abs(logits).max())
+    yield held("eval/logits depend on the image", spread > BLIND, f"by {spread:.0e} of the largest")
 
 
 def train_rows(options: Options, model: Module, values: dict, torch_model: nn.Module) -> Iterator[Row]:
@@ -99,21 +107,32 @@ def train_rows(options: Options, model: Module, values: dict, torch_model: nn.Mo
     batch = inputs(options, model.num_classes, 0)
     weights = class_weights(model.num_classes)
     losses = {"plain": (0.0, ()), "smoothed": (0.1, ()), "weighted": (0.0, weights), "both": (0.1, weights)}
-    found, found_losses, found_gradients, found_buffers = ours.trained(
-        model, options.arch, values, batch.images, batch.labels, losses
-    )
-    logits, expected = oracle.activations(torch_model, batch.images, True, found)
-    yield from activation_rows("train", found, expected, options)
+    found = ours.trained(model, options.arch, values, batch.images, batch.labels, losses)
+    logits, expected = oracle.activations(torch_model, batch.images, True, found.outputs, found.masks)
+    yield from activation_rows("train", found.outputs, expected, options)
     for name, (smoothing, class_weight) in losses.items():
         value = oracle.loss(logits, batch.labels, smoothing, class_weight)
         allowed = tolerance("loss", options.dtype)
-        yield compared(f"train/loss/{name}", found_losses[name], value.item(), allowed)
+        yield compared(f"train/loss/{name}", found.losses[name], value.item(), allowed)
     buffers = oracle.state(torch_model)
-    yield from state_rows("train", found_buffers, {k: buffers[k] for k in found_buffers}, "", options.dtype)
+    yield from state_rows("train", found.buffers, {k: buffers[k] for k in found.buffers}, "", options.dtype)
     plain = oracle.loss(logits, batch.labels, 0.0, ())
-    expected = oracle.gradients(torch_model, plain)
+    yield from gradient_rows(options, found.gradients, oracle.gradients(torch_model, plain))
+
+
+def gradient_rows(options: Options, found: Arrays, expected: Arrays) -> Iterator[Row]:
+    """Every parameter's gradient, and whether the loss depends on every parameter that it can depend on.
+
+    What is zero by mathematics is a rounding on both sides: it is held relative to the network's largest gradient.
+    """
     allowed, coarse = tolerance("gradient", options.dtype), options.dtype == "float32"
-    yield from rows("train/gradient", found_gradients, expected, allowed, together=coarse)
+    largest = max(float(np.abs(value).max(initial=0)) for value in expected.values())
+    zero = networks.vanishing(options.arch, expected)
+    for name, value in expected.items():
+        scale = largest if coarse or name in zero else None
+        yield compared(f"train/gradient/{name}", found[name], value, allowed, scale)
+    unseen = [k for k, v in expected.items() if k not in zero and not np.abs(v).max() > UNSEEN[options.dtype] * largest]
+    yield held("train/loss depends on every parameter", not unseen, f"not on {', '.join(unseen)}")
 
 
 def activation_rows(phase: str, found: Arrays, expected: Arrays, options: Options) -> Iterator[Row]:
@@ -149,7 +168,8 @@ def step_rows(
     """After every update: its rate, the loss, parameters, momentum, running statistics, counters; then evaluation."""
     dtype = options.dtype
     batches = [inputs(options, model.num_classes, 1 + number) for number in range(options.steps)]
-    arrays = [(batch.images, batch.labels) for batch in batches]
+    draw = ours.drawer(model, options.arch, values)
+    arrays = [(batch.images, batch.labels, draw(batch.images, step)) for step, batch in enumerate(batches)]
     both = zip(
         ours.train(model, options.arch, values, recipe, arrays), oracle.train(torch_model, recipe, arrays), strict=True
     )
@@ -164,7 +184,7 @@ def step_rows(
         yield from state_rows(phase, found.state, expected.state, "step ", dtype)
 
     # Evaluation by running statistics that have seen a few batches only: on the first batch that was trained on.
-    images, labels = arrays[0]
+    images, labels, _ = arrays[0]
     loss, right = evaluate(found.state, images, labels)
     expected_loss, expected_right = oracle.evaluate(torch_model, images, labels)
     yield compared(f"{recipe.name}/evaluation/loss", loss, expected_loss, tolerance("step loss", dtype))

@@ -1,52 +1,27 @@
-"""The torch side: torchvision's models, what their layers give, and plain SGD on them. Arrays in, arrays out."""
+"""The torch side: what the layers of a network give, and plain SGD on it. Arrays in, arrays out, images NHWC."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Container, Iterator
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models import swin_transformer as swin
+from torchvision.ops import MLP, StochasticDepth
 
-from convert.make_sample import resnet10_w16
-from jaxsft.cli import UserError
+from jaxsft.parity.networks import Handed, Masks, hand
 
 Arrays = dict[str, np.ndarray]
-NOT_IN_TORCHVISION = {"resnet10_w16": resnet10_w16}  # architectures that torchvision has not
-LAST_NORM = {BasicBlock: "bn2", Bottleneck: "bn3"}  # of torchvision's residual blocks
-
-
-def build(arch: str, num_classes: int, seed: int = 0) -> nn.Module:
-    """torchvision's model in its own initialisation, with batch norm moved off its trivial values.
-
-    Raises:
-      UserError: torchvision has no such model.
-    """
-    torch.manual_seed(seed)
-    if arch in torchvision.models.list_models():
-        model = torchvision.models.get_model(arch, num_classes=num_classes)
-    elif arch in NOT_IN_TORCHVISION:
-        model = NOT_IN_TORCHVISION[arch](num_classes)
-    else:
-        raise UserError(f"torchvision has no {arch}", "compare one of its own architectures")
-    last_norms = {getattr(block, LAST_NORM[type(block)]) for block in model.modules() if type(block) in LAST_NORM}
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            # The last one of a block is small, as after training: a deep network of fresh full-size blocks is chaotic,
-            # torch's own float32 then leaves its own float64 by 8 % of the loss within five steps of a ResNet-50.
-            nn.init.uniform_(module.weight, *((0.0, 0.1) if module in last_norms else (0.5, 1.0)))
-            nn.init.normal_(module.bias, 0, 0.1)
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            assert module.num_batches_tracked is not None
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-            module.num_batches_tracked.fill_(7)
-    return model
+Batches = list[tuple[np.ndarray, np.ndarray, Masks]]  # images, labels, and what the network keeps in training
+# Modules whose images are [N, H, W, C] in torch, too.
+CHANNELS_LAST = (
+    nn.Linear, MLP, swin.SwinTransformerBlock, swin.ShiftedWindowAttention, swin.PatchMerging, swin.PatchMergingV2,
+)  # fmt: skip
+DRAWS = (nn.Dropout, StochasticDepth, Handed)
 
 
 def load(model: nn.Module, tensors: Arrays) -> None:
@@ -64,19 +39,35 @@ def nchw(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
+def channels_last(module: nn.Module) -> bool:
+    """Whether a module gives images as [N, H, W, C]."""
+    if isinstance(module, CHANNELS_LAST) or type(module) is nn.LayerNorm:  # LayerNorm2d, made from it, is for NCHW
+        return True
+    return isinstance(module, nn.Sequential) and len(module) > 0 and channels_last(module[-1])
+
+
 def activations(
-    model: nn.Module, images: np.ndarray, train: bool, names: Container[str] = ()
+    model: nn.Module, images: np.ndarray, train: bool, names: Container[str] = (), masks: Masks = MappingProxyType({})
 ) -> tuple[torch.Tensor, Arrays]:
-    """Logits with their graph, and in their order the outputs of the modules in `names` and of all with parameters."""
+    """Logits with their graph, and in their order the outputs of the modules in `names` and of all with parameters.
+
+    Images are NHWC whatever they are in torch. With `train` dropout and stochastic depth keep what `masks` say.
+    """
     seen: Arrays = {}
     handles = []
     for name, module in model.named_modules():
-        if name in names or any(True for _ in module.parameters(recurse=False)):
+        with_parameters = any(True for _ in module.parameters(recurse=False))
+        if name and (with_parameters or name in names) and not isinstance(module, DRAWS):
 
-            def keep(module: nn.Module, arguments: Any, output: torch.Tensor, name: str = name) -> None:
-                seen[name] = output.detach().numpy().copy()  # a copy: torchvision's ReLU works in place
+            def keep(module: nn.Module, arguments: Any, output: Any, name: str = name) -> None:
+                output = output[0] if isinstance(output, tuple) else output  # attention gives its weights besides
+                array = output.detach().numpy().copy()  # a copy: torchvision's ReLU works in place
+                turned = array.ndim == 4 and not channels_last(module)
+                seen[name] = array.transpose(0, 2, 3, 1) if turned else array
 
             handles.append(module.register_forward_hook(keep))
+    if train:
+        hand(model, masks)
     try:
         logits = model.train(train)(nchw(images))
     finally:
@@ -139,14 +130,15 @@ class Step:
     momentum: Arrays
 
 
-def train(model: nn.Module, recipe: Recipe, batches: list[tuple[np.ndarray, np.ndarray]]) -> Iterator[Step]:
-    """Train on (images, labels) in turn, with the lines of torch's own tutorials."""
+def train(model: nn.Module, recipe: Recipe, batches: Batches) -> Iterator[Step]:
+    """Train on batches in turn, with the lines of torch's own tutorials."""
     optimizer = torch.optim.SGD(
         model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
     )
     rates = scheduler(optimizer, recipe.warmup(len(batches)), len(batches))
     model.train()
-    for images, labels in batches:
+    for images, labels, masks in batches:
+        hand(model, masks)
         rate = optimizer.param_groups[0]["lr"]
         optimizer.zero_grad()
         value = loss(model(nchw(images)), labels, recipe.smoothing, recipe.class_weights)

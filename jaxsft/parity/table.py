@@ -75,7 +75,8 @@ class Row:
 
     def group(self) -> str:
         """What the row is summed up under: its name without the tensor, activations by stage."""
-        stage = re.match(r"(.*/activation/[^./]+)[.]", self.name)  # of layer1.0.conv1 layer1
+        # Of layer1.0.conv1 layer1, of features.3.block.0 features.3: as far as the first number.
+        stage = re.match(r"(.*/activation/([^./\d]+[.])*[^./]*\d[^./]*)[.]", self.name)
         quantity = self.name.rpartition("/")[0]
         of_tensors = quantity.rpartition("/")[2] in PER_TENSOR
         return stage.group(1) if stage else quantity if of_tensors else self.name
@@ -116,6 +117,11 @@ def identical(name: str, ours: Mapping[str, np.ndarray], torch: Mapping[str, np.
     ]
     count = float(len(differing))
     return Row(name, count, count, 0.0, not differing, f"differing: {', '.join(differing)}" if differing else "")
+
+
+def held(name: str, passed: bool, otherwise: str) -> Row:
+    """What must be so and is no comparison; `otherwise` says what is found where it is not."""
+    return Row(name, None, None, 0.0, passed, "" if passed else otherwise)
 
 
 def first_failure(rows: Iterable[Row]) -> Row | None:
