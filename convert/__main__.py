@@ -16,9 +16,10 @@ import jax
 import numpy as np
 
 from convert import checkpoints, files, names
+from convert.reference import torchvision_model
 from jaxsft import cli
 from jaxsft.models import weights
-from jaxsft.models.families import ARCHITECTURES
+from jaxsft.models.families import ARCHITECTURES, family_of
 
 LOGIT_TOLERANCE = 1e-5  # of the largest logit: a few hundred float32 roundings of 6e-8, what summation order costs
 
@@ -42,14 +43,17 @@ def to_torch(directory: Path, out: Path) -> None:
     cli.say(f"{out}: torchvision.models.{card.arch}{how}")
 
 
-def verify(directory: Path, against: str, image_size: int) -> int:
+def verify(directory: Path, against: str, image_size: int | None = None) -> int:
     """Hold a ported directory against its source: every tensor bit for bit, logits in evaluation and in training.
 
-    Returns 0 when all agree and 1 when not, after printing one line a quantity.
+    `image_size` (px) None is the weights' own. Returns 0 when all agree and 1 when not, after printing one line a
+    quantity.
     """
+    variables, card = weights.load(directory)
+    own = card.preprocessing.crop_size
+    image_size = image_size or own
     if image_size < 32:
         raise cli.UserError(f"--image-size is {image_size}", "the smallest is 32")
-    variables, card = weights.load(directory)
     tensors, _ = checkpoints.read(against, card.arch)
     ported = names.to_torch(variables, card.arch)
     differing = [
@@ -64,6 +68,8 @@ def verify(directory: Path, against: str, image_size: int) -> int:
         return 0 if passed else 1
 
     model = ARCHITECTURES[card.arch](num_classes=card.num_classes)
+    if image_size != own and family_of(card.arch).resized:
+        raise cli.UserError(f"--image-size is {image_size}", f"these weights of {card.arch} are for {own} px")
     # Four images: in training the last stage then still normalises over a hundred values a channel, not over a few,
     # whose tiny variance would magnify rounding.
     images = np.random.default_rng(0).standard_normal((4, image_size, image_size, 3), np.float32)
@@ -82,15 +88,16 @@ def verify(directory: Path, against: str, image_size: int) -> int:
 def torchvision_logits(
     card: weights.ModelCard, tensors: dict[str, np.ndarray], images: np.ndarray, train: bool
 ) -> np.ndarray:
-    """Logits [N, classes] of torchvision's model for NHWC images."""
-    torch = files.import_torch()
-    import torchvision
+    """Logits [N, classes] of torchvision's model for NHWC images; `train`: by batch statistics, nothing dropped."""
+    model = torchvision_model(card.arch, card.num_classes, card.preprocessing.crop_size)
+    import torch
+    from torchvision.ops import StochasticDepth
 
-    if card.arch not in torchvision.models.list_models():
-        raise cli.UserError(f"torchvision has no {card.arch}", "verify one of its own architectures")
-    model = getattr(torchvision.models, card.arch)(num_classes=card.num_classes)
     model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in tensors.items()})
     model.train(train)
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Dropout, StochasticDepth)):
+            module.eval()  # ours draws nothing where it gets no keys
     with torch.no_grad():
         return model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
 
@@ -126,7 +133,7 @@ def main() -> int:
     command = commands.add_parser("verify", help="hold a ported directory against torchvision")
     command.add_argument("directory", type=cli.local_path)
     command.add_argument("--against", required=True, help="registry name, or a file of PyTorch's or .safetensors")
-    command.add_argument("--image-size", type=int, default=224)
+    command.add_argument("--image-size", type=int, help="px; default: what the weights are for")
     commands.add_parser("list", help="torchvision's weights")
     args = parser.parse_args()
     if args.command == "verify":

@@ -71,13 +71,16 @@ def head_classes(found: dict[str, np.ndarray], path: Path, arch: str) -> int:
 
 
 def registry(arch: str) -> dict[str, Any]:
-    """torchvision's weights of `arch` by name: IMAGENET1K_V1 and so on."""
+    """torchvision's weights of `arch` by name: IMAGENET1K_V1 and so on; those of a whole network.
+
+    vgg16's IMAGENET1K_FEATURES are not: they have no classes, and no numbers in the classifier.
+    """
     files.import_torch()
     from torchvision.models import get_model_weights, list_models
 
     if arch not in list_models():
         raise UserError(f"torchvision has no weights for {arch}", "name a .pth or .safetensors file")
-    return dict(get_model_weights(arch).__members__)
+    return {name: entry for name, entry in get_model_weights(arch).__members__.items() if entry.meta["categories"]}
 
 
 def read_registry(weights: str, arch: str) -> Weights:

@@ -30,6 +30,7 @@ from jaxsft.parity import networks, oracle, ours
 from jaxsft.parity.compare import Options, class_weights, inputs
 from jaxsft.parity.table import compared
 from jaxsft.run.parallel import DataParallel
+from tests import tiny
 
 ARCH, CLASSES, STEPS = "resnet10_w16", 10, 2
 OPTIONS = Options(ARCH, "float64", batch_size=16, image_size=(32, 32))
@@ -67,6 +68,19 @@ def train(parallel: DataParallel, tensors: oracle.Arrays, sync: bool, weights: t
         **names.to_torch(jax.device_get(state.variables()), ARCH),
         **{f"momentum {name}": value for name, value in momentum.items()},
     }
+
+
+def dropping(parallel: DataParallel) -> dict[str, Any]:
+    """The parameters of a small network that drops values and images, after STEPS updates."""
+    optimizer = optax.sgd(LR, MOMENTUM)
+    model = tiny.Tiny(dropout=0.5, axis_name=parallel.axis_name)
+    step = parallel.compile(make_train_step(model, optimizer, None, axis_name=parallel.axis_name))
+    state = parallel.replicate(TrainState.create(tiny.variables(), optimizer, with_average=False))
+    for number in range(STEPS):
+        images, labels = tiny.batch(number)
+        example = np.arange(len(labels), dtype=np.int32)
+        state, _ = step(state, {}, parallel.split({"example": example, "image": images, "label": labels}))
+    return tiny.state_dict(jax.device_get(state.variables()))
 
 
 def ddp(tensors: oracle.Arrays, replicas: int) -> tuple[dict[str, Any], list[oracle.Arrays]]:
@@ -117,9 +131,11 @@ def main() -> None:
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         tensors = oracle.state(networks.build(ARCH, CLASSES).double())
         whole = train(DataParallel("pmap", jax.devices()[:1]), tensors, False, WEIGHTS)
+        dropped = dropping(DataParallel("pmap", jax.devices()[:1]))
         for backend in backends:
             for count in counts:
                 parallel = DataParallel(backend, jax.devices()[:count])
+                result[f"drops {backend} {count}"] = worst(dropping(parallel), dropped)
                 result[f"sync {backend} {count}"] = worst(train(parallel, tensors, True, WEIGHTS), whole)
         for backend in backends:
             count = min(max(counts), 4)  # at 8 the last stage would normalise over 2 values

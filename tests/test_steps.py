@@ -29,8 +29,9 @@ from tests.tiny import CLASSES, SIDE, Tiny, compiled
 LR, MOMENTUM, UPDATES, BATCH = 0.1, 0.9, 4, 16
 WEIGHTS = (0.2, 1.0, 3.0, 0.7)
 FROZEN = Tiny(frozen=("",))  # every batch norm on its running statistics
+DROPS = Tiny(dropout=0.5)
 ROUNDING = {"rtol": 1e-10, "atol": 1e-12}  # float64 sums in another order
-MEANING_NOTHING = np.arange(BATCH, dtype=np.int32)
+EXAMPLES = np.arange(BATCH, dtype=np.int32)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def _float64() -> Iterator[None]:
 
 def batch_of(number: int, **more: np.ndarray) -> dict[str, np.ndarray]:
     images, labels = tiny.batch(number, BATCH)
-    return {"example": MEANING_NOTHING, "image": images, "label": labels, **more}
+    return {"example": EXAMPLES, "image": images, "label": labels, **more}
 
 
 def start(ema: float = 0.0) -> tuple[TrainState, optax.GradientTransformation]:
@@ -105,8 +106,9 @@ def test_gradient_accumulation_is_torchs(accumulate: int, options: dict[str, Any
 
 
 def test_micro_batches_are_the_batch_where_batch_norm_stands_still() -> None:
-    whole, parts = (train(FROZEN, accumulate=n) for n in (1, 8))
-    assert_same(parts, whole)
+    for model in (FROZEN, DROPS.clone(frozen=("",))):
+        whole, parts = (train(model, accumulate=n) for n in (1, 8))
+        assert_same(parts, whole)
     assert_same(whole[-1][0].batch_stats, tiny.variables()["batch_stats"])
 
 
@@ -158,6 +160,7 @@ AS_ONE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "frozen": (FROZEN, FROZEN, {}),
     "sync": (Tiny(), Tiny(axis_name="batch"), {}),
     "class weights": (Tiny(), Tiny(axis_name="batch"), {"class_weights": WEIGHTS, "smoothing": 0.2}),
+    "dropout": (DROPS, DROPS.clone(axis_name="batch"), {}),
 }
 
 

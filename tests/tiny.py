@@ -14,7 +14,7 @@ import torch
 
 from jaxsft.models.layers import BatchNorm, Linear
 from jaxsft.models.pooling import global_average_pool
-from jaxsft.models.stochastic import Keys
+from jaxsft.models.stochastic import Dropout, Keys, StochasticDepth
 
 CLASSES, SIDE = 4, 6
 # Half the time of a test is compiling what then runs for milliseconds.
@@ -28,6 +28,7 @@ class Tiny(nn.Module):
     """A 1x1 convolution, batch norm, ReLU, the mean over all pixels, a head: [N, H, W, 3] to [N, classes], float64."""
 
     num_classes: int = CLASSES
+    dropout: float = 0.0  # of each value before the head, and of each image before the pooling
     frozen: tuple[str, ...] = ()
     axis_name: str | None = None
 
@@ -35,7 +36,8 @@ class Tiny(nn.Module):
     def __call__(self, x: jax.Array, train: bool, keys: Keys = None) -> jax.Array:
         x = nn.Dense(5, use_bias=False, name="conv1", param_dtype=jnp.float64)(x)
         norm = BatchNorm(name="bn1", frozen=self.frozen, axis_name=self.axis_name, param_dtype=jnp.float64)
-        x = global_average_pool(nn.relu(norm(x, train)))
+        x = StochasticDepth(self.dropout, name="depth")(nn.relu(norm(x, train)), keys)
+        x = Dropout(self.dropout, name="dropout")(global_average_pool(x), keys)
         return Linear(self.num_classes, param_dtype=jnp.float64, name="fc")(x)
 
 

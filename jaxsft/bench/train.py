@@ -154,14 +154,19 @@ def torchs(args: argparse.Namespace, kind: str, layout: str, compiled: bool = Fa
     """torchvision's model and torch's SGD with momentum, on its GPU where it has one; images are ready and float32."""
     try:
         import torch
-        import torchvision
+        import torchvision  # noqa: F401
     except ImportError:
         raise step.missing("torchvision", "torch") from None
+    from convert.reference import torchvision_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ticket = Ticket(torch.cuda.synchronize if device == "cuda" else lambda: None)
     memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    model = torchvision.models.get_model(args.arch).to(device=device, memory_format=memory).train(kind == "train")
+    model = (
+        torchvision_model(args.arch, step.CLASSES, args.image_size)
+        .to(device=device, memory_format=memory)
+        .train(kind == "train")
+    )
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size).to(device=device, memory_format=memory)
     labels = torch.randint(0, step.CLASSES, (args.batch_size,), device=device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from torch import nn
 from torchvision.models.efficientnet import FusedMBConv, MBConv
 from torchvision.models.mobilenetv2 import InvertedResidual
@@ -27,7 +26,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import StochasticDepth
 
 from convert.make_sample import resnet10_w16
-from jaxsft.cli import UserError
+from convert.reference import torchvision_model
 
 Masks = Mapping[str, tuple[np.ndarray, ...]]  # torch's name of a module -> what each of its calls keeps, bool
 NOT_IN_TORCHVISION: dict[str, Callable[[int], nn.Module]] = {"resnet10_w16": resnet10_w16}
@@ -101,13 +100,8 @@ def build(arch: str, num_classes: int, seed: int = 0, image_size: int = 224) -> 
     torch.manual_seed(seed)
     if arch in NOT_IN_TORCHVISION:
         model = NOT_IN_TORCHVISION[arch](num_classes)
-    elif arch in torchvision.models.list_models():
-        with torch.device("meta"):
-            sized = hasattr(torchvision.models.get_model(arch), "image_size")
-        more = {"image_size": image_size} if sized else {}
-        model = torchvision.models.get_model(arch, num_classes=num_classes, **more)
     else:
-        raise UserError(f"torchvision has no {arch}", "compare one of its own architectures")
+        model = torchvision_model(arch, num_classes, image_size)
     replace(model, nn.Hardsigmoid, lambda module: HardSigmoid())
     for kind in (nn.Dropout, StochasticDepth):
         replace(model, kind, lambda module: Handed(module.p) if module.p else module)
