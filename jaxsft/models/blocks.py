@@ -76,7 +76,7 @@ class SqueezeExcitation(nn.Module):
     activation: Activation = nn.relu
     gate: Activation = nn.sigmoid
     kernel_init: Initializer = kaiming_normal_fan_out
-    bias_init: Initializer = nn.initializers.zeros
+    bias_init: str | Initializer = nn.initializers.zeros  # as a `Conv`'s
     param_dtype: Any = jnp.float32
 
     @nn.compact

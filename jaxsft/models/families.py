@@ -9,12 +9,14 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
-from jaxsft.models import resnet, vgg
+from jaxsft.models import densenet, regnet, resnet, vgg
 from jaxsft.models.family import Family
 
 FAMILIES: list[Family] = [
     resnet.FAMILY,
     vgg.FAMILY,
+    regnet.FAMILY,
+    densenet.FAMILY,
 ]
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}
 for _family in FAMILIES:

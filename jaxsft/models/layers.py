@@ -8,6 +8,7 @@ fresh linear layer.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -43,7 +44,7 @@ class Conv(nn.Module):
     """`torch.nn.Conv2d`: square kernel, one stride, `padding` (None: kernel_size // 2) of zeros on all four sides.
 
     Takes [N, H, W, C_in] and returns [N, H', W', features], H' = (H + 2 * padding - k) // stride + 1. It has a bias
-    where `bias_init` is given, with most of torchvision's zeros.
+    where `bias_init` is given, with most of torchvision's zeros; "torch" draws it as a fresh torch layer does.
     """
 
     features: int
@@ -52,7 +53,7 @@ class Conv(nn.Module):
     groups: int = 1
     padding: int | None = None
     kernel_init: Initializer = kaiming_normal_fan_out
-    bias_init: Initializer | None = None
+    bias_init: str | Initializer | None = None
     param_dtype: Any = jnp.float32
 
     @nn.compact
@@ -68,7 +69,10 @@ class Conv(nn.Module):
         y = conv2d(x, kernel, self.stride, k // 2 if self.padding is None else self.padding, self.groups)
         if self.bias_init is None:
             return y
-        return y + self.param("bias", self.bias_init, (self.features,), self.param_dtype).astype(x.dtype)
+        bias_init = self.bias_init
+        if isinstance(bias_init, str):
+            bias_init = partial(torch_linear_uniform, fan_in=math.prod(shape[:3]))
+        return y + self.param("bias", bias_init, (self.features,), self.param_dtype).astype(x.dtype)
 
 
 class OneValueError(ValueError):
