@@ -10,18 +10,9 @@ from convert import names
 from jaxsft.models.families import ARCHITECTURES
 from jaxsft.models.family import variable_shapes
 
-TEN = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-)
+# All architectures of torchvision's, and a small one of each family and of what is special in it.
+ALL = tuple(arch for arch in ARCHITECTURES if arch in torchvision.models.list_models())
+ONE_EACH = ("resnet18", "resnext50_32x4d", "vgg11", "vgg11_bn", "regnet_x_400mf", "regnet_y_400mf", "densenet121")
 
 
 def torch_model(arch: str, num_classes: int = 10, seed: int = 0) -> torch.nn.Module:

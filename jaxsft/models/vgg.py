@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxsft.models.family import Family
+from jaxsft.models.family import Family, ImageSizeError
 from jaxsft.models.layers import BatchNorm, Conv, Linear, at_least_float32
 from jaxsft.models.pooling import adaptive_average_pool, max_pool
 from jaxsft.models.stochastic import Dropout, Keys
@@ -40,6 +40,9 @@ class VGG(nn.Module):
 
     With `train` batch norm takes the batch's statistics, and with `keys` dropout draws. Logits are float32 at least
     whatever `dtype` (float32, float64, bfloat16) the body computes in.
+
+    Raises:
+      ImageSizeError: nothing of the image would be left.
     """
 
     stages: tuple[tuple[int, ...], ...]
@@ -56,6 +59,8 @@ class VGG(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, keys: Keys = None) -> jax.Array:
+        if min(x.shape[1:3]) < (least := 2 ** len(self.stages)):
+            raise ImageSizeError(f"it must be {least} or more")
         x = x.astype(self.dtype)
         first = 0  # torch counts convolutions, norms, ReLUs and poolings in one row
         for channels in self.stages:
