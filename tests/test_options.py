@@ -44,6 +44,8 @@ TESTS = {
     "model.head": "test_a_head_is_kept_where_its_classes_are_the_datas",
     "model.head_init": "test_the_model_is_the_configs",
     "model.freeze": "test_first_step",
+    "model.dropout": "test_rates_are_torchvisions_or_the_configs",
+    "model.stochastic_depth": "test_rates_are_torchvisions_or_the_configs",
     "model.batch_norm": "test_the_model_is_the_configs",
     "data.source": "test_files_classes_and_order_are_those_of_image_folder",
     "data.data_dir": "test_tfds_and_folder_hold_the_same_images",

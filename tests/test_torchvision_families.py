@@ -1,0 +1,173 @@
+"""Every family computes what torchvision's network of the same shape does, and a broken detail of it is named.
+
+Narrow networks, in float64 where only rounding may differ; dropout and stochastic depth are on, by our masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsft import config as config_module
+from jaxsft.cli import UserError
+from jaxsft.learn.steps import network_keys, step_key
+from jaxsft.models import densenet, regnet, vgg
+from jaxsft.models.families import ARCHITECTURES, family_of
+from jaxsft.models.family import init_variables
+from jaxsft.models.initial import make_model
+from jaxsft.models.stochastic import Dropout
+from jaxsft.parity import compare, networks, oracle, ours
+from jaxsft.parity.__main__ import precision
+from jaxsft.parity.compare import Options
+from jaxsft.parity.table import Row, first_failure
+from tests.narrow import NARROW, SIDE
+
+CLASSES = 10
+DRAWING = {"narrow_vgg": 2, "narrow_vgg_bn": 2}  # how many modules draw, where some do
+
+
+def parts(arch: str, side: int = SIDE, width: int = SIDE) -> tuple[Options, Any, Any, Any]:
+    """What the parts of a comparison take."""
+    options = Options(arch, "float64", steps=2, batch_size=4, image_size=(side, width))
+    torch_model = networks.build(arch, CLASSES, image_size=side).double()
+    model = compare.model_for(options, CLASSES)
+    return options, model, ours.variables(model, oracle.state(torch_model), arch, options.image_size), torch_model
+
+
+def step_rows(options: Options, model: Any, values: Any, torch_model: Any) -> Iterator[Row]:
+    recipe = compare.recipes(CLASSES)[1]
+    return compare.step_rows(options, model, values, torch_model, recipe, ours.evaluator(model, options.arch))
+
+
+@pytest.mark.parametrize("arch", NARROW)
+def test_activations_gradients_and_updates_are_torchs(arch: str) -> None:
+    with precision("float64"):
+        arguments = parts(arch)
+        for part in (compare.eval_rows, compare.train_rows, step_rows):
+            assert (failure := first_failure(part(*arguments))) is None, failure
+        options, model, values, _ = arguments
+        masks = ours.drawer(model, arch, values)(compare.inputs(options, CLASSES, 0).images, 0)
+        assert len(masks) == DRAWING.get(arch, 0)
+
+
+@pytest.mark.parametrize("arch", [arch for arch in NARROW if not family_of(arch).resized])
+def test_odd_sizes(arch: str) -> None:
+    with precision("float64"):
+        assert (failure := first_failure(compare.eval_rows(*parts(arch, 37, 50)))) is None, failure
+
+
+def swapped(module: Any, name: str, by: Any) -> Callable[[pytest.MonkeyPatch], None]:
+    return lambda monkeypatch: monkeypatch.setattr(module, name, by)
+
+
+def wrapped(module: Any, name: str, **fixed: Any) -> Callable[[pytest.MonkeyPatch], None]:
+    """`module.name` with other arguments than it is given."""
+    real = getattr(module, name)
+    return swapped(module, name, lambda *arguments, **named: real(*arguments, **{**named, **fixed}))
+
+
+def zero_padded(x: jax.Array, size: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, size - x.shape[2]), (0, 0)))
+
+
+def newest_first(features: tuple[jax.Array, ...]) -> jax.Array:
+    return jnp.concatenate(features[::-1], -1)
+
+
+# What is broken: the network, how, the part of the comparison that meets it, and the row that must say so first.
+BROKEN: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], Callable[..., Iterator[Row]], str]] = {
+    "pooling of a small image": (
+        "narrow_vgg", swapped(vgg, "adaptive_average_pool", zero_padded), compare.eval_rows,
+        "eval/activation/classifier.0"),
+    "rate of dropout": (
+        "narrow_vgg", swapped(vgg, "Dropout", lambda rate, name: Dropout(0.4, name=name)), compare.train_rows, "train/activation/classifier.3"),
+    "squeeze and excitation's activation": (
+        "narrow_regnet_y", wrapped(regnet, "SqueezeExcitation", activation=jax.nn.silu), compare.eval_rows,
+        "eval/activation/trunk_output.block1.block1-0.f.se.fc2"),
+    "order of the channels": (
+        "narrow_densenet", swapped(densenet, "side_by_side", newest_first), compare.eval_rows,
+        "eval/activation/features.denseblock1.denselayer2.norm1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_detail_is_named(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arch, broken, part, expected = BROKEN[case]
+    broken(monkeypatch)
+    with precision("float64"):
+        first = first_failure(part(*parts(arch)))
+    assert first is not None
+    assert first.name == expected
+
+
+@pytest.mark.parametrize("arch", NARROW)
+def test_precision_recomputation_and_export(arch: str) -> None:
+    """bfloat16 is float32 but for rounding, remat changes no gradient, and a batch of any size can be exported."""
+    model = ARCHITECTURES[arch](num_classes=CLASSES)
+    variables = init_variables(model, 0, SIDE)
+    images = np.random.default_rng(0).standard_normal((4, SIDE, SIDE, 3), np.float32)
+    keys = network_keys(step_key(0, jnp.int32(0)), jnp.arange(4))
+
+    @jax.jit
+    def gradients(params: Any) -> list[Any]:
+        def loss(params: Any, model: Any) -> jax.Array:
+            arguments = {"train": True, "keys": keys, "mutable": ["batch_stats"]}
+            return jnp.square(model.apply({**variables, "params": params}, images, **arguments)[0]).sum()
+
+        return [jax.grad(loss)(params, model.clone(remat=remat)) for remat in (False, True)]
+
+    plain, again = gradients(variables["params"])
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(plain))
+    # the same sums; XLA may contract them otherwise: roundings of float32
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest), plain, again)
+
+    forward = jax.jit(lambda images: [model.clone(dtype=d).apply(variables, images, train=False) for d in DTYPES])
+    exact, rounded = forward(images)
+    assert rounded.dtype == jnp.float32  # the head's
+    # a rounding of bfloat16 is 2^-9, and there are some ten in a row
+    np.testing.assert_allclose(rounded, exact, rtol=0, atol=0.05 * float(jnp.abs(exact).max()))
+
+    shape = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), SIDE, SIDE, 3), jnp.float32)
+    exported = jax.export.export(jax.jit(lambda images: model.apply(variables, images, train=False)))(shape)
+    assert exported.out_avals[0].shape[1] == CLASSES
+
+
+DTYPES = (jnp.float32, jnp.bfloat16)
+
+
+def test_depths_grow_towards_the_head() -> None:
+    """Every parameter has a depth, the least is 0, and none lies above the head."""
+    for arch in NARROW:
+        family = family_of(arch)
+        paths = ["/".join(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes(arch))]
+        depths = {path: family.stage_of(path) for path in paths}
+        assert min(depths.values()) == 0, arch
+        assert max(depths.values()) == family.stage_of(family.head), arch
+
+
+def shapes(arch: str) -> Any:
+    return jax.eval_shape(lambda: init_variables(ARCHITECTURES[arch](num_classes=3), 0, SIDE))["params"]
+
+
+# An architecture, a rate of it, and torchvision's own.
+RATES = (("vgg11", "dropout", 0.5), ("densenet121", "dropout", 0.0))
+
+
+def test_rates_are_torchvisions_or_the_configs() -> None:
+    for arch, name, own in RATES:
+        config = config_module.default()
+        config.model.arch = arch
+        assert getattr(make_model(config, 3), name) == own, arch
+        config.model[name] = 0.25
+        assert getattr(make_model(config, 3), name) == 0.25, arch
+    for name in ("dropout", "stochastic_depth"):
+        config = config_module.default()
+        config.model[name] = 0.1
+        with pytest.raises(UserError, match=f"config.model.{name} is 0.1, and resnet18 has none"):
+            make_model(config, 3)
