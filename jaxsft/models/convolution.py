@@ -68,7 +68,7 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: i
       kernel: [k, k, C_in / groups, C_out] of the same dtype.
       stride: of both directions.
       padding: at least 0.
-      groups: with more than one it is the plain convolution on every device.
+      groups: of channels, that do not see each other: C_out / groups of the output see C_in / groups of `x`.
 
     Returns:
       [N, H', W', C_out] of x's dtype, H' = (H + 2 * padding - k) // stride + 1.
@@ -81,12 +81,15 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: i
         raise ValueError(f"conv2d: kernel {kernel.shape} with {groups} groups does not fit images {x.shape}")
     if min(x.shape[1:3]) + 2 * padding < k:
         raise ValueError(f"conv2d: kernel {kernel.shape} is larger than images {x.shape} padded by {padding}")
+    kernel = vary_like(kernel, x)
     if groups > 1:
-        return _plain(x, kernel, stride, padding, groups)
-    return _conv2d(x, _vary_like(kernel, x), stride, padding)
+        from jaxsft.models.grouped import conv2d_grouped  # which is made of what is here
+
+        return conv2d_grouped(x, kernel, stride, padding, groups)
+    return _conv2d(x, kernel, stride, padding)
 
 
-def _plain(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int = 1) -> jax.Array:
+def plain(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int = 1) -> jax.Array:
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -97,7 +100,7 @@ def _plain(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: i
     )
 
 
-def _vary_like(kernel: jax.Array, x: jax.Array) -> jax.Array:
+def vary_like(kernel: jax.Array, x: jax.Array) -> jax.Array:
     """Mark `kernel` as differing between the devices where `x` does: under shard_map's check_vma a custom gradient
     must have its argument's type, and the kernel's differs from device to device before it is summed over them."""
 
@@ -114,8 +117,8 @@ def _conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.A
     return lax.platform_dependent(
         x,
         kernel,
-        cpu=lambda x, kernel: _wide(_forward, x.dtype, stride, padding)(x, kernel),
-        default=lambda x, kernel: _plain(x, kernel, stride, padding),
+        cpu=lambda x, kernel: wide(forward, x.dtype, stride, padding)(x, kernel),
+        default=lambda x, kernel: plain(x, kernel, stride, padding),
     )
 
 
@@ -125,11 +128,11 @@ def _conv2d_fwd(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> t
 
 def _conv2d_bwd(stride: int, padding: int, saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     def cpu(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-        by_image = _wide(_gradient_by_image, x.dtype, stride, padding)(x, kernel, dy)
-        return by_image, _wide(_gradient_by_kernel, x.dtype, stride, padding)(x, kernel, dy)
+        by_image = wide(gradient_by_image, x.dtype, stride, padding)(x, kernel, dy)
+        return by_image, wide(gradient_by_kernel, x.dtype, stride, padding)(x, kernel, dy)
 
     def default(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jax.vjp(lambda x, kernel: _plain(x, kernel, stride, padding), x, kernel)[1](dy)
+        return jax.vjp(lambda x, kernel: plain(x, kernel, stride, padding), x, kernel)[1](dy)
 
     return lax.platform_dependent(*saved, dy, cpu=cpu, default=default)
 
@@ -137,10 +140,10 @@ def _conv2d_bwd(stride: int, padding: int, saved: tuple, dy: jax.Array) -> tuple
 _conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
 
 
-def _wide(function: Callable[..., jax.Array], dtype: Any, stride: int, padding: int) -> Callable[..., jax.Array]:
+def wide(function: Callable[..., jax.Array], dtype: Any, *geometry: int) -> Callable[..., jax.Array]:
     """`function` on the CPU computed in float32 at least: bfloat16 is rounded once, at the end."""
-    wide = jnp.promote_types(dtype, jnp.float32)
-    return lambda *arrays: function(*(a.astype(wide) for a in arrays), stride, padding).astype(dtype)
+    precise = jnp.promote_types(dtype, jnp.float32)
+    return lambda *arrays: function(*(a.astype(precise) for a in arrays), *geometry).astype(dtype)
 
 
 # The rule (numbers above)
@@ -161,26 +164,26 @@ def _is_tiny(x_shape: Sequence[int], k_shape: Sequence[int]) -> bool:
     return min(x_shape[1:3]) <= k_shape[0] + 1
 
 
-def _forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+def forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
     if _winograd_pays(x.shape, kernel.shape, stride, padding):
         return _winograd(x, kernel)
     if kernel.shape[0] == 1 or x.shape[3] >= 128 or _is_tiny(x.shape, kernel.shape):
         return _dots(x, kernel, stride, padding)
-    return _plain(x, kernel, stride, padding)
+    return plain(x, kernel, stride, padding)
 
 
-def _gradient_by_image(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, padding: int) -> jax.Array:
+def gradient_by_image(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, padding: int) -> jax.Array:
     if _winograd_pays(x.shape, kernel.shape, stride, padding):
         return _winograd(dy, kernel, transposed=True)
     if kernel.shape[0] == 1 or (stride > 1 and x.shape[3] >= 16) or _is_tiny(x.shape, kernel.shape):
         return jax.linear_transpose(lambda x: _dots(x, kernel, stride, padding), x)(dy)[0]
     if stride == 1 and padding < kernel.shape[0]:
         # A convolution again, and said so: XLA's own transpose is as fast, but in a lax.scan eight times slower.
-        return _plain(dy, kernel[::-1, ::-1].swapaxes(2, 3), 1, kernel.shape[0] - 1 - padding)
-    return jax.linear_transpose(lambda x: _plain(x, kernel, stride, padding), x)(dy)[0]
+        return plain(dy, kernel[::-1, ::-1].swapaxes(2, 3), 1, kernel.shape[0] - 1 - padding)
+    return jax.linear_transpose(lambda x: plain(x, kernel, stride, padding), x)(dy)[0]
 
 
-def _gradient_by_kernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, padding: int) -> jax.Array:
+def gradient_by_kernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, padding: int) -> jax.Array:
     if _winograd_pays(x.shape, kernel.shape, stride, padding):
         return _winograd_by_kernel(x, dy)
     if kernel.shape[0] == 1 or x.shape[3] >= 16 or _is_tiny(x.shape, kernel.shape):
@@ -191,13 +194,13 @@ def _gradient_by_kernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: 
 # Sum of dots
 
 
-def _window(x: jax.Array, top: int, left: int, height: int, width: int, stride: int) -> jax.Array:
+def window(x: jax.Array, top: int, left: int, height: int, width: int, stride: int) -> jax.Array:
     """[N, height, width, C]: every `stride`-th pixel of `x` from (top, left) on."""
     stop = (x.shape[0], top + (height - 1) * stride + 1, left + (width - 1) * stride + 1, x.shape[3])
     return lax.slice(x, (0, top, left, 0), stop, (1, stride, stride, 1))
 
 
-def _seen(k: int, stride: int, padding: int, size: int) -> list[tuple[int, int, int, int]]:
+def seen_taps(k: int, stride: int, padding: int, size: int) -> list[tuple[int, int, int, int]]:
     """Of each tap along one axis that sees the image: (tap, first output, outputs, first pixel seen)."""
     outputs, taps = (size + 2 * padding - k) // stride + 1, []
     for tap in range(k):
@@ -215,9 +218,9 @@ def _dots(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Arr
     n, h, w, _ = x.shape
     height, width = (h + 2 * padding - k) // stride + 1, (w + 2 * padding - k) // stride + 1
     zero, total = np.zeros((), x.dtype), jnp.zeros((n, height, width, c_out), x.dtype)
-    for i, row, rows, top in _seen(k, stride, padding, h):
-        for j, column, columns, left in _seen(k, stride, padding, w):
-            part = _window(x, top, left, rows, columns, stride).reshape(-1, c_in) @ kernel[i, j]
+    for i, row, rows, top in seen_taps(k, stride, padding, h):
+        for j, column, columns, left in seen_taps(k, stride, padding, w):
+            part = window(x, top, left, rows, columns, stride).reshape(-1, c_in) @ kernel[i, j]
             border = (row, height - row - rows, 0), (column, width - column - columns, 0)
             total += lax.pad(part.reshape(n, rows, columns, c_out), zero, ((0, 0, 0), *border, (0, 0, 0)))
     return total
@@ -227,10 +230,10 @@ def _dots_by_kernel(x: jax.Array, k: int, dy: jax.Array, stride: int, padding: i
     """The transpose of `_dots` by its kernel."""
     c_in, c_out = x.shape[3], dy.shape[3]
     grid = [[jnp.zeros((c_in, c_out), x.dtype)] * k for _ in range(k)]
-    for i, row, rows, top in _seen(k, stride, padding, x.shape[1]):
-        for j, column, columns, left in _seen(k, stride, padding, x.shape[2]):
-            seen = _window(x, top, left, rows, columns, stride).reshape(-1, c_in)
-            grid[i][j] = _products(seen, _window(dy, row, column, rows, columns, 1).reshape(-1, c_out))
+    for i, row, rows, top in seen_taps(k, stride, padding, x.shape[1]):
+        for j, column, columns, left in seen_taps(k, stride, padding, x.shape[2]):
+            seen = window(x, top, left, rows, columns, stride).reshape(-1, c_in)
+            grid[i][j] = _products(seen, window(dy, row, column, rows, columns, 1).reshape(-1, c_out))
     return jnp.stack([jnp.stack(row) for row in grid])
 
 
@@ -303,7 +306,7 @@ def _input_tiles(x: jax.Array) -> tuple[list[list[jax.Array]], int, int]:
     return [_combine(BT, [cut(row, j) for j in range(4)]) for row in rows], tall, wide
 
 
-def _interleave(images: Sequence[Sequence[jax.Array]], height: int, width: int) -> jax.Array:
+def interleave(images: Sequence[Sequence[jax.Array]], height: int, width: int) -> jax.Array:
     """The [N, height, width, C] whose pixel (s * u + i, s * v + j) is images[i][j][:, u, v]."""
     n, h, w, c = images[0][0].shape
     s = len(images)
@@ -325,7 +328,7 @@ def _winograd(x: jax.Array, kernel: jax.Array, transposed: bool = False) -> jax.
         products = [[lax.dot_general(d.reshape(-1, c), g, axes) for d, g in zip(*pair)] for pair in zip(data, taps)]
         columns = [_combine(AT, column) for column in zip(*products)]
         tiles = lax.optimization_barrier([_combine(AT, row) for row in zip(*columns)])
-        return _interleave([[tile.reshape(n, tall, wide, -1) for tile in row] for row in tiles], h, w)
+        return interleave([[tile.reshape(n, tall, wide, -1) for tile in row] for row in tiles], h, w)
 
     parts = _split(x)
     if len(parts) == 1:
@@ -344,7 +347,7 @@ def _winograd_by_kernel(x: jax.Array, dy: jax.Array) -> jax.Array:
         if (tall * TILE, wide * TILE) != (h, w):
             dy = jnp.pad(dy, ((0, 0), (0, tall * TILE - h), (0, wide * TILE - w), (0, 0)))
             dy = lax.optimization_barrier(dy)
-        corners = [[_window(dy, i, j, tall, wide, TILE) for j in range(TILE)] for i in range(TILE)]
+        corners = [[window(dy, i, j, tall, wide, TILE) for j in range(TILE)] for i in range(TILE)]
         rows = zip(data, _combine_both(transposed_at, corners))
         flat = lambda tile: tile.reshape(-1, tile.shape[-1])
         return jnp.stack([_products(flat(d), flat(y)) for row in rows for d, y in zip(*row)])
@@ -361,7 +364,7 @@ def _sum_of_parts(some: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Arra
         return some(x, dy)
     parts_dy = dy.reshape(*parts.shape[:2], *dy.shape[1:])
     shape = jax.eval_shape(some, parts[0], parts_dy[0]).shape
-    zero = _vary_like(jnp.zeros(shape, x.dtype), x)
+    zero = vary_like(jnp.zeros(shape, x.dtype), x)
     return lax.scan(lambda total, part: (total + some(*part), None), zero, (parts, parts_dy))[0]
 
 
