@@ -9,12 +9,15 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
-from jaxsft.models import resnet, vgg
+from jaxsft.models import efficientnet, mobilenetv2, mobilenetv3, resnet, vgg
 from jaxsft.models.family import Family
 
 FAMILIES: list[Family] = [
     resnet.FAMILY,
     vgg.FAMILY,
+    mobilenetv2.FAMILY,
+    mobilenetv3.FAMILY,
+    efficientnet.FAMILY,
 ]
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}
 for _family in FAMILIES:
