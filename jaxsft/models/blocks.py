@@ -5,6 +5,7 @@ Activations are torch's, with its gradients: at the bends of relu6 none passes, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsft.models.layers import BatchNorm, Conv, Initializer, at_least_float32, kaiming_normal_fan_out, pointwise
+from jaxsft.models.stochastic import Keys, StochasticDepth
 
 Activation = Callable[[jax.Array], jax.Array]
 gelu: Activation = partial(nn.gelu, approximate=False)  # Flax's default is the tanh form, torch's the exact one
@@ -87,3 +89,45 @@ class SqueezeExcitation(nn.Module):
         mean = at_least_float32(x).mean((1, 2), keepdims=True).astype(x.dtype)
         y = self.activation(conv(self.squeeze, name="fc1")(mean))
         return x * self.gate(conv(x.shape[-1], name="fc2")(y))
+
+
+def to_eights(channels: float) -> int:
+    """The multiple of 8 next to `channels`, halves upwards, at least 8; the one above where it lacks over a tenth."""
+    nearest = max(8, int(channels + 4) // 8 * 8)
+    return nearest if nearest >= 0.9 * channels else nearest + 8
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV3's and EfficientNet's block: widen, depthwise, squeeze and excite, narrow; a shortcut where it can be.
+
+    Takes [N, H, W, C] and returns [N, H / stride, W / stride, features], rounded up. Modules "block.0", "block.1", ...
+    count those that there are; "stochastic_depth", where there is a rate, comes before the shortcut is added.
+    """
+
+    features: int
+    expanded: int  # channels of the depthwise convolution; if the input has as many nothing widens
+    kernel_size: int
+    norm: Callable[..., BatchNorm]
+    activation: Activation
+    stride: int = 1
+    squeeze: Callable[..., SqueezeExcitation] | None = None
+    rate: float | None = None  # of stochastic depth; None: the block has none
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, keys: Keys = None) -> jax.Array:
+        conv = partial(ConvNorm, norm=self.norm, param_dtype=self.param_dtype)
+        names = (f"block.{number}" for number in itertools.count())
+        y = x
+        if self.expanded != x.shape[-1]:
+            y = conv(self.expanded, 1, activation=self.activation, name=next(names))(y, train)
+        depthwise = partial(conv, self.expanded, self.kernel_size, stride=self.stride, groups=self.expanded)
+        y = depthwise(activation=self.activation, name=next(names))(y, train)
+        if self.squeeze is not None:
+            y = self.squeeze(param_dtype=self.param_dtype, name=next(names))(y)
+        y = conv(self.features, 1, name=next(names))(y, train)
+        if self.stride != 1 or x.shape[-1] != self.features:
+            return y
+        if self.rate is not None:
+            y = StochasticDepth(self.rate, name="stochastic_depth")(y, keys)
+        return x + y

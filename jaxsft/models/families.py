@@ -9,12 +9,15 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
-from jaxsft.models import densenet, regnet, resnet, vgg
+from jaxsft.models import densenet, efficientnet, mobilenetv2, mobilenetv3, regnet, resnet, vgg
 from jaxsft.models.family import Family
 
 FAMILIES: list[Family] = [
     resnet.FAMILY,
     vgg.FAMILY,
+    mobilenetv2.FAMILY,
+    mobilenetv3.FAMILY,
+    efficientnet.FAMILY,
     regnet.FAMILY,
     densenet.FAMILY,
 ]
