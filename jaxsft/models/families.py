@@ -9,12 +9,14 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
-from jaxsft.models import resnet, vgg
+from jaxsft.models import convnext, resnet, vgg, vision_transformer
 from jaxsft.models.family import Family
 
 FAMILIES: list[Family] = [
     resnet.FAMILY,
     vgg.FAMILY,
+    convnext.FAMILY,
+    vision_transformer.FAMILY,
 ]
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}
 for _family in FAMILIES:
