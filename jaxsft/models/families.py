@@ -9,7 +9,17 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
-from jaxsft.models import densenet, efficientnet, mobilenetv2, mobilenetv3, regnet, resnet, vgg
+from jaxsft.models import (
+    convnext,
+    densenet,
+    efficientnet,
+    mobilenetv2,
+    mobilenetv3,
+    regnet,
+    resnet,
+    vgg,
+    vision_transformer,
+)
 from jaxsft.models.family import Family
 
 FAMILIES: list[Family] = [
@@ -20,6 +30,8 @@ FAMILIES: list[Family] = [
     efficientnet.FAMILY,
     regnet.FAMILY,
     densenet.FAMILY,
+    convnext.FAMILY,
+    vision_transformer.FAMILY,
 ]
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}
 for _family in FAMILIES:
