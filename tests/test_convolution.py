@@ -48,6 +48,8 @@ SHAPES = {
     "stem, image smaller than the kernel": (2, 4, 5, 3, 8, 7, 2, 3, 1),
     "stem, one pixel": (1, 1, 1, 3, 8, 7, 2, 3, 1),
     "stride larger than the kernel": (2, 9, 8, 20, 8, 2, 3, 0, 1),
+    "patches": (2, 12, 8, 3, 8, 4, 4, 0, 1),
+    "patches, left over": (2, 7, 9, 5, 6, 2, 2, 0, 1),
     "5x5, stride 3": (2, 5, 6, 20, 8, 5, 3, 2, 1),
     "no padding": (1, 8, 8, 128, 128, 3, 1, 0, 1),
     "wide padding": (2, 3, 3, 16, 16, 3, 1, 2, 1),

@@ -86,7 +86,8 @@ BROKEN: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], Callable[...,
         "narrow_vgg", swapped(vgg, "adaptive_average_pool", zero_padded), compare.eval_rows,
         "eval/activation/classifier.0"),
     "rate of dropout": (
-        "narrow_vgg", swapped(vgg, "Dropout", lambda rate, name: Dropout(0.4, name=name)), compare.train_rows, "train/activation/classifier.3"),
+        "narrow_vgg", swapped(vgg, "Dropout", lambda rate, name: Dropout(0.4, name=name)), compare.train_rows,
+        "train/activation/classifier.3"),
     "squeeze and excitation's activation": (
         "narrow_regnet_y", wrapped(regnet, "SqueezeExcitation", activation=jax.nn.silu), compare.eval_rows,
         "eval/activation/trunk_output.block1.block1-0.f.se.fc2"),

@@ -45,6 +45,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxsft.models import patches
+
 # Winograd's F(2x2, 3x3), Lavin & Gray 2015 (arXiv:1509.09308): a 2x2 tile of outputs from a 4x4 tile of inputs by 16
 # products for each pair of channels instead of 36, y = AT [(G g G^T) * (BT d BT^T)] AT^T. All entries are 0, 1, 1/2, so
 # that the error stays that of the direct sum: 5e-7 of the largest value in float32 (direct: 3e-7), 1e-15 in float64.
@@ -165,6 +167,8 @@ def _is_tiny(x_shape: Sequence[int], k_shape: Sequence[int]) -> bool:
 
 
 def forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    if patches.lie_side_by_side(kernel.shape, stride, padding):
+        return patches.forward(x, kernel)
     if _winograd_pays(x.shape, kernel.shape, stride, padding):
         return _winograd(x, kernel)
     if kernel.shape[0] == 1 or x.shape[3] >= 128 or _is_tiny(x.shape, kernel.shape):
@@ -173,6 +177,8 @@ def forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.A
 
 
 def gradient_by_image(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, padding: int) -> jax.Array:
+    if patches.lie_side_by_side(kernel.shape, stride, padding):
+        return patches.gradient_by_image(x, kernel, dy)
     if _winograd_pays(x.shape, kernel.shape, stride, padding):
         return _winograd(dy, kernel, transposed=True)
     if kernel.shape[0] == 1 or (stride > 1 and x.shape[3] >= 16) or _is_tiny(x.shape, kernel.shape):
@@ -184,6 +190,8 @@ def gradient_by_image(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: in
 
 
 def gradient_by_kernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, padding: int) -> jax.Array:
+    if patches.lie_side_by_side(kernel.shape, stride, padding):
+        return patches.gradient_by_kernel(x, kernel.shape[0], dy)
     if _winograd_pays(x.shape, kernel.shape, stride, padding):
         return _winograd_by_kernel(x, dy)
     if kernel.shape[0] == 1 or x.shape[3] >= 16 or _is_tiny(x.shape, kernel.shape):
