@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
-from jaxsft.models import convnext, resnet, vgg, vision_transformer
+from jaxsft.models import convnext, resnet, swin_transformer, vgg, vision_transformer
 from jaxsft.models.family import Family
 
 FAMILIES: list[Family] = [
@@ -17,6 +17,7 @@ FAMILIES: list[Family] = [
     vgg.FAMILY,
     convnext.FAMILY,
     vision_transformer.FAMILY,
+    swin_transformer.FAMILY,
 ]
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}
 for _family in FAMILIES:
