@@ -209,7 +209,7 @@ def test_depth_and_kinds_are_the_familys() -> None:
     config.model.arch, config.optim.layer_decay = "plain", 0.5
     params = variable_shapes(Plain(3))["params"]
     paths = [f"{module}/{leaf}" for module, leaves in params.items() for leaf in leaves]
-    rates = {path: trainable.lr_multiplier(config, path) for path in paths}
+    rates = {path: trainable.lr_multiplier(config, path, paths) for path in paths}
     assert rates["features.0/kernel"] == 0.25
     assert rates["features.1/layer_scale"] == 0.5
     assert rates["classifier.1/bias"] == 1.0

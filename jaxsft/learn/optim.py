@@ -30,7 +30,7 @@ def make_optimizer(config: ConfigDict, params: Any, rate: Schedule) -> optax.Gra
     chain = optax.chain(
         clip_by_norm(config.optim.clip_norm) if config.optim.clip_norm else optax.identity(),
         *update_rule(config, rate),
-        scale_by_path(lambda path: trainable.lr_multiplier(config, path)),
+        scale_by_path(lambda path: trainable.lr_multiplier(config, path, frozen)),
     )
     if not any(frozen.values()):
         return chain

@@ -43,11 +43,16 @@ def check_patterns(key: str, patterns: Iterable[str], paths: list[str]) -> None:
             )
 
 
-def lr_multiplier(config: ConfigDict, path: str) -> float:
-    """The factor on the rate of one parameter: its pattern's of lr_multipliers times its stage's of layer_decay."""
+def lr_multiplier(config: ConfigDict, path: str, paths: Iterable[str]) -> float:
+    """The factor on the rate of one parameter: its pattern's of lr_multipliers times its stage's of layer_decay.
+
+    `paths` are all parameters of the network. Its stages are counted from the head down, those that it has: the numbers
+    of a family's leave room for its deepest network.
+    """
     own = next((factor for pattern, factor in config.optim.lr_multipliers if re.search(pattern, path)), 1.0)
-    family = family_of(config.model.arch)
-    return float(own * config.optim.layer_decay ** (family.stage_of(family.head) - family.stage_of(path)))
+    stage_of = family_of(config.model.arch).stage_of
+    above = {stage for stage in map(stage_of, paths) if stage > stage_of(path)}
+    return float(own * config.optim.layer_decay ** len(above))
 
 
 def decays(config: ConfigDict, path: str, paths: Collection[str]) -> bool:

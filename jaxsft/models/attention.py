@@ -23,10 +23,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = No
     takes the softmax in float32 of float64 too.
     """
     dtype = jnp.promote_types(v.dtype, jnp.float32)
-    logits = jnp.einsum("...qhc,...khc->...hqk", q, k, preferred_element_type=dtype)
+    # Said as transposes: left to the products, XLA:CPU took 95 ms for 8 images of ViT-B/16 instead of 45.
+    q, k, v = (x.swapaxes(-3, -2) for x in (q, k, v))
+    logits = jnp.einsum("...qc,...kc->...qk", q, k, preferred_element_type=dtype)
     if bias is not None:
         logits = logits + bias.astype(dtype)
-    return jnp.einsum("...hqk,...khc->...qhc", nn.softmax(logits).astype(v.dtype), v)
+    return jnp.einsum("...qk,...kc->...qc", nn.softmax(logits).astype(v.dtype), v).swapaxes(-3, -2)
 
 
 class MLP(nn.Module):

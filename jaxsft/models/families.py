@@ -17,6 +17,7 @@ from jaxsft.models import (
     mobilenetv3,
     regnet,
     resnet,
+    swin_transformer,
     vgg,
     vision_transformer,
 )
@@ -32,6 +33,7 @@ FAMILIES: list[Family] = [
     densenet.FAMILY,
     convnext.FAMILY,
     vision_transformer.FAMILY,
+    swin_transformer.FAMILY,
 ]
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}
 for _family in FAMILIES:

@@ -48,7 +48,8 @@ class Family:
 
     architectures: Mapping[str, Callable[..., nn.Module]]  # as torchvision calls them
     head: str  # the output layer, a module of the network itself; also its name in torch
-    stage_of: Callable[[str], int]  # how deep a path lies, for layer-wise learning rates; the head's is the largest
+    # How deep a path lies, for layer-wise learning rates: numbers that grow towards the head, perhaps with gaps.
+    stage_of: Callable[[str], int]
     torch_name: Callable[[str], str] = dotted  # of a module's path, such as layer1_0/conv1
     # Of an architecture: those tensors of torch's state_dict that follow from it alone, and are no variables here.
     constants: Callable[[str], Mapping[str, np.ndarray]] = lambda arch: {}

@@ -1,8 +1,8 @@
 """A convolution whose windows lie side by side, as a network's cutting of an image into patches: one matrix product.
 
 Its stride is its kernel's side and nothing is padded, so that each pixel is seen once: the image is laid out patch by
-patch, [N, H / k, W / k, k * k * C], which the kernel takes as a matrix. What is left over at the right and the bottom is
-not seen.
+patch, [N, H / k, W / k, k * k * C], which the kernel takes as a matrix. What is left over at the right and the bottom
+is not seen.
 """
 
 from __future__ import annotations
