@@ -150,16 +150,21 @@ def stage_of(path: str) -> int:
 
 @functools.cache
 def constants(arch: str) -> Mapping[str, np.ndarray]:
+    """What torch's state_dict of an architecture holds beside variables."""
+    return tables(ARCHITECTURES[arch])
+
+
+def tables(architecture: partial[SwinTransformer]) -> Mapping[str, np.ndarray]:
     """Of every block torch's state_dict has the tables by which windows.py finds a bias."""
-    attention, window, _, depths, *_ = ARCHITECTURES[arch].args
-    tables = {"relative_position_index": relative_index(window)}
+    attention, window, _, depths, *_ = architecture.args
+    found = {"relative_position_index": relative_index(window)}
     if attention.version == 2:
-        tables["relative_coords_table"] = relative_coordinates(window)
+        found["relative_coords_table"] = relative_coordinates(window)
     return {
         f"features.{2 * stage + 1}.{index}.attn.{name}": table
         for stage, depth in enumerate(depths)
         for index in range(depth)
-        for name, table in tables.items()
+        for name, table in found.items()
     }
 
 
