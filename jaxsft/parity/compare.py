@@ -17,9 +17,6 @@ from jaxsft.parity.oracle import Arrays, Recipe
 from jaxsft.parity.table import Row, compared, held, identical, tolerance
 
 BLIND = 1e-3  # of the largest logit: where the images of a batch differ by less, an error could hide
-# Of the network's largest gradient: where all of a parameter's are smaller, float64 would not tell them from roundings.
-# In float32 roundings are as large, and only a zero is one.
-UNSEEN = {"float64": 1e-9, "float32": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,22 +114,32 @@ def train_rows(options: Options, model: Module, values: dict, torch_model: nn.Mo
     buffers = oracle.state(torch_model)
     yield from state_rows("train", found.buffers, {k: buffers[k] for k in found.buffers}, "", options.dtype)
     plain = oracle.loss(logits, batch.labels, 0.0, ())
-    yield from gradient_rows(options, found.gradients, oracle.gradients(torch_model, plain))
+    expected = oracle.gradients(torch_model, plain)
+    yield from gradient_rows(options, found.gradients, expected, torch_model, found.masks)
 
 
-def gradient_rows(options: Options, found: Arrays, expected: Arrays) -> Iterator[Row]:
+def gradient_rows(
+    options: Options, found: Arrays, expected: Arrays, torch_model: nn.Module, masks: networks.Masks
+) -> Iterator[Row]:
     """Every parameter's gradient, and whether the loss depends on every parameter that it can depend on.
 
-    What is zero by mathematics is a rounding on both sides: it is held relative to the network's largest gradient.
+    A gradient that is zero by mathematics is a rounding on both sides, and has a row of its own kind: it is held
+    relative to the network's largest.
     """
     allowed, coarse = tolerance("gradient", options.dtype), options.dtype == "float32"
     largest = max(float(np.abs(value).max(initial=0)) for value in expected.values())
-    zero = networks.vanishing(options.arch, expected)
+    # In float32 a rounding may be as large as a gradient: only what is 0 is known to be none.
+    least = 0.0 if coarse else oracle.SEEN * largest
+    unseen = [name for name, value in expected.items() if not np.abs(value).max(initial=0) > least]
+    images = inputs(options, len(found[f"{family_of(options.arch).head}.bias"]), 0).images
+    zero = oracle.taken_away(torch_model, images, masks, unseen) if unseen and not coarse else set()
     for name, value in expected.items():
-        scale = largest if coarse or name in zero else None
-        yield compared(f"train/gradient/{name}", found[name], value, allowed, scale)
-    unseen = [k for k, v in expected.items() if k not in zero and not np.abs(v).max() > UNSEEN[options.dtype] * largest]
-    yield held("train/loss depends on every parameter", not unseen, f"not on {', '.join(unseen)}")
+        kind = "gradient that batch norm takes away" if name in zero else "gradient"
+        yield compared(
+            f"train/{kind}/{name}", found[name], value, allowed, largest if coarse or zero & {name} else None
+        )
+    hidden = ", ".join(name for name in unseen if name not in zero)
+    yield held("train/loss depends on every parameter", not hidden, f"not on {hidden}")
 
 
 def activation_rows(phase: str, found: Arrays, expected: Arrays, options: Options) -> Iterator[Row]:

@@ -11,7 +11,6 @@ asserts that the logits depend on the image and the loss on every parameter. Wha
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,12 +50,6 @@ OWN: dict[str, Callable[[torch.Tensor], Any]] = {
     "pos_embedding": lambda p: p.normal_(0, 0.5),
     "relative_position_bias_table": lambda p: p.normal_(0, 0.5),
 }
-# Of an architecture: parameters whose gradient in training is zero by mathematics, for batch norm subtracts the mean.
-# A bias of a convolution before it; and of a linear bottleneck the last norm's, which the next 1x1 convolution takes on
-# to its own batch norm.
-VANISHING = {
-    r"vgg\d+_bn|vgg_bn": r"features\.\d+\.bias",
-}
 
 
 class HardSigmoid(nn.Module):
@@ -82,7 +75,7 @@ def hand(model: nn.Module, masks: Masks) -> None:
     """Give a network what its next pass in training keeps."""
     for name, module in model.named_modules():
         if isinstance(module, Handed):
-            module.masks = [torch.from_numpy(mask.copy()) for mask in masks[name]]
+            module.masks = [torch.from_numpy(mask.copy()) for mask in masks.get(name, ())]
 
 
 def build(arch: str, num_classes: int, seed: int = 0, image_size: int = 224) -> nn.Module:
@@ -144,9 +137,3 @@ def stir(model: nn.Module) -> None:
         else:
             for name, parameter in module.named_parameters(recurse=False):
                 OWN[name](parameter)
-
-
-def vanishing(arch: str, names: Any) -> set[str]:
-    """Those of a network's parameters whose gradient in training is zero by mathematics."""
-    patterns = [names_ for archs, names_ in VANISHING.items() if re.fullmatch(archs, arch)]
-    return {name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns)}

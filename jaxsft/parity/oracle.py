@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +21,7 @@ Batches = list[tuple[np.ndarray, np.ndarray, Masks]]  # images, labels, and what
 CHANNELS_LAST = (
     nn.Linear, MLP, swin.SwinTransformerBlock, swin.ShiftedWindowAttention, swin.PatchMerging, swin.PatchMergingV2,
 )  # fmt: skip
+SEEN = 1e-9  # of the largest, in float64: less is a rounding
 DRAWS = (nn.Dropout, StochasticDepth, Handed)
 
 
@@ -87,6 +88,25 @@ def gradients(model: nn.Module, value: torch.Tensor) -> Arrays:
     model.zero_grad()
     value.backward()
     return {name: p.grad.numpy().copy() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def taken_away(model: nn.Module, images: np.ndarray, masks: Masks, names: Collection[str]) -> set[str]:
+    """Those of the parameters `names` that change the logits in evaluation, and in training not at all.
+
+    Such are biases that a batch norm later subtracts with the mean: of a convolution before it, or of the norm at the
+    end of a linear bottleneck, which the next 1x1 convolution hands on to its own. All are moved at once.
+    """
+    before = state(model)
+    evaluated, _ = activations(model, images, False)
+    seen = gradients(model, evaluated.square().sum())
+    least = SEEN * max(float(np.abs(value).max(initial=0)) for value in seen.values())
+    logits, _ = activations(model, images, True, masks=masks)
+    load(model, before | {name: before[name] + 1 for name in names})
+    moved, _ = activations(model, images, True, masks=masks)
+    load(model, before)
+    if (moved - logits).abs().max() > SEEN * logits.abs().max():
+        return set()
+    return {name for name in names if np.abs(seen[name]).max() > least}
 
 
 @dataclasses.dataclass(frozen=True)
