@@ -1,6 +1,33 @@
 """A grouped convolution that is fast on the CPU too: sums of shifted images for narrow groups, dense ones for wide.
 
-Narrow: depthwise, and up to 4 channels a group.
+XLA:CPU computes a grouped convolution in scalar loops, a hundred times too slow for some gradients. Depthwise, and up
+to 4 channels a group, it is a sum over taps of the shifted image times a vector of C values, which one fused loop does
+without storing a product. Wider groups are dense convolutions one after the other. Milliseconds of one core's time, for
+forward, gradient by the image and by the kernel together, float32, 16 images, two cores with AVX2 that other programs
+shared; torch 2.14 in the better of its two layouts:
+
+| side, channels, kernel, stride, channels a group |  xla | ours | torch |
+|--------------------------------------------------|------|------|-------|
+| 24,   96, 7, 1, 1                                |  636 | 13.9 |  16.4 |
+|  6,  384, 7, 1, 1                                |  440 |  6.3 |  15.9 |
+|  3,  768, 7, 1, 1                                |  465 |  1.4 |  22.5 |
+| 48,   96, 3, 2, 1                                |  650 |  8.9 |   7.5 |
+| 24,  144, 3, 1, 1                                |  270 |  7.1 |   7.1 |
+| 24,  144, 3, 2, 1                                |  245 |  3.6 |   2.7 |
+| 12,  240, 5, 1, 1                                |  231 |  6.3 |   8.9 |
+|  6,  576, 3, 1, 1                                |    - |  1.6 |   1.0 |
+|  6,  672, 5, 2, 1                                |  315 |  1.3 |   4.3 |
+| 24,  128, 3, 1, 4                                |    - | 17.8 |  24.6 |
+| 24,  128, 3, 2, 4                                |    - |  6.1 |   6.2 |
+| 12,  256, 3, 1, 8                                |    - | 24.5 |  10.1 |
+| 12,  512, 3, 2, 16                               |    - | 17.7 |  13.2 |
+|  6,  512, 3, 1, 16                               | 2012 | 11.1 |   6.6 |
+|  3, 1024, 3, 1, 32                               |    - | 12.4 |   5.6 |
+
+Tried and dropped: a reduction for each tap (the gradient by the kernel ten to forty times slower, as XLA:CPU reduces in
+scalars), one batched product over groups (five times slower than dense convolutions), the channels of a group turned by
+a gather or stored (two to seven times slower), shifted images for 8 channels a group (as fast, twice the compilation).
+A value that is not finite may spread to the groups that it is joined with.
 """
 
 from __future__ import annotations
@@ -283,9 +310,8 @@ def _each(
     joined = _joined(kernel.shape, groups, JOINED)
     split = kernel.reshape(k, k, 1, c_in, groups // joined, joined, c_out // groups)
     own = np.eye(joined, dtype=bool)[:, None, None, :, None]
-    blocks = jnp.moveaxis(
-        jnp.where(own, split, 0), 4, 0
-    )  # zero between groups: [blocks, k, k, joined, C_in, joined, C_out]
+    # Zero between groups: [blocks, k, k, joined, C_in, joined, C_out]
+    blocks = jnp.moveaxis(jnp.where(own, split, 0), 4, 0)
     blocks = blocks.reshape(groups // joined, k, k, joined * c_in, -1)
     parts = [_major(x, groups // joined) for x in images]
     y = jnp.moveaxis(lax.map(lambda part: convolve(*part, stride, padding), (*parts, blocks)), 0, 3)
