@@ -15,14 +15,16 @@ shared; torch 2.14 in the better of its two layouts:
 | 24,  144, 3, 1, 1                                |  270 |  7.1 |   7.1 |
 | 24,  144, 3, 2, 1                                |  245 |  3.6 |   2.7 |
 | 12,  240, 5, 1, 1                                |  231 |  6.3 |   8.9 |
-|  6,  576, 3, 1, 1                                |    - |  1.6 |   1.0 |
+|  6,  576, 3, 1, 1                                |  167 |  1.6 |   1.0 |
 |  6,  672, 5, 2, 1                                |  315 |  1.3 |   4.3 |
 | 24,  128, 3, 1, 4                                |    - | 17.8 |  24.6 |
 | 24,  128, 3, 2, 4                                |    - |  6.1 |   6.2 |
 | 12,  256, 3, 1, 8                                |    - | 24.5 |  10.1 |
 | 12,  512, 3, 2, 16                               |    - | 17.7 |  13.2 |
 |  6,  512, 3, 1, 16                               | 2012 | 11.1 |   6.6 |
-|  3, 1024, 3, 1, 32                               |    - | 12.4 |   5.6 |
+|  3, 1024, 3, 1, 32                               |  923 | 12.4 |   5.6 |
+| 12,  120, 3, 1, 24                               |  326 | 10.3 |   5.8 |
+|  6,  528, 3, 1, 264                              |  377 | 44.1 |  78.3 |
 
 Tried and dropped: a reduction for each tap (the gradient by the kernel ten to forty times slower, as XLA:CPU reduces in
 scalars), one batched product over groups (five times slower than dense convolutions), the channels of a group turned by
