@@ -56,9 +56,7 @@ SHAPES = {
     "groups, more channels out": (2, 8, 9, 16, 24, 3, 2, 1, 4),
     "groups of 1, two channels out": (3, 7, 6, 6, 12, 3, 1, 1, 6),
     "groups of 4": (4, 7, 6, 16, 16, 3, 1, 1, 4),
-    "groups of 4, strided": (3, 7, 6, 16, 16, 3, 2, 1, 4),
-    "groups of 3, 2x2": (5, 2, 2, 9, 9, 3, 1, 1, 3),
-    "groups of 8": (2, 8, 9, 40, 40, 3, 1, 1, 5),
+    "groups of 3, strided, 2x3": (5, 2, 3, 9, 9, 3, 2, 1, 3),
     "groups of 20, strided": (2, 9, 6, 40, 40, 3, 2, 1, 2),
     "depthwise 3x3": (8, 9, 11, 6, 6, 3, 1, 1, 6),
     "depthwise 3x3, strided": (3, 36, 35, 6, 6, 3, 2, 1, 6),
@@ -70,10 +68,8 @@ SHAPES = {
     "depthwise 7x7": (2, 12, 9, 8, 8, 7, 1, 3, 8),
     "depthwise 7x7, 3x3": (6, 3, 3, 8, 8, 7, 1, 3, 8),
     "depthwise 7x7, 2x1": (4, 2, 1, 8, 8, 7, 2, 3, 8),
-    "depthwise, one pixel": (3, 1, 1, 8, 8, 3, 2, 1, 8),
     "depthwise, stride larger than the kernel": (2, 7, 8, 4, 4, 2, 3, 0, 4),
     "depthwise, wide padding": (2, 3, 3, 4, 4, 3, 1, 4, 4),
-    "depthwise 1x1": (2, 3, 3, 4, 4, 1, 1, 0, 4),
 }
 
 
@@ -110,7 +106,7 @@ def value_and_gradients(convolve, x, kernel, geometry):
 
 
 # float64 tells a wrong sum from a right one in every shape; what rounding does depends on the formulation only.
-FORMULATIONS = ("plain 3x3", "winograd", "strided 3x3, odd", "stem", "1x1")
+FORMULATIONS = ("plain 3x3", "winograd", "strided 3x3, odd", "stem", "1x1", "depthwise 5x5, strided")
 CASES = [(name, "float64") for name in SHAPES] + [(name, "float32") for name in FORMULATIONS]
 CASES += [(name, "bfloat16") for name in FORMULATIONS if name != "winograd"]  # rounds outside of the formulations
 
@@ -138,8 +134,9 @@ def test_the_same_bits_every_time() -> None:
     assert (by_kernel(kernel) == by_kernel(kernel)).all()
 
 
-def test_inside_scan_and_checkpoint() -> None:
-    x, kernel, geometry = draw("tiny 3x3")
+@pytest.mark.parametrize("name", ["tiny 3x3", "depthwise 3x3"])
+def test_inside_scan_and_checkpoint(name: str) -> None:
+    x, kernel, geometry = draw(name)
 
     def loss(convolve):
         layer = jax.checkpoint(lambda x, kernel: (jnp.tanh(convolve(x, kernel, *geometry) / 30), None))
@@ -148,6 +145,16 @@ def test_inside_scan_and_checkpoint() -> None:
     kernels = jnp.stack([kernel, kernel[::-1]])
     ours, expected = (jax.jit(jax.grad(loss(convolve)))(kernels) for convolve in (conv2d, plain))
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12 * abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["depthwise 3x3", "groups of 20, strided"])
+def test_exported_for_a_batch_of_any_size(name: str) -> None:
+    x, kernel, geometry = draw(name)
+    any_size = jax.ShapeDtypeStruct((jax.export.symbolic_shape("n")[0], *x.shape[1:]), x.dtype)
+    weigh = jax.value_and_grad(lambda x, kernel: (conv2d(x, kernel, *geometry) ** 2).sum(), (0, 1))
+    exported = jax.export.export(jax.jit(weigh), platforms=["cpu", "cuda"])(any_size, kernel)
+    for ours, expected in zip(jax.tree.leaves(exported.call(x, kernel)), jax.tree.leaves(jax.jit(weigh)(x, kernel))):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12 * abs(expected).max())
 
 
 @pytest.mark.parametrize("name", ["winograd, 4x4", "wide, fewer channels out"])
@@ -164,7 +171,7 @@ def test_second_derivatives_are_right_or_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("name", ["winograd", "strided 3x3", "stem", "1x1"])
+@pytest.mark.parametrize("name", ["winograd", "strided 3x3", "stem", "1x1", "groups of 4", "groups of 20, strided"])
 def test_an_accelerator_gets_the_plain_convolution(name: str, platform: str) -> None:
     x, kernel, geometry = draw(name, "float32")
 
@@ -214,7 +221,9 @@ random = np.random.default_rng(0)
 x, kernel = random.normal(size=(8, 8, 14, 14, 128))[:, 0], random.normal(size=(3, 3, 128, 128))
 x = np.tile(x, (6, 1, 1, 1))  # 24 images a device: in two parts, through the scan as well
 def loss(kernel, x):
-    return jnp.tanh(max_pool(conv2d(x, kernel, 1, 1)) / 30).sum()
+    y = conv2d(x, kernel, 1, 1)
+    y = conv2d(y[..., :32], kernel[:, :, :1, :32], 1, 1, 32)
+    return jnp.tanh(max_pool(y) / 300).sum()
 expected = jax.jit(jax.grad(loss))(kernel, x)
 def step(kernel, x):
     gradient = jax.grad(loss)(kernel, x)
