@@ -6,8 +6,10 @@ Narrow networks, in float64 where only rounding may differ; dropout and stochast
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -17,10 +19,24 @@ import pytest
 from jaxsft import config as config_module
 from jaxsft.cli import UserError
 from jaxsft.learn.steps import network_keys, step_key
-from jaxsft.models import densenet, regnet, vgg
+from jaxsft.models import (
+    attention,
+    convnext,
+    densenet,
+    efficientnet,
+    mobilenetv2,
+    mobilenetv3,
+    regnet,
+    swin_transformer,
+    vgg,
+    vision_transformer,
+    windows,
+)
+from jaxsft.models.blocks import SqueezeExcitation as Squeeze
 from jaxsft.models.families import ARCHITECTURES, family_of
 from jaxsft.models.family import init_variables
 from jaxsft.models.initial import make_model
+from jaxsft.models.layers import LayerNorm, Linear
 from jaxsft.models.stochastic import Dropout
 from jaxsft.parity import compare, networks, oracle, ours
 from jaxsft.parity.__main__ import precision
@@ -29,7 +45,19 @@ from jaxsft.parity.table import Row, first_failure
 from tests.narrow import NARROW, SIDE
 
 CLASSES = 10
-DRAWING = {"narrow_vgg": 2, "narrow_vgg_bn": 2}  # how many modules draw, where some do
+# How many modules draw, where some do.
+DRAWING = {
+    "narrow_vgg": 2,
+    "narrow_vgg_bn": 2,
+    "narrow_mobilenet_v2": 1,
+    "narrow_mobilenet_v3": 1,
+    "narrow_efficientnet": 2,
+    "narrow_efficientnet_v2": 2,
+    "narrow_convnext": 2,
+    "narrow_vit": 7,
+    "narrow_swin": 3,
+    "narrow_swin_v2": 3,
+}
 
 
 def parts(arch: str, side: int = SIDE, width: int = SIDE) -> tuple[Options, Any, Any, Any]:
@@ -62,10 +90,10 @@ def swapped(module: Any, name: str, by: Any) -> Callable[[pytest.MonkeyPatch], N
     return lambda monkeypatch: monkeypatch.setattr(module, name, by)
 
 
-def wrapped(module: Any, name: str, **fixed: Any) -> Callable[[pytest.MonkeyPatch], None]:
+def told(module: Any, name: str, **other: Any) -> Callable[[pytest.MonkeyPatch], None]:
     """`module.name` with other arguments than it is given."""
     real = getattr(module, name)
-    return swapped(module, name, lambda *arguments, **named: real(*arguments, **{**named, **fixed}))
+    return swapped(module, name, lambda *arguments, **named: real(*arguments, **{**named, **other}))
 
 
 def zero_padded(x: jax.Array, size: int) -> jax.Array:
@@ -76,20 +104,75 @@ def newest_first(features: tuple[jax.Array, ...]) -> jax.Array:
     return jnp.concatenate(features[::-1], -1)
 
 
+class RowByRow(swin_transformer.PatchMerging):
+    """The four pixels of a cell in the order in which one reads."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        n, height, width, channels = x.shape
+        cells = x.reshape(n, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
+        norm = LayerNorm(1e-5, self.param_dtype, name="norm")(cells.reshape(n, height // 2, width // 2, -1))
+        return Linear(2 * channels, use_bias=False, param_dtype=self.param_dtype, name="reduction")(norm)
+
+
+class AlwaysShifted(swin_transformer.WindowAttention):
+    """Along a side that one window covers, too."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shifts = (-self.shift, -self.shift)
+        return jnp.roll(super().__call__(jnp.roll(x, shifts, (1, 2))), (self.shift, self.shift), (1, 2))
+
+
+def always_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = NARROW["narrow_swin"].ours
+    _, *rest = arch.args
+    monkeypatch.setitem(ARCHITECTURES, "narrow_swin", partial(arch.func, AlwaysShifted, *rest))
+
+
+EVAL, TRAIN = compare.eval_rows, compare.train_rows
+tanh = jax.nn.gelu  # Flax's default
 # What is broken: the network, how, the part of the comparison that meets it, and the row that must say so first.
 BROKEN: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], Callable[..., Iterator[Row]], str]] = {
     "pooling of a small image": (
-        "narrow_vgg", swapped(vgg, "adaptive_average_pool", zero_padded), compare.eval_rows,
-        "eval/activation/classifier.0"),
+        "narrow_vgg", swapped(vgg, "adaptive_average_pool", zero_padded), EVAL, "eval/activation/classifier.0"),
     "rate of dropout": (
-        "narrow_vgg", swapped(vgg, "Dropout", lambda rate, name: Dropout(0.4, name=name)), compare.train_rows,
+        "narrow_vgg", swapped(vgg, "Dropout", lambda rate, name: Dropout(0.4, name=name)), TRAIN,
         "train/activation/classifier.3"),
-    "squeeze and excitation's activation": (
-        "narrow_regnet_y", wrapped(regnet, "SqueezeExcitation", activation=jax.nn.silu), compare.eval_rows,
+    "ReLU for ReLU6": (
+        "narrow_mobilenet_v2", swapped(mobilenetv2, "relu6", nn.relu), EVAL, "eval/activation/features.0"),
+    "gate of the squeeze": (
+        "narrow_mobilenet_v3", swapped(mobilenetv3, "hard_sigmoid", nn.sigmoid), EVAL,
+        "eval/activation/features.2.block.2"),
+    "epsilon of batch norm": (
+        "narrow_mobilenet_v3", told(mobilenetv3, "BatchNorm", epsilon=1e-5), EVAL, "eval/activation/features.0.1"),
+    "activation of the squeeze": (
+        "narrow_efficientnet", swapped(efficientnet, "SqueezeExcitation", lambda width, _, **k: Squeeze(width, **k)),
+        EVAL, "eval/activation/features.1.0.block.1.fc2"),
+    "momentum of batch norm": (
+        "narrow_efficientnet_v2", told(efficientnet, "BatchNorm", momentum=0.01), TRAIN,
+        "train/running_mean/features.0.1.running_mean"),
+    "squeeze of the other activation": (
+        "narrow_regnet_y", told(regnet, "SqueezeExcitation", activation=nn.silu), EVAL,
         "eval/activation/trunk_output.block1.block1-0.f.se.fc2"),
     "order of the channels": (
-        "narrow_densenet", swapped(densenet, "side_by_side", newest_first), compare.eval_rows,
+        "narrow_densenet", swapped(densenet, "side_by_side", newest_first), EVAL,
         "eval/activation/features.denseblock1.denselayer2.norm1"),
+    "tanh GELU of ConvNeXt": (
+        "narrow_convnext", swapped(convnext, "gelu", tanh), EVAL, "eval/activation/features.1.0.block.5"),
+    "epsilon of layer norm": (
+        "narrow_convnext", swapped(convnext, "EPSILON", 1e-5), EVAL, "eval/activation/features.0.1"),
+    "tanh GELU of ViT": (
+        "narrow_vit", swapped(attention, "gelu", tanh), EVAL,
+        "eval/activation/encoder.layers.encoder_layer_0.mlp.3"),
+    "epsilon of ViT's layer norm": (
+        "narrow_vit", swapped(vision_transformer, "EPSILON", 1e-5), EVAL,
+        "eval/activation/encoder.layers.encoder_layer_0.ln_1"),
+    "order of merging": (
+        "narrow_swin", swapped(swin_transformer, "PatchMerging", RowByRow), EVAL, "eval/activation/features.2.norm"),
+    "shift on a small map": ("narrow_swin", always_shifted, EVAL, "eval/activation/features.1.1.attn"),
+    "clamp of the logits' scale": (
+        "narrow_swin_v2", swapped(windows, "MOST", 10.0), EVAL, "eval/activation/features.1.0.attn"),
 }  # fmt: skip
 
 
@@ -153,7 +236,11 @@ def shapes(arch: str) -> Any:
 
 
 # An architecture, a rate of it, and torchvision's own.
-RATES = (("vgg11", "dropout", 0.5), ("densenet121", "dropout", 0.0))
+RATES = (
+    ("vgg11", "dropout", 0.5), ("mobilenet_v3_large", "dropout", 0.2), ("efficientnet_b4", "dropout", 0.4),
+    ("efficientnet_b0", "stochastic_depth", 0.2), ("densenet121", "dropout", 0.0),
+    ("convnext_base", "stochastic_depth", 0.5), ("vit_b_16", "dropout", 0.0), ("swin_s", "stochastic_depth", 0.3),
+)  # fmt: skip
 
 
 def test_rates_are_torchvisions_or_the_configs() -> None:
