@@ -31,8 +31,9 @@ kaiming_normal_fan_in = nn.initializers.variance_scaling(2.0, "fan_in", "normal"
 class DenseLayer(nn.Module):
     """1x1 and 3x3 convolutions, each after batch norm and ReLU: [N, H, W, .] to [N, H, W, growth], the new channels.
 
-    It takes the channels it is given in several arrays, and lays them side by side itself: with remat the arrays are
-    what is kept, each once for all layers that see it (Pleiss et al. 2017, arXiv:1707.06990).
+    It is given the block's input and what each layer before it made, and lays them side by side itself: with remat
+    those are what is kept, each once for all layers that see it (Pleiss et al. 2017, arXiv:1707.06990). To hand on one
+    array that grows instead moves as many bytes, and XLA compiled a block of 24 layers in 152 s instead of 38.
     """
 
     growth: int
@@ -65,9 +66,6 @@ class DenseBlock(nn.Module):
         for index in range(1, self.layers + 1):
             new = layer(self.growth, self.dropout, self.conv, self.norm, name=f"denselayer{index}")
             features = (*features, new(features, train, keys))
-            if not self.remat:
-                # Kept for the backward pass in any case; the gradient then adds two parts a layer, not all before it.
-                features = (side_by_side(features),)
         return side_by_side(features)
 
 
