@@ -126,7 +126,7 @@ EFFICIENTNETV2 = (
     efficientnet.Stage(4, 3, 2, 32, 1),
 )
 SWINS = {
-    version: partial(swin_transformer.SwinTransformer, attention, 4, 16, (2, 2), (2, 4), 0.3)
+    version: partial(swin_transformer.SwinTransformer, attention, 4, 16, (2, 2), (2, 4), stochastic_depth=0.3)
     for version, attention in ((1, WindowAttention), (2, WindowAttentionV2))
 }
 NARROW: dict[str, Narrow] = {
@@ -147,11 +147,11 @@ NARROW: dict[str, Narrow] = {
         mobilenetv3.FAMILY, partial(mobilenetv3.MobileNetV3, MOBILENETV3, 32), torch_narrow_mobilenet_v3
     ),
     "narrow_efficientnet": Narrow(
-        efficientnet.FAMILY, partial(efficientnet.EfficientNet, 16, EFFICIENTNET, 32, 0.2),
+        efficientnet.FAMILY, partial(efficientnet.EfficientNet, 16, EFFICIENTNET, 32, dropout=0.2),
         partial(torch_narrow_efficientnet, version=1),
     ),
     "narrow_efficientnet_v2": Narrow(
-        efficientnet.FAMILY, partial(efficientnet.EfficientNet, 16, EFFICIENTNETV2, 32, 0.2, epsilon=1e-3),
+        efficientnet.FAMILY, partial(efficientnet.EfficientNet, 16, EFFICIENTNETV2, 32, dropout=0.2, epsilon=1e-3),
         partial(torch_narrow_efficientnet, version=2),
     ),
     "narrow_regnet_x": Narrow(
@@ -162,10 +162,10 @@ NARROW: dict[str, Narrow] = {
     ),
     "narrow_densenet": Narrow(densenet.FAMILY, partial(densenet.DenseNet, (2, 1), 8, 16), torch_narrow_densenet),
     "narrow_convnext": Narrow(
-        convnext.FAMILY, partial(convnext.ConvNeXt, (16, 32), (1, 2), 0.3), torch_narrow_convnext
+        convnext.FAMILY, partial(convnext.ConvNeXt, (16, 32), (1, 2), stochastic_depth=0.3), torch_narrow_convnext
     ),
     "narrow_vit": Narrow(
-        vision_transformer.FAMILY, partial(vision_transformer.VisionTransformer, 8, 16, 2, 2, 32, 0.1),
+        vision_transformer.FAMILY, partial(vision_transformer.VisionTransformer, 8, 16, 2, 2, 32, dropout=0.1),
         torch_narrow_vit,
     ),
     "narrow_swin": Narrow(swin_transformer.FAMILY, SWINS[1], partial(torch_narrow_swin, version=1)),

@@ -98,10 +98,10 @@ class ConvNeXt(nn.Module):
 
 ARCHITECTURES: Mapping[str, partial[ConvNeXt]] = MappingProxyType(
     {
-        "convnext_tiny": partial(ConvNeXt, (96, 192, 384, 768), (3, 3, 9, 3), 0.1),
-        "convnext_small": partial(ConvNeXt, (96, 192, 384, 768), (3, 3, 27, 3), 0.4),
-        "convnext_base": partial(ConvNeXt, (128, 256, 512, 1024), (3, 3, 27, 3), 0.5),
-        "convnext_large": partial(ConvNeXt, (192, 384, 768, 1536), (3, 3, 27, 3), 0.5),
+        "convnext_tiny": partial(ConvNeXt, (96, 192, 384, 768), (3, 3, 9, 3), stochastic_depth=0.1),
+        "convnext_small": partial(ConvNeXt, (96, 192, 384, 768), (3, 3, 27, 3), stochastic_depth=0.4),
+        "convnext_base": partial(ConvNeXt, (128, 256, 512, 1024), (3, 3, 27, 3), stochastic_depth=0.5),
+        "convnext_large": partial(ConvNeXt, (192, 384, 768, 1536), (3, 3, 27, 3), stochastic_depth=0.5),
     }
 )
 

@@ -172,7 +172,7 @@ def scaled(width: float, depth: float, dropout: float, **norm: float) -> partial
         stage._replace(features=to_eights(stage.features * width), blocks=math.ceil(stage.blocks * depth))
         for stage in STAGES
     )
-    return partial(EfficientNet, to_eights(STEM * width), stages, 4 * stages[-1].features, dropout, **norm)
+    return partial(EfficientNet, to_eights(STEM * width), stages, 4 * stages[-1].features, dropout=dropout, **norm)
 
 
 ARCHITECTURES: Mapping[str, partial[EfficientNet]] = MappingProxyType(
@@ -185,9 +185,9 @@ ARCHITECTURES: Mapping[str, partial[EfficientNet]] = MappingProxyType(
         "efficientnet_b5": scaled(1.6, 2.2, 0.4, epsilon=1e-3, momentum=0.01),
         "efficientnet_b6": scaled(1.8, 2.6, 0.5, epsilon=1e-3, momentum=0.01),
         "efficientnet_b7": scaled(2.0, 3.1, 0.5, epsilon=1e-3, momentum=0.01),
-        "efficientnet_v2_s": partial(EfficientNet, 24, SMALL, 1280, 0.2, epsilon=1e-3),
-        "efficientnet_v2_m": partial(EfficientNet, 24, MEDIUM, 1280, 0.3, epsilon=1e-3),
-        "efficientnet_v2_l": partial(EfficientNet, 32, LARGE, 1280, 0.4, epsilon=1e-3),
+        "efficientnet_v2_s": partial(EfficientNet, 24, SMALL, 1280, dropout=0.2, epsilon=1e-3),
+        "efficientnet_v2_m": partial(EfficientNet, 24, MEDIUM, 1280, dropout=0.3, epsilon=1e-3),
+        "efficientnet_v2_l": partial(EfficientNet, 32, LARGE, 1280, dropout=0.4, epsilon=1e-3),
     }
 )
 

@@ -125,14 +125,19 @@ class SwinTransformer(nn.Module):
         return Linear(self.num_classes, self.head_init, param_dtype=self.param_dtype, name=HEAD)(x)
 
 
+# Width, depths, heads, and stochastic depth.
 SIZES: Mapping[str, tuple[int, tuple[int, ...], tuple[int, ...], float]] = {
     "t": (96, (2, 2, 6, 2), (3, 6, 12, 24), 0.2),
     "s": (96, (2, 2, 18, 2), (3, 6, 12, 24), 0.3),
     "b": (128, (2, 2, 18, 2), (4, 8, 16, 32), 0.5),
 }
+VERSIONS = {"swin": (WindowAttention, 7), "swin_v2": (WindowAttentionV2, 8)}
 ARCHITECTURES: Mapping[str, partial[SwinTransformer]] = MappingProxyType(
-    {f"swin_{size}": partial(SwinTransformer, WindowAttention, 7, *fields) for size, fields in SIZES.items()}
-    | {f"swin_v2_{size}": partial(SwinTransformer, WindowAttentionV2, 8, *fields) for size, fields in SIZES.items()}
+    {
+        f"{version}_{size}": partial(SwinTransformer, attention, window, *fields, stochastic_depth=rate)
+        for version, (attention, window) in VERSIONS.items()
+        for size, (*fields, rate) in SIZES.items()
+    }
 )
 
 

@@ -44,6 +44,11 @@ def relative_coordinates(window: int) -> np.ndarray:
     return np.stack(np.meshgrid(side, side, indexing="ij"), -1)[None]
 
 
+def shift_along(shift: int, window: int, side: int) -> int:
+    """By how much the windows of a padded side (px) are shifted: not at all where one covers it."""
+    return shift if window < side else 0
+
+
 def apart(height: int, width: int, window: int, shifts: tuple[int, int]) -> np.ndarray:
     """float32 [windows, T, T]: -100 for two pixels of a window that are no neighbours in the image, else 0.
 
@@ -95,7 +100,7 @@ class WindowAttention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         (n, height, width, channels), window = x.shape, self.window
         tall, wide = (-(-side // window) * window for side in (height, width))
-        shifts = (self.shift if window < tall else 0, self.shift if window < wide else 0)
+        shifts = shift_along(self.shift, window, tall), shift_along(self.shift, window, wide)
         if (tall, wide) != (height, width):
             x = jnp.pad(x, ((0, 0), (0, tall - height), (0, wide - width), (0, 0)))
         if any(shifts):
