@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import tempfile
@@ -14,7 +15,7 @@ import numpy as np
 from convert import files, layouts, names, tensors
 from jaxsft.cli import OFFLINE, UserError, local_path, nearest
 from jaxsft.models.families import ARCHITECTURES, family_of
-from jaxsft.models.family import variable_shapes
+from jaxsft.models.family import IMAGE_SIZE, variable_shapes
 from jaxsft.models.weights import INTERPOLATIONS, MOST_CLASSES, ModelCard, Preprocessing, file_sha256
 
 REGISTERED = re.compile(r"(\w+_weights\.)?\w+", re.IGNORECASE)  # torchvision's enumeration and its member
@@ -44,7 +45,10 @@ def read(weights: str, arch: str) -> Weights:
     if not os.path.isfile(path):
         raise UserError(f"no file {path}", "name a .pth or .safetensors file or one of `python -m convert list`")
     found = read_file(path, arch)
-    return Weights(found, ModelCard(arch, head_classes(found, path, arch), None, path.name, file_sha256(path)))
+    card = ModelCard(arch, head_classes(found, path, arch), None, path.name, file_sha256(path))
+    if (side := family_of(arch).image_size_of(found)) != IMAGE_SIZE:
+        card = dataclasses.replace(card, preprocessing=Preprocessing(side, side))
+    return Weights(found, card)
 
 
 def read_file(path: Path, arch: str) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Write tests/PARITY.md: the comparison of every torchvision ResNet, one line each, from `python -m jaxsft.parity`.
+"""Write tests/PARITY.md: the comparison of torchvision's networks, one line each, from `python -m jaxsft.parity`.
 
     python -m tests.parity_report [--arch ARCH ...] [--dtype float64 float32] [--steps 10] [--image-size 64]
     python -m tests.parity_report --results FILE ...
@@ -20,29 +20,36 @@ import jax
 import torch
 import torchvision
 
-from tests.oracle import TEN
+from jaxsft.models import resnet
+from tests.oracle import ALL
 
 TARGET = Path(__file__).parent / "PARITY.md"
 HEAD = """# Parity with PyTorch
 
-`python -m jaxsft.parity --arch ARCH --dtype DTYPE` on torchvision's own initialisation, batch statistics randomised:
-the largest |ours - torch's| of any tensor over the largest |torch's| of that tensor (float32 gradients and momentum: of
-all tensors). "Activations": every convolution,
-batch norm and block, in evaluation and in training. "Training": the worst after any step of two runs of SGD, with and
-without Nesterov: loss, parameters, momentum, running statistics. Counters, accuracy and the weights' round trip are
-equal, bit for bit. In float32 a gradient jumps where ReLU decides a rounding of zero in the other way; float64 shows
-that nothing but rounding is behind it.
+`python -m jaxsft.parity --arch ARCH --dtype DTYPE` on values drawn so that each of them shows in the result: the
+largest |ours - torch's| of any tensor over the largest |torch's| of that tensor (float32 gradients and momentum, and
+gradients that batch norm takes away: of all tensors). "Activations": every module with parameters and every block, in evaluation
+and in training, where dropout and stochastic depth drop the same on both sides. "Training": the worst after any step of
+two runs of SGD, with and without Nesterov: loss, parameters, momentum, running statistics. Counters, accuracy and the
+weights' round trip are equal, bit for bit. In float32 a gradient jumps where ReLU decides a rounding of zero in the
+other way; float64 shows that nothing but rounding is behind it.
 
 """
 COLUMNS = {  # column -> pattern of the names of its rows
     "activations": r"(eval|train)/(activation/.*|logits)",
     "losses": r"train/loss/.*",
-    "gradients": r"train/gradient/.*",
+    "gradients": r"train/gradient.*/.*",
     "training: loss": r".*/step \d+/loss|.*/evaluation/loss",
     "parameters": r".*/step \d+/parameter/.*",
     "momentum": r".*/step \d+/momentum/.*",
     "statistics": r".*/running_(mean|var)/.*",
 }
+RESNETS = tuple(arch for arch in ALL if arch in resnet.ARCHITECTURES)
+# One of each family, and all of the first.
+SHOWN = (
+    *RESNETS, "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "efficientnet_v2_s",
+    "regnet_y_400mf", "densenet121", "convnext_tiny", "vit_b_16", "swin_t", "swin_v2_t",
+)  # fmt: skip
 KEY = ("arch", "dtype", "input", "steps")
 
 
@@ -85,7 +92,7 @@ def compare(arch: str, dtype: str, steps: int, image_size: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=TEN, choices=TEN)
+    parser.add_argument("--arch", nargs="+", default=SHOWN, choices=ALL)
     parser.add_argument("--dtype", nargs="+", default=("float64", "float32"), choices=("float64", "float32"))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--image-size", default="64")
@@ -105,7 +112,7 @@ def write(result: dict) -> None:
     versions = f"jax {jax.__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}, on the CPU.\n"
     new = line(result)
     lines = [row for row in read(TARGET) if row[: len(KEY)] != new[: len(KEY)]] + [new]
-    lines.sort(key=lambda row: (TEN.index(row[0]) if row[0] in TEN else len(TEN), row[1:]))
+    lines.sort(key=lambda row: (ALL.index(row[0]) if row[0] in ALL else len(ALL), row[1:]))
     TARGET.write_text(HEAD + table(lines) + f"\nMade by `python -m tests.parity_report`: {versions}")
     print(" ".join(new), flush=True)
 

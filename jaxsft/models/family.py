@@ -55,8 +55,10 @@ class Family:
     constants: Callable[[str], Mapping[str, np.ndarray]] = lambda arch: {}
     # What old files call things: regular expressions of torch's names, and what to put in their place.
     renamed: tuple[tuple[str, str], ...] = ()
-    # Where variables depend on the image's size: (variables, px) -> the same for images of that side.
+    # Where variables depend on the image's size: (variables, px) -> the same for images of that side; and the side (px)
+    # that tensors by torch's names are for.
     resized: Callable[[dict[str, Any], int], dict[str, Any]] | None = None
+    image_size_of: Callable[[Mapping[str, np.ndarray]], int] = lambda tensors: IMAGE_SIZE
 
 
 def variable_shapes(model: nn.Module, image_size: ImageSize = IMAGE_SIZE) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from jaxsft.models.attention import MLP, attend
-from jaxsft.models.family import Family, ImageSizeError
+from jaxsft.models.family import IMAGE_SIZE, Family, ImageSizeError
 from jaxsft.models.layers import Conv, LayerNorm, Linear, at_least_float32
 from jaxsft.models.stochastic import Dropout, Keys
 
@@ -204,6 +204,14 @@ def resized(variables: dict[str, Any], image_size: int) -> dict[str, Any]:
     return {**variables, "params": {**params, "encoder": encoder}}
 
 
+def image_size_of(tensors: Mapping[str, np.ndarray]) -> int:
+    """The side (px) of the images that tensors by torch's names are for; the usual one where they do not say."""
+    embedding, kernel = tensors.get("encoder.pos_embedding"), tensors.get("conv_proj.weight")
+    if embedding is None or embedding.ndim != 3 or kernel is None or kernel.ndim != 4:
+        return IMAGE_SIZE
+    return round(max(embedding.shape[1] - 1, 1) ** 0.5) * kernel.shape[3]
+
+
 def resized_embedding(embedding: Any, matrix: np.ndarray) -> Any:
     """Position embedding [1, 1 + old^2, C] as [1, 1 + new^2, C] of the same dtype, by a matrix [new, old]."""
     new, old = matrix.shape
@@ -222,4 +230,5 @@ FAMILY = Family(
     stage_of,
     renamed=((r"\.mlp\.linear_1\.", ".mlp.0."), (r"\.mlp\.linear_2\.", ".mlp.3.")),
     resized=resized,
+    image_size_of=image_size_of,
 )

@@ -79,7 +79,7 @@ class QueryKeyValue(nn.Module):
         kernel = self.param("kernel", drawn, (channels, 3 * channels), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (3 * channels,), self.param_dtype)
         if not self.key_bias:
-            bias = bias.at[channels : 2 * channels].set(0)
+            bias = jnp.asarray(bias).at[channels : 2 * channels].set(0)
         return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
 
 
