@@ -31,8 +31,8 @@ largest |ours - torch's| of any tensor over the largest |torch's| of that tensor
 gradients that batch norm takes away: of all tensors). "Activations": every module with parameters and every block, in
 evaluation and in training, where dropout and stochastic depth drop the same on both sides. "Training": the worst after
 any step of two runs of SGD, with and without Nesterov: loss, parameters, momentum, running statistics. Counters,
-accuracy and the weights' round trip are equal, bit for bit. In float32 a gradient jumps where ReLU decides a rounding of
-zero in the other way; float64 shows that nothing but rounding is behind it.
+accuracy and the weights' round trip are equal, bit for bit. In float32 a gradient jumps where ReLU decides a rounding
+of zero in the other way; float64 shows that nothing but rounding is behind it.
 
 """
 COLUMNS = {  # column -> pattern of the names of its rows
