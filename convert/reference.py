@@ -6,6 +6,7 @@ from typing import Any
 
 from convert import files
 from jaxsft.cli import UserError
+from jaxsft.models.families import family_of
 
 
 def torchvision_model(arch: str, num_classes: int, image_size: int) -> Any:
@@ -19,11 +20,10 @@ def torchvision_model(arch: str, num_classes: int, image_size: int) -> Any:
     Raises:
       UserError: torch is not installed, or torchvision has no such architecture.
     """
-    torch = files.import_torch()
+    files.import_torch()
     from torchvision.models import get_model, list_models
 
     if arch not in list_models():
         raise UserError(f"torchvision has no {arch}", "name one of its own architectures")
-    with torch.device("meta"):
-        depends = hasattr(get_model(arch), "image_size")
-    return get_model(arch, num_classes=num_classes, **({"image_size": image_size} if depends else {}))
+    sized = {"image_size": image_size} if family_of(arch).resized else {}
+    return get_model(arch, num_classes=num_classes, **sized)

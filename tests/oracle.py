@@ -29,6 +29,15 @@ def torch_model(arch: str, num_classes: int = 10, seed: int = 0) -> torch.nn.Mod
     return model
 
 
+def unfilled(arch: str) -> torch.nn.Module:
+    """torchvision's network without numbers, where it can be had so: RegNet's widths are worked out by torch itself."""
+    try:
+        with torch.device("meta"):
+            return torchvision.models.get_model(arch)
+    except NotImplementedError:
+        return torchvision.models.get_model(arch)
+
+
 def tensors(model: torch.nn.Module) -> dict[str, np.ndarray]:
     """The state_dict as arrays."""
     return {name: value.numpy().copy() for name, value in model.state_dict().items()}

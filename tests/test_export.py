@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from convert.make_sample import resnet10_w16
 from jaxsft.data.augment import preprocess
 from jaxsft.parity import oracle
 from jaxsft.run.saved import load_run
@@ -49,7 +50,7 @@ def test_torchvision_takes_it_strictly_and_gives_the_same_logits(run, workdir: P
         path = tmp_path / f"tuned{suffix}"
         done = export(run, workdir, form, path)
         assert done.returncode == 0, done.stderr
-        model = oracle.resnet10_w16(num_classes=10)
+        model = resnet10_w16(num_classes=10)
         model.load_state_dict(read(path), strict=True)
         with torch.no_grad():
             theirs = model.eval()(oracle.nchw(images)).numpy()

@@ -152,7 +152,8 @@ RECIPES = {
     ),
     "rates": (
         {"layer_decay": 0.5, "lr_multipliers": ((r"^fc/b", 3.0), ("conv1/", 2.0)), "weight_decay": 0.3}, SGD,
-        {"conv1/kernel": 2 / 32, "layer1_0/bn1/scale": 1 / 16, "layer4_0/conv1/kernel": 1.0, "fc/bias": 3.0}, NAMES,
+        # stages 0, 1, 4 and 5 are all there are here
+        {"conv1/kernel": 2 / 8, "layer1_0/bn1/scale": 1 / 4, "layer4_0/conv1/kernel": 1.0, "fc/bias": 3.0}, NAMES,
     ),
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ from torchvision.transforms.functional import center_crop, normalize, resize
 
 from convert import names
 from convert.checkpoints import preprocessing_of
+from convert.make_sample import resnet10_w16
 from jaxsft.data.augment import preprocess
 from jaxsft.data.base import Options
 from jaxsft.data.sources import open_source
@@ -155,7 +156,7 @@ def check_reference(config: ConfigDict, model: nn.Module) -> None:
 def test_the_reference_recipe_is_the_plain_script() -> None:
     small = ("model.arch=resnet10_w16", "model.weights=sample", "data.source=sample", "data.image_size=64")
     config = reference(*small, "data.batch_size=20", "train.steps=20")
-    check_reference(config, oracle.resnet10_w16(10))
+    check_reference(config, resnet10_w16(10))
 
 
 @pytest.mark.full

@@ -12,7 +12,7 @@ import torchvision
 from convert import checkpoints, names
 from jaxsft.models.families import ARCHITECTURES, family_of
 from jaxsft.models.family import variable_shapes
-from tests.oracle import ALL, ONE_EACH
+from tests.oracle import ALL, ONE_EACH, unfilled
 
 SIGN, INFINITY, LAST_OF_EXPONENT = np.uint32(1 << 31), np.uint32(255 << 23), np.uint32(1 << 23)
 
@@ -23,8 +23,7 @@ def random_bits(arch: str, usable: bool = False) -> dict[str, np.ndarray]:
     No number is special to a converter that only moves them. With `usable` they are what files are read with: finite,
     and no variance is negative.
     """
-    with torch.device("meta"):
-        model = getattr(torchvision.models, arch)()
+    model = unfilled(arch)
     rng = np.random.default_rng(0)
     tensors = dict(family_of(arch).constants(arch))  # which a port must find as they are
     for name, value in model.state_dict().items():
