@@ -12,7 +12,11 @@ from jaxsft.models.family import variable_shapes
 
 # All architectures of torchvision's, and a small one of each family and of what is special in it.
 ALL = tuple(arch for arch in ARCHITECTURES if arch in torchvision.models.list_models())
-ONE_EACH = ("resnet18", "resnext50_32x4d", "vgg11", "vgg11_bn", "regnet_x_400mf", "regnet_y_400mf", "densenet121")
+ONE_EACH = (
+    "resnet18", "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "regnet_y_400mf", "densenet121",
+    "convnext_tiny", "vit_b_32", "swin_t", "swin_v2_t",
+)  # fmt: skip
+LIGHT = ("resnet18", "resnext50_32x4d", "mobilenet_v3_small", "regnet_y_400mf", "swin_v2_t")  # 30 million at most
 
 
 def torch_model(arch: str, num_classes: int = 10, seed: int = 0) -> torch.nn.Module:

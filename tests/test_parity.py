@@ -32,9 +32,9 @@ def parity(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return main()
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("float64", "32x48"), ("float32", "64")])
-def test_training_is_torchs(dtype: str, size: str, monkeypatch, capsys, tmp_path: Path) -> None:
-    path, steps = tmp_path / "rows.json", 10
+@pytest.mark.parametrize(("dtype", "size", "steps"), [("float64", "32x48", 4), ("float32", "64", 10)])
+def test_training_is_torchs(dtype: str, size: str, steps: int, monkeypatch, capsys, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
     arguments = ["--arch", SMALL, "--dtype", dtype, "--steps", steps, "--image-size", size, "--json", path]
     status = parity(monkeypatch, *arguments)
     printed = capsys.readouterr().out
