@@ -107,7 +107,7 @@ def list_registry() -> None:
     files.import_torch()
     import torchvision
 
-    cli.say(f"{'arch':18} {'weights':14} {'top-1 %':>8} {'params':>11} {'MB':>6}  resize, crop, interpolation")
+    cli.say(f"{'arch':18} {'weights':26} {'top-1 %':>8} {'params':>11} {'MB':>6}  resize, crop, interpolation")
     for arch in ARCHITECTURES:
         if arch not in torchvision.models.list_models():
             continue
@@ -115,7 +115,7 @@ def list_registry() -> None:
             meta, preset = entry.meta, entry.transforms()
             top1 = meta["_metrics"]["ImageNet-1K"]["acc@1"]
             how = f"{preset.resize_size[0]}, {preset.crop_size[0]}, {preset.interpolation.value}"
-            cli.say(f"{arch:18} {name:14} {top1:8.3f} {meta['num_params']:11,d} {meta['_file_size']:6.0f}  {how}")
+            cli.say(f"{arch:18} {name:26} {top1:8.3f} {meta['num_params']:11,d} {meta['_file_size']:6.0f}  {how}")
 
 
 def main() -> int:

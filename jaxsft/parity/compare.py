@@ -14,7 +14,7 @@ from convert import names
 from jaxsft.models.families import ARCHITECTURES, family_of
 from jaxsft.parity import networks, oracle, ours
 from jaxsft.parity.oracle import Arrays, Recipe
-from jaxsft.parity.table import Row, compared, held, identical, tolerance
+from jaxsft.parity.table import TAKEN_AWAY, Row, compared, held, identical, tolerance
 
 BLIND = 1e-3  # of the largest logit: where the images of a batch differ by less, an error could hide
 
@@ -133,11 +133,9 @@ def gradient_rows(
     unseen = [name for name, value in expected.items() if not np.abs(value).max(initial=0) > least]
     images = inputs(options, len(found[f"{family_of(options.arch).head}.bias"]), 0).images
     zero = oracle.taken_away(torch_model, images, masks, unseen) if unseen and not coarse else set()
-    for name, value in expected.items():
-        kind = "gradient that batch norm takes away" if name in zero else "gradient"
-        yield compared(
-            f"train/{kind}/{name}", found[name], value, allowed, largest if coarse or zero & {name} else None
-        )
+    for name in sorted(expected, key=zero.__contains__):  # in torch's order, but for these, which come last
+        kind, scale = (TAKEN_AWAY, largest) if name in zero else ("gradient", largest if coarse else None)
+        yield compared(f"train/{kind}/{name}", found[name], expected[name], allowed, scale)
     hidden = ", ".join(name for name in unseen if name not in zero)
     yield held("train/loss depends on every parameter", not hidden, f"not on {hidden}")
 

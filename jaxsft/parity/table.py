@@ -49,8 +49,18 @@ TOLERANCES: Mapping[str, Mapping[str, float]] = MappingProxyType(
     }
 )
 
+TAKEN_AWAY = "gradient that batch norm takes away"
 PER_TENSOR = frozenset(
-    ("activation", "gradient", "parameter", "momentum", "running_mean", "running_var", "num_batches_tracked")
+    (
+        "activation",
+        "gradient",
+        TAKEN_AWAY,
+        "parameter",
+        "momentum",
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    )
 )
 
 
