@@ -14,6 +14,7 @@ import torch
 from torchvision.models import list_models
 from torchvision.models.vision_transformer import interpolate_embeddings
 
+from convert import __main__ as convert_command
 from convert import checkpoints, names
 from jaxsft import config as config_module
 from jaxsft.cli import UserError
@@ -23,7 +24,7 @@ from jaxsft.models.family import variable_shapes
 from jaxsft.models.initial import initial
 from jaxsft.models.weights import ModelCard, Preprocessing, shapes
 from jaxsft.parity import networks, oracle
-from tests.narrow import SIDE
+from tests.narrow import SIDE, torch_narrow_vit
 
 CLASSES = 5
 
@@ -119,3 +120,19 @@ def test_every_preset_of_torchvision_is_one_of_ours() -> None:
     assert set(checkpoints.registry("vgg16")) == {"IMAGENET1K_V1", "DEFAULT"}
     with pytest.raises(UserError, match="vgg16 has no weights 'IMAGENET1K_FEATURES'"):
         checkpoints.read("IMAGENET1K_FEATURES", "vgg16")
+
+
+def test_a_network_that_drops_is_verified_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """At its own image size, in training too: torch's dropout is off there, as is ours."""
+    torch_model = torch_narrow_vit(CLASSES)
+    networks.stir(torch_model)  # a fresh head is all zeros
+    assert torch_model.encoder.dropout.p > 0
+    path = tmp_path / "vit.safetensors"
+    safetensors.numpy.save_file(oracle.state(torch_model), path)
+    monkeypatch.setattr(
+        convert_command, "torchvision_model", lambda arch, num_classes, side: torch_narrow_vit(num_classes)
+    )
+    convert_command.to_flax(str(path), "narrow_vit", tmp_path / "ported")
+    assert convert_command.verify(tmp_path / "ported", str(path)) == 0, capsys.readouterr().out
+    with pytest.raises(UserError, match=f"--image-size is 64; these weights of narrow_vit are for {SIDE} px"):
+        convert_command.verify(tmp_path / "ported", str(path), image_size=64)
