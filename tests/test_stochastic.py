@@ -35,7 +35,7 @@ def drop(layer: Any, x: Any = X, keys: Keys = None) -> tuple[np.ndarray, np.ndar
 def test_what_is_kept_is_divided_as_in_torch(kind: type[nn.Module]) -> None:
     y, kept = drop(kind(RATE), keys=keys())
     torchs = Handed(RATE).train()
-    torchs.masks = [torch.from_numpy(kept)]
+    torchs.masks = [torch.from_numpy(kept.copy())]
     np.testing.assert_allclose(y, torchs(torch.from_numpy(X)).numpy(), rtol=2e-7)  # one rounding of float32 each
     assert kept.shape == (X.shape if kind is Dropout else (64, 1, 1, 1))
     # as often as torch's own: the mean of n draws lies within four deviations
