@@ -155,6 +155,8 @@ WRONG = (
     (("--arch", SMALL, "--batch-size", 1), "batch norm trains on 2 images"),
     (("--arch", SMALL, "--image-size", 16), "the smallest is 32"),
     (("--arch", SMALL, "--weights", "absent.pth"), "no file absent.pth"),
+    (("--arch", "vit_b_32", "--image-size", 50), "--image-size is 50x50; it must be a multiple of 32"),
+    (("--arch", "vit_b_32", "--image-size", "32x64"), "--image-size is 32x64; images must be square"),
 )
 
 

@@ -19,7 +19,7 @@ from jaxsft.learn.state import TrainState
 from jaxsft.learn.steps import make_eval_step
 from jaxsft.models.families import ARCHITECTURES
 from jaxsft.models.family import variable_shapes
-from jaxsft.models.initial import make_model, preprocessing
+from jaxsft.models.initial import check_image_size, make_model, preprocessing
 from jaxsft.run.job import train_step_of
 from jaxsft.run.parallel import DataParallel
 
@@ -87,10 +87,11 @@ def make_steps(c: ConfigDict, parallel: DataParallel, model: nn.Module | None = 
     """The steps of a config, by the same functions as in training; with `model` around another network.
 
     Raises:
-      UserError: the batch does not split over the devices.
+      UserError: the batch does not split over the devices, or the network can't take images of that size.
     """
     parallel.check_batch(c.data.batch_size)
     model = model or make_model(c, CLASSES, parallel.statistics_axis(c.parallel.batch_norm))
+    check_image_size(model, c.data.image_size)
     shapes = variable_shapes(model, c.data.image_size)
     optimizer = make_optimizer(c, shapes["params"], make_schedule(c, 1000, 10_000))
     size = c.data.image_size

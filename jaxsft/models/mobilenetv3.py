@@ -7,7 +7,6 @@ Batch norm has an epsilon of 1e-3 and moves by 0.01. A hidden layer precedes the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
@@ -136,7 +135,7 @@ def stage_of(path: str) -> int:
 
     No number of the large network's is above 16, nor of the small one's above 12.
     """
-    part, number = re.match(r"(features|classifier)\.(\d+)", path).groups()  # type: ignore[union-attr]
+    part, number = path.split("/")[0].split(".")
     if part == "features":
         return int(number)
     return len(LARGE) + (3 if path.startswith(HEAD) else 2)

@@ -7,7 +7,6 @@ pixels whatever the image: torch's adaptive pooling repeats them where there are
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
@@ -106,7 +105,7 @@ def stage_of(path: str) -> int:
 
     No number of VGG-19's with batch norm is above 52.
     """
-    part, number = re.match(r"(features|classifier)\.(\d+)", path).groups()  # type: ignore[union-attr]
+    part, number = path.split("/")[0].split(".")
     return int(number) + (53 if part == "classifier" else 0)
 
 

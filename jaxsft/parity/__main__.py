@@ -61,11 +61,15 @@ def run(options: Options, weights: str = "", every: bool = False) -> list[table.
     """All rows of a comparison, printed as they come: one line a quantity, or `every` tensor's own.
 
     Raises:
-      UserError: torchvision has no such model, or the weights can't be had or do not fit.
+      UserError: torchvision has no such model, it can't take such images, or the weights can't be had or do not fit.
     """
     source = checkpoints.read(weights, options.arch) if weights else None
     num_classes = (source and source.card.num_classes) or NUM_CLASSES
     height, width = options.image_size
+    try:  # before torch, which has a traceback for it
+        variable_shapes(ARCHITECTURES[options.arch](), options.image_size)
+    except ImageSizeError as error:
+        raise cli.UserError(f"--image-size is {height}x{width}", str(error)) from None
     torch_model = networks.build(options.arch, num_classes, options.seed, height)
     rows: list[table.Row] = []
 
@@ -76,10 +80,6 @@ def run(options: Options, weights: str = "", every: bool = False) -> list[table.
 
     with precision(options.dtype):
         model = model_for(options, num_classes)
-        try:
-            variable_shapes(model, options.image_size)
-        except ImageSizeError as error:
-            raise cli.UserError(f"--image-size is {height}x{width}", str(error)) from None
         if source:
             # Through our table of names, whose message names every tensor that does not fit. A head that is not there
             # stays torch's own.
