@@ -112,6 +112,14 @@ CASES: tuple[tuple[str, str], ...] = (
         "config.optim.lr_multipliers is (('fc',),); it must be a tuple of pairs ...",
     ),
     (
+        SAMPLE + " --config.model.arch=vit_b_32 --config.model.weights= --config.data.image_size=40",
+        "config.data.image_size is 40; it must be a multiple of 32",
+    ),
+    (
+        SAMPLE + " --config.model.dropout=0.1",
+        "config.model.dropout is 0.1, and resnet10_w16 has none; leave it out: --config.model.dropout=None",
+    ),
+    (
         SAMPLE + " \"--config.optim.lr_multipliers=(('layer9', 2.0),)\"",
         "config.optim.lr_multipliers: 'layer9' matches no parameter; paths look like ...",
     ),

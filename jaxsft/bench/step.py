@@ -18,8 +18,7 @@ from jaxsft.learn.schedule import make_schedule
 from jaxsft.learn.state import TrainState
 from jaxsft.learn.steps import make_eval_step
 from jaxsft.models.families import ARCHITECTURES
-from jaxsft.models.family import variable_shapes
-from jaxsft.models.initial import check_image_size, make_model, preprocessing
+from jaxsft.models.initial import checked_shapes, make_model, preprocessing
 from jaxsft.run.job import train_step_of
 from jaxsft.run.parallel import DataParallel
 
@@ -91,8 +90,7 @@ def make_steps(c: ConfigDict, parallel: DataParallel, model: nn.Module | None = 
     """
     parallel.check_batch(c.data.batch_size)
     model = model or make_model(c, CLASSES, parallel.statistics_axis(c.parallel.batch_norm))
-    check_image_size(model, c.data.image_size)
-    shapes = variable_shapes(model, c.data.image_size)
+    shapes = checked_shapes(model, c.data.image_size)
     optimizer = make_optimizer(c, shapes["params"], make_schedule(c, 1000, 10_000))
     size = c.data.image_size
     batch = {

@@ -53,10 +53,10 @@ def make_model(config: ConfigDict, num_classes: int, axis_name: str | None = Non
     )
 
 
-def check_image_size(model: nn.Module, image_size: int) -> None:
-    """Raise a UserError where the network can't take images of that side (px)."""
+def checked_shapes(model: nn.Module, image_size: int) -> dict[str, Any]:
+    """`variable_shapes` for images of that side (px); a UserError where the network can't take such."""
     try:
-        variable_shapes(model, image_size)
+        return variable_shapes(model, image_size)
     except ImageSizeError as error:
         raise UserError(f"config.data.image_size is {image_size}", str(error)) from None
 
@@ -102,7 +102,7 @@ def initial(
             f"config.train.class_weights has {count} numbers", f"give one for each of {num_classes} classes"
         )
     model = make_model(config, num_classes, axis_name)
-    check_image_size(model, config.data.image_size)
+    checked_shapes(model, config.data.image_size)
     names = class_names if num_classes == len(class_names) else None
     order = config.data.class_order
     card = ModelCard(c.arch, num_classes, names, preprocessing=preprocessing(config), class_order=order)

@@ -30,7 +30,7 @@ from jaxsft.learn.schedule import make_schedule
 from jaxsft.learn.state import TrainState
 from jaxsft.learn.steps import make_eval_step, make_several, make_train_step
 from jaxsft.models.family import variable_shapes
-from jaxsft.models.initial import initial, make_model
+from jaxsft.models.initial import checked_shapes, initial, make_model
 from jaxsft.models.layers import OneValueError
 from jaxsft.models.weights import ModelCard, Preprocessing
 from jaxsft.run.evaluation import evaluate, of_split
@@ -210,7 +210,7 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     """
     parallel = all_devices(config)
     parallel.check_batch(config.data.batch_size, config.optim.accumulate)
-    shapes = variable_shapes(make_model(config, 2), config.data.image_size)
+    shapes = checked_shapes(make_model(config, 2), config.data.image_size)
     trainable.frozen_parameters(config, shapes["params"])  # its patterns, before anything is fetched
     tell = cli.say if parallel.is_main else lambda text: None
     tell(f"reading {config.data.source} ...")
