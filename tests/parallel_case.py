@@ -30,9 +30,10 @@ from jaxsft.parity import networks, oracle, ours
 from jaxsft.parity.compare import Options, class_weights, inputs
 from jaxsft.parity.table import compared
 from jaxsft.run.parallel import DataParallel
-from tests import tiny
+from tests import small, tiny
 
-ARCH, CLASSES, STEPS = "resnet10_w16", 10, 2
+ARCH, CLASSES, STEPS = small.ARCH, 10, 2
+networks.NOT_IN_TORCHVISION[ARCH] = small.in_torch
 OPTIONS = Options(ARCH, "float64", batch_size=16, image_size=(32, 32))
 LR, MOMENTUM, DECAY, SMOOTHING = 0.05, 0.9, 1e-3, 0.1
 WEIGHTS = class_weights(CLASSES)
@@ -138,7 +139,7 @@ def main() -> None:
                 result[f"drops {backend} {count}"] = worst(dropping(parallel), dropped)
                 result[f"sync {backend} {count}"] = worst(train(parallel, tensors, True, WEIGHTS), whole)
         for backend in backends:
-            count = min(max(counts), 4)  # at 8 the last stage would normalise over 2 values
+            count = max(counts)
             expected, buffers = ddp(tensors, count)
             found = train(DataParallel(backend, jax.devices()[:count]), tensors, False, ())
             statistics = [name for name in buffers[0] if "running" in name]

@@ -1,19 +1,34 @@
-"""A run that is over in seconds, for the tests that kill, resume, damage and compare runs."""
+"""A run that is over in seconds, for the tests that kill, resume, damage and compare runs; and its config file.
+
+Half the time of such a test is compiling the step, so the network is a ResNet of one block.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
+from jaxsft import recipes
 from jaxsft.flags import parse_flags
+from jaxsft.models import families, resnet
 from jaxsft.run import checkpoint
 
+if TYPE_CHECKING:
+    import torch
+
+ARCH = "one_block"
+FAMILY = dataclasses.replace(
+    resnet.FAMILY, architectures={ARCH: partial(resnet.ResNet, (1,), resnet.BasicBlock, width=16)}
+)
+families.register(FAMILY)  # to whoever imports this file, or reads it as a config file
 STEPS, EVERY = 16, 3
 ARGUMENTS = (
-    "--config=configs/cifar10.py:sample",
+    "--config=tests/small.py",
     "--config.data.train_split=train[:64]",
     "--config.data.eval_split=test[:40]",  # not a multiple of the batch: the last one is padded
     "--config.data.image_size=32",
@@ -25,6 +40,25 @@ ARGUMENTS = (
     "--config.train.log_every_steps=2",
     f"--config.checkpoint.every_steps={EVERY}",
 )
+
+
+def get_config() -> ConfigDict:
+    """The recipe of the sample with this file's network, from scratch."""
+    config = recipes.load("configs/cifar10.py:sample")
+    config.model.update({"arch": ARCH, "weights": ""})
+    return config
+
+
+def in_torch(num_classes: int) -> torch.nn.Module:
+    """torch's network of the same names and shapes: the sample's without its later stages."""
+    from torch import nn  # here: a command that reads this file as its config does without torch
+
+    from convert.make_sample import resnet10_w16
+
+    model = resnet10_w16(num_classes)
+    model.layer2 = model.layer3 = model.layer4 = nn.Identity()
+    model.fc = nn.Linear(16, num_classes)
+    return model
 
 
 def config(*overrides: str) -> ConfigDict:

@@ -6,9 +6,6 @@ convolution.py; what an accelerator would run is read from the lowered program.
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -209,8 +206,6 @@ def test_max_pool_gives_the_gradient_to_the_first_of_equals(shape: tuple[int, ..
 
 
 DEVICES = """
-import os
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxsft.models import convolution
@@ -243,7 +238,7 @@ for name in ("pmap", "shard_map", "shard_map, check_vma"):
 """
 
 
-def test_on_two_devices() -> None:
+def test_on_two_devices(run) -> None:
     """pmap and shard_map, under both settings of check_vma; in a process of its own: devices are made at start."""
-    done = subprocess.run([sys.executable, "-c", DEVICES], check=False, capture_output=True, text=True, timeout=300)
+    done = run("-c", DEVICES, devices=2)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -112,7 +112,7 @@ def test_a_resumed_run_on_files_is_the_same(tmp_path: Path) -> None:
 
 
 FULL_DISK = """
-mount -t tmpfs -o size=5m none "$0" || exit 77
+mount -t tmpfs -o size=360k none "$0" || exit 77
 "$@"; status=$?
 ls "$0/run/checkpoints"
 exit $status
@@ -120,7 +120,7 @@ exit $status
 
 
 def test_a_full_disk(run, cache: Path, finished: Path, tmp_path: Path) -> None:
-    """A file system of 5 MB, in which two checkpoints of 2 MB find room, not three."""
+    """A file system of 360 KB, in which two checkpoints of 136 find room, not three."""
     command = [sys.executable, "-m", "jaxsft.train", *small.ARGUMENTS, "--workdir", tmp_path / "run"]
     env = {**os.environ, "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
     command = ["unshare", "-rm", "bash", "-c", FULL_DISK, tmp_path, *command]
@@ -190,18 +190,19 @@ def test_what_has_come_to_a_path_that_is_no_utf8_is_not_called_damaged(finished:
     moved = shutil.copytree(finished, odd / "run")
     with pytest.raises(UserError, match="can't be used: its path is no UTF-8"):
         saved.read(moved)
-    done = run("-m", "jaxsft.evaluate", "--workdir", finished, XDG_CACHE_HOME=str(odd))  # it does without a cache
+    command = ("-m", "jaxsft.evaluate", "--config", "tests/small.py", "--workdir", finished)
+    done = run(*command, XDG_CACHE_HOME=str(odd))  # it does without a cache
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("backend", ["pmap", "shard_map"])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, backend: str) -> None:
-    """At a rate of 1e30 the parameters leave float32 at the first update, the loss at the second."""
+    """At a rate of 1e30 the first update makes a variance overflow, the second is not finite, and the third loss."""
     overrides = ("--config.optim.lr=1e30", "--config.optim.warmup_epochs=0", f"--config.parallel.backend={backend}")
     with pytest.raises(Stop) as stop:
         run_here(tmp_path, *overrides)
     assert re.fullmatch(
-        r"the loss is (nan|inf) at step 2; there is no good checkpoint yet; try a smaller --config.optim.lr,"
+        r"the loss is (nan|inf) at step 3; there is no good checkpoint yet; try a smaller --config.optim.lr,"
         r" --config.optim.warmup_epochs=1 or --config.optim.clip_norm=1 in another --workdir",
         str(stop.value),
     )
@@ -210,9 +211,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, backend: str) -
 
 def test_a_late_loss_that_is_not_finite_names_the_last_good_checkpoint(tmp_path: Path) -> None:
     overrides = ("--config.optim.schedule=step", "--config.optim.step_epochs=2", "--config.optim.step_factor=1e35")
-    with pytest.raises(Stop, match=rf"at step 10; the last good checkpoint is {tmp_path}/checkpoints/8; try"):
+    with pytest.raises(Stop, match=rf"at step 11; the last good checkpoint is {tmp_path}/checkpoints/9; try"):
         run_here(tmp_path, *overrides)
-    assert all(record["step"] <= 10 for record in records(tmp_path))
+    assert all(record["step"] <= 11 for record in records(tmp_path))
 
 
 def test_a_loss_that_is_not_finite_is_ignored_where_asked(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from jaxsft.interpret import html
 from jaxsft.models.weights import INTERPOLATIONS, ModelCard, Preprocessing
 from jaxsft.run import checkpoint, saved, workdir
 from jaxsft.run.log import records
+from tests import small
 
 CLASSES = ("ant", "bee", "$_$")
 
@@ -41,7 +42,8 @@ def run_here(path: Path, images: Path, *overrides: str) -> None:
     """A run of four steps of four pictures."""
     config, _, _ = parse_flags(
         [
-            "--config=configs/folder.py:resnet10_w16", "--config.model.weights=", "--config.data.image_size=32",
+            "--config=configs/folder.py", f"--config.model.arch={small.ARCH}", "--config.model.weights=",
+            "--config.data.image_size=32",
             "--config.data.batch_size=4", "--config.train.steps=6", "--config.optim.warmup_epochs=0",
             "--config.data.workers=0", "--config.checkpoint.every_steps=2", "--config.checkpoint.keep=9",
             f"--config.data.source=folder:{images}", *overrides,
@@ -221,7 +223,7 @@ def test_batch_norm_over_one_value_is_refused_before_the_start(tmp_path: Path, o
     for i in range(19):
         picture(tmp_path / "images" / ("train" if i < 17 else "val") / "ab"[i % 2] / f"{i}.png", i)
     with pytest.raises(UserError, match=said):
-        run_here(tmp_path / "run", tmp_path / "images", *overrides)
+        run_here(tmp_path / "run", tmp_path / "images", "--config.model.arch=resnet10_w16", *overrides)
     assert not (tmp_path / "run").exists()
 
 

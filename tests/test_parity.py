@@ -23,8 +23,11 @@ from jaxsft.models import layers, resnet
 from jaxsft.parity import compare, networks, oracle, ours, table
 from jaxsft.parity.__main__ import main, precision
 from jaxsft.parity.compare import Options
+from tests import small
 
-SMALL = "resnet10_w16"
+SMALL = small.ARCH
+networks.NOT_IN_TORCHVISION[SMALL] = small.in_torch
+DEEPER = "resnet10_w16"
 
 
 def parity(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -32,10 +35,18 @@ def parity(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return main()
 
 
-@pytest.mark.parametrize(("dtype", "size", "steps"), [("float64", "32x48", 4), ("float32", "64", 10)])
-def test_training_is_torchs(dtype: str, size: str, steps: int, monkeypatch, capsys, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arch", "dtype", "size", "steps"),
+    [
+        (SMALL, "float64", "32x48", 4),
+        (SMALL, "float32", "64", 10),
+        pytest.param(DEEPER, "float64", "32x48", 10, marks=pytest.mark.full),
+        pytest.param(DEEPER, "float32", "64", 10, marks=pytest.mark.full),
+    ],
+)
+def test_training_is_torchs(arch: str, dtype: str, size: str, steps: int, monkeypatch, capsys, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    arguments = ["--arch", SMALL, "--dtype", dtype, "--steps", steps, "--image-size", size, "--json", path]
+    arguments = ["--arch", arch, "--dtype", dtype, "--steps", steps, "--image-size", size, "--json", path]
     status = parity(monkeypatch, *arguments)
     printed = capsys.readouterr().out
     assert status == 0, printed
@@ -46,7 +57,7 @@ def test_training_is_torchs(dtype: str, size: str, steps: int, monkeypatch, caps
     rows = {row["name"]: row for row in result["rows"]}
     assert len(rows) == len(result["rows"]), "names are not unique"
     assert all(set(row) == {"name", "max_abs", "relative", "tolerance", "passed"} for row in rows.values())
-    tensors = oracle.state(networks.build(SMALL, 10))
+    tensors = oracle.state(networks.build(arch, 10))
     quantity = {"weight": "parameter", "bias": "parameter"}
     for name in tensors:
         kind = quantity.get(name.rpartition(".")[2], name.rpartition(".")[2])
@@ -61,7 +72,8 @@ def test_training_is_torchs(dtype: str, size: str, steps: int, monkeypatch, caps
         assert rows[f"{recipe}/step {steps:02d}/loss"]["relative"] <= (1e-4 if dtype == "float32" else 1e-10)
     for phase in ("eval", "train"):
         observed = [name for name in rows if name.startswith(f"{phase}/activation/")]
-        assert len(observed) == 12 + 12 + 4  # convolutions, batch norms, blocks
+        blocks, convolutions = (1, 3) if arch == SMALL else (4, 12)
+        assert len(observed) == 2 * convolutions + blocks  # a batch norm to each convolution
 
 
 class SameConv(layers.Conv):

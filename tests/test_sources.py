@@ -16,6 +16,7 @@ from jaxsft.data import decode, sources
 from jaxsft.data.base import Arrays, Options
 from jaxsft.data.sources import open_source, open_splits, with_classes
 from jaxsft.data.splits import resolved, slices
+from tests import small
 
 SIZES = {"train": 100, "validation": 20, "test": 50}
 SLICES = [
@@ -138,7 +139,7 @@ def test_a_source_of_a_config_file_is_trained_and_evaluated(run, tmp_path: Path)
     assert list(last["per_class"]) == ["ash", "birch", "cedar"]
     report = (tmp_path / "run" / "report.html").read_text()
     assert report.count("<img ") == 3  # curves, confusions, a batch
-    unknown = run("-m", "jaxsft.evaluate", "--workdir", tmp_path / "run")
+    unknown = run("-m", "jaxsft.evaluate", "--workdir", tmp_path / "run", "--config=tests/small.py")
     assert unknown.returncode == 2
     assert "unknown data source 'mine:x'" in unknown.stderr
     done = run("-m", "jaxsft.evaluate", "--workdir", tmp_path / "run", f"--config={tmp_path}/mine.py")
@@ -289,18 +290,12 @@ def test_tfds_and_files_train_and_evaluate_alike(cifar: tuple[Options, Path], ru
     A folder has them in another order, and evaluates the same model to the same numbers.
     """
     options, root = cifar
-    common = [
-        "--config=configs/cifar10.py:sample",
-        "--config.data.image_size=32",
-        "--config.data.batch_size=50",
-        "--config.train.epochs=1",
-        "--config.optim.warmup_epochs=0.5",
-        "--config.data.workers=1",
-    ]
+    common = [*small.ARGUMENTS, "--config.train.epochs=1", "--config.data.workers=1"]
     data = {
         "tfds": [f"--config.data.data_dir={options.data_dir}", "--config.data.source=tfds:cifar10",
                  "--config.data.train_split=train[:300]", "--config.data.eval_split=test[:200]"],
-        "stream": [f"--config.data.source=csv:{root / 'images.csv'}", "--config.data.resident_mb=0"],
+        "stream": [f"--config.data.source=csv:{root / 'images.csv'}", "--config.data.resident_mb=0",
+                   "--config.data.train_split=train", "--config.data.eval_split=test"],
     }  # fmt: skip
     last = {}
     for name, arguments in data.items():
@@ -311,7 +306,8 @@ def test_tfds_and_files_train_and_evaluate_alike(cifar: tuple[Options, Path], ru
     keys = ("loss", "accuracy", "top5", "count")
     assert len({tuple(record[key] for key in keys) for record in last.values()}) == 1
     report = tmp_path / "folder.json"
-    done = run("-m", "jaxsft.evaluate", "--workdir", tmp_path / "tfds", "--data", f"folder:{root}", "--json", report)
+    command = ("-m", "jaxsft.evaluate", "--config=tests/small.py", "--workdir", tmp_path / "tfds")
+    done = run(*command, "--data", f"folder:{root}", "--json", report)
     assert done.returncode == 0, done.stderr
     record = json.loads(report.read_text())
     assert (record["accuracy"], record["top5"], record["count"]) == tuple(last["tfds"][k] for k in keys[1:])

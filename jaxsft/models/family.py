@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,6 +68,11 @@ def variable_shapes(model: nn.Module, image_size: ImageSize = IMAGE_SIZE) -> dic
     Computes nothing. `image_size` matters only to models whose variables depend on it.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return jax.tree.map(lambda shape: shape, _traced_shapes(model, height, width))  # for the caller to change
+
+
+@functools.cache  # a start asks several times, and to trace ViT-B takes half a second
+def _traced_shapes(model: nn.Module, height: int, width: int) -> dict[str, Any]:
     image = jax.ShapeDtypeStruct((2, height, width, 3), jnp.float32)
     return jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), image)
 

@@ -8,6 +8,7 @@ disk does to it later, the checksums show. Random numbers and the order of the d
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -272,6 +273,7 @@ def with_checksum(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "crc32": zlib.crc32(json.dumps(record, sort_keys=True).encode())}
 
 
+@functools.cache  # each save asks; to look through what is installed takes 25 ms
 def versions() -> dict[str, str]:
     """The versions of Python and of the libraries whose arithmetic or formats a checkpoint depends on."""
     found = {"python": platform.python_version()}
