@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from convert.__main__ import to_flax
@@ -57,6 +58,7 @@ def test_leaves_a_whole_workdir_and_says_where(finished) -> None:
     lines = records(workdir)
     assert lines[-1]["final"] is True
     assert lines[-1]["count"] == 1000
+    assert lines[-1]["accuracy"] >= 0.6
     assert [line["step"] for line in lines if line["split"] == "train"] == [20, 40]
     for line in lines:
         assert {"step", "epoch", "split", "loss", "accuracy", "time"} <= line.keys()
@@ -75,6 +77,7 @@ def test_the_same_command_again_says_it_is_finished(finished, run) -> None:
     assert "optim.lr (0.03 there, 0.5 here)" in other.stderr
 
 
+@pytest.mark.full
 def test_pretrained_beats_scratch(finished, run, tmp_path: Path) -> None:
     # Measured over 20 epochs: 0.75 against 0.51. After two epochs of 20 steps scratch has hardly begun.
     workdir, _ = finished
@@ -83,7 +86,6 @@ def test_pretrained_beats_scratch(finished, run, tmp_path: Path) -> None:
         "--config.train.epochs=2", "--config.model.weights=", optimised=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert records(workdir)[-1]["accuracy"] >= 0.6
     assert records(workdir)[-1]["accuracy"] >= records(tmp_path / "scratch")[-1]["accuracy"] + 0.1
 
 
@@ -115,16 +117,17 @@ def test_two_runs_are_bit_equal(run, tmp_path: Path) -> None:
 def test_real_cifar10_from_a_converted_directory_needs_neither_torch_nor_tensorflow(
     run, realdata: Path, tmp_path: Path
 ) -> None:
-    ported = tmp_path / "ported"
-    to_flax(str(SAMPLE), "resnet10_w16", ported)
+    weights, ported = tmp_path / "seven.pth", tmp_path / "ported"
+    torch.save(small.in_torch(num_classes=7).state_dict(), weights)
+    to_flax(str(weights), small.ARCH, ported)
     done = run(
-        "-c", WATCHED, "--config", CONFIG, "--workdir", tmp_path / "run",
-        f"--config.data.data_dir={realdata / 'tfds'}", "--config.model.arch=resnet10_w16",
-        f"--config.model.weights={ported}", "--config.data.train_split=train[:300]+train[99%:]",
-        "--config.data.eval_split=test[:90]", "--config.data.image_size=64", "--config.data.batch_size=80",
-        "--config.train.epochs=1", "--config.optim.warmup_epochs=0",
+        "-c", WATCHED, *small.ARGUMENTS, "--workdir", tmp_path / "run", f"--config.model.weights={ported}",
+        "--config.data.source=tfds:cifar10", f"--config.data.data_dir={realdata / 'tfds'}",
+        "--config.data.train_split=train[:300]+train[99%:]", "--config.data.eval_split=test[:90]",
+        "--config.data.batch_size=80", "--config.train.epochs=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "its head of 7 classes" in done.stdout
     assert done.stdout.splitlines()[-1] == "imported: neither"
     last = records(tmp_path / "run")[-1]
     assert last["step"] == (300 + 500) // 80
