@@ -33,7 +33,7 @@ def test_card_says_where_the_weights_came_from(ported: Path, cifar7: Path) -> No
 
 
 def test_verify_agrees_in_evaluation_and_training(ported: Path, cifar7: Path, capsys) -> None:
-    assert verify(ported, str(cifar7), image_size=96) == 0
+    assert verify(ported, str(cifar7), image_size=64) == 0
     said = capsys.readouterr().out
     assert said.count("ok") == 2
     assert "differing: none" in said

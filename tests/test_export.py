@@ -11,58 +11,46 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from convert.make_sample import resnet10_w16
 from jaxsft.data.augment import preprocess
 from jaxsft.parity import oracle
 from jaxsft.run.saved import load_run
+from tests import small
 from tests.commands import run_command
-
-CONFIG = "configs/cifar10.py:sample"
-SMALL = (
-    "--config.data.image_size=32",
-    "--config.data.batch_size=20",
-    "--config.data.train_split=train[:60]",
-    "--config.data.eval_split=test[:20]",
-    "--config.train.steps=3",
-    "--config.optim.warmup_epochs=0.0",
-)
 
 
 @pytest.fixture(scope="module")
-def workdir(run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps."""
-    path = tmp_path_factory.mktemp("export") / "run"
-    done = run("-m", "jaxsft.train", "--config", CONFIG, "--workdir", path, *SMALL)
-    assert done.returncode == 0, done.stderr
-    return path
+    place = tmp_path_factory.mktemp("export")
+    status, said = run_command(f"train {' '.join(small.ARGUMENTS)} --config.train.steps=3 --workdir @/run", place)
+    assert status == 0, said
+    return place / "run"
 
 
-def export(run, workdir: Path, form: str, out: Path):
-    return run("-m", "jaxsft.export", "--workdir", workdir, "--format", form, "--out", out)
+def export(workdir: Path, form: str, out: Path) -> None:
+    status, said = run_command(f"export --workdir {workdir} --format {form} --out {out}", out.parent)
+    assert status == 0, said
 
 
-def test_torchvision_takes_it_strictly_and_gives_the_same_logits(run, workdir: Path, tmp_path: Path) -> None:
+def test_torchvision_takes_it_strictly_and_gives_the_same_logits(workdir: Path, tmp_path: Path) -> None:
     tuned = load_run(workdir)
     images = np.random.default_rng(0).standard_normal((8, 32, 32, 3), np.float32)
     with jax.default_matmul_precision("highest"):
         ours = np.asarray(jax.jit(partial(tuned.model.apply, train=False))(tuned.variables, images))
     for form, suffix, read in (("torch", ".pth", torch.load), ("safetensors", ".safetensors", load_file)):
         path = tmp_path / f"tuned{suffix}"
-        done = export(run, workdir, form, path)
-        assert done.returncode == 0, done.stderr
-        model = resnet10_w16(num_classes=10)
+        export(workdir, form, path)
+        model = small.in_torch(num_classes=10)
         model.load_state_dict(read(path), strict=True)
         with torch.no_grad():
             theirs = model.eval()(oracle.nchw(images)).numpy()
         assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()  # summation order, as in parity
-        counter = 1_000_000  # the sample's weights count their own batches
-        assert 3 <= int(model.bn1.num_batches_tracked) < counter
+        assert int(model.bn1.num_batches_tracked) == 3
 
 
-def test_stablehlo_gives_the_same_logits(run, workdir: Path, tmp_path: Path) -> None:
+def test_stablehlo_gives_the_same_logits(workdir: Path, tmp_path: Path) -> None:
     path = tmp_path / "tuned.stablehlo"
-    done = export(run, workdir, "stablehlo", path)
-    assert done.returncode == 0, done.stderr
+    export(workdir, "stablehlo", path)
     tuned = load_run(workdir)
     exported = jax.export.deserialize(bytearray(path.read_bytes()))
     logits = jax.jit(lambda x: tuned.model.apply(tuned.variables, preprocess(x, tuned.card.preprocessing), train=False))

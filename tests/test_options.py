@@ -37,7 +37,7 @@ from tests.tiny import compiled
 # key -> the test of what it computes, by its name
 TESTS = {
     "seed": "test_pictures_are_drawn_by_seed_step_and_example",
-    "model.arch": "test_torchvisions_networks",
+    "model.arch": "test_a_deep_network_on_images_of_an_odd_size",
     "model.weights": "test_ports_are_kept_and_directories_used_as_they_are",
     "model.checkpoint": "test_a_run_is_gone_on_from",
     "model.num_classes": "test_the_model_is_the_configs",

@@ -11,18 +11,18 @@ from jaxsft.run.job import Job, prepare
 from tests.conftest import ROOT
 
 
-def run_in(precision: str, steps: int, *overrides: str) -> tuple[np.ndarray, Job]:
+def run_in(precision: str, steps: int, file: str, *overrides: str) -> tuple[np.ndarray, Job]:
     """The loss of each update of the sample task, float64 [steps], and the run."""
-    flags = ["--config", f"{ROOT}/configs/cifar10.py:sample", f"--config.train.precision={precision}"]
-    config, _, _ = parse_flags([*flags, *(f"--config.{text}" for text in overrides)], "", {})
+    flags = [f"--config.train.precision={precision}"]
+    config, _, _ = parse_flags(["--config", file, *flags, *(f"--config.{text}" for text in overrides)], "", {})
     job, _ = prepare(config)
     sums = [job.update(range(step, step + 1)) for step in range(1, steps + 1)]
     return np.array([float(s["loss"] / s["count"]) for s in jax.device_get(sums)]), job
 
 
-def check(steps: int, window: int, *overrides: str) -> tuple[Job, Job]:
-    full, full_job = run_in("float32", steps, *overrides)
-    half, half_job = run_in("bfloat16", steps, *overrides)
+def check(steps: int, window: int, file: str, *overrides: str) -> tuple[Job, Job]:
+    full, full_job = run_in("float32", steps, file, *overrides)
+    half, half_job = run_in("bfloat16", steps, file, *overrides)
     # bfloat16 keeps 8 bits: an activation is off by up to 4e-3 of itself, and the first loss, from equal weights, too.
     first = abs(half[0] / full[0] - 1)
     assert first <= 1e-2
@@ -37,12 +37,12 @@ def check(steps: int, window: int, *overrides: str) -> tuple[Job, Job]:
 
 
 def test_bfloat16_stays_with_float32() -> None:
-    check(20, 10, "data.image_size=32", "train.steps=40", "eval.every_epochs=99.0")
+    check(20, 10, f"{ROOT}/tests/small.py", "data.image_size=32", "train.steps=40", "eval.every_epochs=99.0")
 
 
 @pytest.mark.full
 def test_bfloat16_stays_with_float32_for_200_steps() -> None:
-    jobs = check(200, 20, "train.steps=200")
+    jobs = check(200, 20, f"{ROOT}/configs/cifar10.py:sample", "train.steps=200")
     full, half = (job.evaluate().accuracy for job in jobs)
     print(f"accuracy {full:.4f}, {half:.4f}")
     # Four standard deviations of an accuracy over 1,000 images.

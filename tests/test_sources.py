@@ -17,6 +17,7 @@ from jaxsft.data.base import Arrays, Options
 from jaxsft.data.sources import open_source, open_splits, with_classes
 from jaxsft.data.splits import resolved, slices
 from tests import small
+from tests.commands import run_command
 
 SIZES = {"train": 100, "validation": 20, "test": 50}
 SLICES = [
@@ -284,7 +285,7 @@ def test_streamed_tfds_is_the_array(cifar: tuple[Options, Path]):
     assert part.name(0).startswith("example 8 of split test")
 
 
-def test_tfds_and_files_train_and_evaluate_alike(cifar: tuple[Options, Path], run, tmp_path: Path):
+def test_tfds_and_files_train_and_evaluate_alike(cifar: tuple[Options, Path], tmp_path: Path):
     """The same images in the same order, TFDS's on the device or streamed from files, are the same run to the last bit.
 
     A folder has them in another order, and evaluates the same model to the same numbers.
@@ -300,15 +301,14 @@ def test_tfds_and_files_train_and_evaluate_alike(cifar: tuple[Options, Path], ru
     last = {}
     for name, arguments in data.items():
         workdir = tmp_path / name
-        done = run("-m", "jaxsft.train", *common, *arguments, f"--workdir={workdir}")
-        assert done.returncode == 0, done.stderr
+        status, said = run_command(f"train {' '.join((*common, *arguments))} --workdir {workdir}", tmp_path)
+        assert status == 0, said
         last[name] = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     keys = ("loss", "accuracy", "top5", "count")
     assert len({tuple(record[key] for key in keys) for record in last.values()}) == 1
     report = tmp_path / "folder.json"
-    command = ("-m", "jaxsft.evaluate", "--config=tests/small.py", "--workdir", tmp_path / "tfds")
-    done = run(*command, "--data", f"folder:{root}", "--json", report)
-    assert done.returncode == 0, done.stderr
+    status, said = run_command(f"evaluate --workdir @/tfds --data folder:{root} --json {report}", tmp_path)
+    assert status == 0, said
     record = json.loads(report.read_text())
     assert (record["accuracy"], record["top5"], record["count"]) == tuple(last["tfds"][k] for k in keys[1:])
     assert record["loss"] == pytest.approx(last["tfds"]["loss"], rel=1e-6)  # float32 sums in another order

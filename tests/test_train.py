@@ -20,6 +20,7 @@ from jaxsft.models.weights import ModelCard, save
 from jaxsft.run.pretrained import load_pretrained
 from jaxsft.run.saved import load_run
 from tests import small
+from tests.commands import run_command
 
 CONFIG = "configs/cifar10.py"
 # What a run must never import, said by the run itself as it ends.
@@ -134,16 +135,18 @@ def test_real_cifar10_from_a_converted_directory_needs_neither_torch_nor_tensorf
     assert last["count"] == 90  # the last batch of 80 holds ten: counted once each
 
 
-def test_without_a_network_one_line_names_the_ways_out(run, realdata: Path, tmp_path: Path) -> None:
-    nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "TORCH_HOME": str(tmp_path)}
+def test_without_a_network_one_line_names_the_ways_out(realdata: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
     for data_dir, missing in ((tmp_path / "empty", "tfds:cifar10"), (realdata / "tfds", "resnet18-f37072fd.pth")):
-        done = run(
-            "-m", "jaxsft.train", "--config", CONFIG, "--workdir", tmp_path / "run",
-            f"--config.data.data_dir={data_dir}", "--config.data.train_split=train[:200]",
-            "--config.data.eval_split=test[:10]", **nowhere,
-        )  # fmt: skip
-        assert done.returncode == 2, done.stderr
-        line = done.stderr.strip().splitlines()[-1]
+        status, said = run_command(
+            f"train --config {CONFIG} --workdir @/run --config.data.data_dir={data_dir}"
+            " --config.data.train_split=train[:200] --config.data.eval_split=test[:10]",
+            tmp_path,
+        )
+        assert status == 2, said
+        line = said.strip().splitlines()[-1]
         assert line.startswith("error: ")
         assert missing in line
         assert "could not be fetched" in line
