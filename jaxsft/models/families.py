@@ -17,6 +17,7 @@ from jaxsft.models import (
     mobilenetv3,
     regnet,
     resnet,
+    shufflenetv2,
     swin_transformer,
     vgg,
     vision_transformer,
@@ -34,6 +35,7 @@ FAMILIES: list[Family] = [
     convnext.FAMILY,
     vision_transformer.FAMILY,
     swin_transformer.FAMILY,
+    shufflenetv2.FAMILY,
 ]
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}
 for _family in FAMILIES:
