@@ -20,6 +20,7 @@ from torchvision.models import efficientnet as torch_efficientnet
 from torchvision.models import mobilenetv2 as torch_mobilenetv2
 from torchvision.models import mobilenetv3 as torch_mobilenetv3
 from torchvision.models import regnet as torch_regnet
+from torchvision.models import shufflenetv2 as torch_shufflenetv2
 from torchvision.models import swin_transformer as torch_swin
 from torchvision.models import vgg as torch_vgg
 from torchvision.models import vision_transformer as torch_vit
@@ -34,6 +35,7 @@ from jaxsft.models import (
     mobilenetv3,
     regnet,
     resnet,
+    shufflenetv2,
     swin_transformer,
     vgg,
     vision_transformer,
@@ -170,6 +172,10 @@ NARROW: dict[str, Narrow] = {
     ),
     "narrow_swin": Narrow(swin_transformer.FAMILY, SWINS[1], partial(torch_narrow_swin, version=1)),
     "narrow_swin_v2": Narrow(swin_transformer.FAMILY, SWINS[2], partial(torch_narrow_swin, version=2)),
+    "narrow_shufflenet_v2": Narrow(
+        shufflenetv2.FAMILY, partial(shufflenetv2.ShuffleNetV2, (2, 1, 1), (8, 16, 24, 32, 48)),
+        lambda num_classes: torch_shufflenetv2.ShuffleNetV2([2, 1, 1], [8, 16, 24, 32, 48], num_classes),
+    ),
 }  # fmt: skip
 
 

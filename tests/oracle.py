@@ -14,7 +14,7 @@ from jaxsft.models.family import variable_shapes
 ALL = tuple(arch for arch in ARCHITECTURES if arch in torchvision.models.list_models())
 ONE_EACH = (
     "resnet18", "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "regnet_y_400mf", "densenet121",
-    "convnext_tiny", "vit_b_32", "swin_t", "swin_v2_t",
+    "convnext_tiny", "vit_b_32", "swin_t", "swin_v2_t", "shufflenet_v2_x0_5",
 )  # fmt: skip
 LIGHT = ("resnet18", "resnext50_32x4d", "mobilenet_v3_small", "regnet_y_400mf", "swin_v2_t")  # 30 million at most
 

@@ -48,7 +48,7 @@ RESNETS = tuple(arch for arch in ALL if arch in resnet.ARCHITECTURES)
 # One of each family, and all of the first.
 SHOWN = (
     *RESNETS, "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "efficientnet_v2_s",
-    "regnet_y_400mf", "densenet121", "convnext_tiny", "vit_b_16", "swin_t", "swin_v2_t",
+    "regnet_y_400mf", "densenet121", "convnext_tiny", "vit_b_16", "swin_t", "swin_v2_t", "shufflenet_v2_x0_5",
 )  # fmt: skip
 KEY = ("arch", "dtype", "input", "steps")
 

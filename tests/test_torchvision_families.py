@@ -28,6 +28,7 @@ from jaxsft.models import (
     mobilenetv2,
     mobilenetv3,
     regnet,
+    shufflenetv2,
     swin_transformer,
     vgg,
     vision_transformer,
@@ -171,6 +172,9 @@ BROKEN: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], Callable[...,
     "shift of a single window": (
         "narrow_swin", swapped(windows, "shift_along", lambda shift, window, side: shift), EVAL,
         "eval/activation/features.3.1.attn"),
+    "no shuffle of the channels": (
+        "narrow_shufflenet_v2", swapped(shufflenetv2, "channel_shuffle", lambda x: x), EVAL,
+        "eval/activation/stage2.0"),
     "clamp of the logits' scale": (
         "narrow_swin_v2", swapped(windows, "MOST", 10.0), EVAL, "eval/activation/features.1.0.attn"),
 }  # fmt: skip
