@@ -1,6 +1,6 @@
 """Write tests/PARITY.md: the comparison of torchvision's networks, one line each, from `python -m jaxsft.parity`.
 
-    python -m tests.parity_report [--arch ARCH ...] [--dtype float64 float32] [--steps 10] [--image-size 64]
+    python -m tests.parity_report [--arch ARCH ...] [--dtype float64 float32] [--steps 10] [--image-size 32]
     python -m tests.parity_report --results FILE ...
 
 Lines that are there stay until their comparison is made again, so that the table can be made in parts.
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", default=SHOWN, choices=ALL)
     parser.add_argument("--dtype", nargs="+", default=("float64", "float32"), choices=("float64", "float32"))
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--image-size", default="64")
+    parser.add_argument("--image-size", default="32")
     parser.add_argument("--results", nargs="+", type=Path, help="files of `--json`: take these, compare nothing")
     args = parser.parse_args()
     if args.results:
