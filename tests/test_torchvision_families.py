@@ -139,7 +139,7 @@ BROKEN: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], Callable[...,
         "narrow_vgg", swapped(vgg, "Dropout", lambda rate, name: Dropout(0.4, name=name)), TRAIN,
         "train/activation/classifier.3"),
     "ReLU for ReLU6": (
-        "narrow_mobilenet_v2", swapped(mobilenetv2, "relu6", nn.relu), EVAL, "eval/activation/features.2.conv.1"),
+        "narrow_mobilenet_v2", swapped(mobilenetv2, "relu6", nn.relu), EVAL, "eval/activation/features.0"),
     "gate of the squeeze": (
         "narrow_mobilenet_v3", swapped(mobilenetv3, "hard_sigmoid", nn.sigmoid), EVAL,
         "eval/activation/features.2.block.2"),
