@@ -218,6 +218,17 @@ def test_depth_and_kinds_are_the_familys() -> None:
         trainable.frozen_parameters(config, params)
 
 
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64")
+def test_shapes_are_of_jaxs_width_and_the_callers_own() -> None:
+    """They are kept: what one caller changes, or asked without 64 bits, the next must not get."""
+    model = Plain(3, param_dtype=jnp.float64)
+    narrow = variable_shapes(model)["params"].pop("classifier.1")["bias"]
+    with jax.enable_x64(True):
+        wide = variable_shapes(model)["params"]["classifier.1"]["bias"]
+    assert (narrow.dtype, wide.dtype) == (jnp.float32, jnp.float64)
+    assert "classifier.1" in variable_shapes(model)["params"]
+
+
 def test_the_one_registered_last_has_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     other = Family({"plain": Plain}, "head", lambda path: 0)
     families.register(other)
