@@ -68,13 +68,13 @@ def variable_shapes(model: nn.Module, image_size: ImageSize = IMAGE_SIZE) -> dic
     Computes nothing. `image_size` matters only to models whose variables depend on it.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    shapes = _traced_shapes(model, height, width, jax.config.jax_enable_x64)
+    shapes = _traced_shapes(model, height, width, jax.dtypes.canonicalize_dtype(np.float64))
     return jax.tree.map(lambda shape: shape, shapes)  # a copy, for the caller to change
 
 
 @functools.cache  # a start asks three times, and to trace ViT-B takes a quarter of a second
-def _traced_shapes(model: nn.Module, height: int, width: int, x64: bool) -> dict[str, Any]:
-    del x64  # JAX's own state: without it float64 is float32
+def _traced_shapes(model: nn.Module, height: int, width: int, widest: np.dtype) -> dict[str, Any]:
+    del widest  # what float64 is to JAX now: float32, unless 64 bits are enabled
     image = jax.ShapeDtypeStruct((2, height, width, 3), jnp.float32)
     return jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), image)
 
