@@ -172,6 +172,19 @@ def check_network(arch: str, weights: str = "", size: tuple[int, int] = (97, 131
             assert failure is None, failure
 
 
+@pytest.mark.parametrize("arch", ["efficientnet_b0", "shufflenet_v2_x1_5", "mobilenet_v2"])
+def test_the_drawn_values_show_the_image_and_not_the_rounding(arch: str) -> None:
+    """Of torch alone. EfficientNet with statistics that fit no image shows 1e-5 of it; without a bias in its norms
+    ShuffleNet's own float32 and float64 part by 1e-5, a comparison's whole tolerance."""
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model = networks.build(arch, CLASSES).eval()
+    with torch.no_grad():
+        single, exact = model(images), model.double()(images.double())
+    largest = exact.abs().max()
+    assert (exact.max(0)[0] - exact.min(0)[0]).max() > 0.1 * largest
+    assert (single - exact).abs().max() < 5e-6 * largest
+
+
 def test_a_deep_network_on_images_of_an_odd_size() -> None:
     check_network("resnext50_32x4d")
 
