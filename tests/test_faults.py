@@ -120,7 +120,7 @@ exit $status
 
 
 def test_a_full_disk(run, cache: Path, finished: Path, tmp_path: Path) -> None:
-    """A file system of 360 KB, in which two checkpoints of 136 find room, not three."""
+    """A file system of 360 KB, in which two checkpoints of 136 KB find room, not three."""
     command = [sys.executable, "-m", "jaxsft.train", *small.ARGUMENTS, "--workdir", tmp_path / "run"]
     env = {**os.environ, "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
     command = ["unshare", "-rm", "bash", "-c", FULL_DISK, tmp_path, *command]
