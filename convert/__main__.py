@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from convert import checkpoints, files, names
 from convert.reference import torchvision_model
-from jaxsft import cli
+from jaxsft import cli, storage
 from jaxsft.models import weights
 from jaxsft.models.families import ARCHITECTURES, family_of
+from jaxsft.storage import Location
 
 LOGIT_TOLERANCE = 1e-5  # of the largest logit: a few hundred float32 roundings of 6e-8, what summation order costs
 
 
-def to_flax(source: str, arch: str, out: Path) -> None:
+def to_flax(source: str, arch: str, out: Location) -> None:
     """Read WEIGHTS and write the ported directory `out`."""
     tensors, card = checkpoints.read(source, arch)
     weights.save(out, names.to_flax(tensors, weights.shapes(card), arch), card)
@@ -32,7 +32,7 @@ def to_flax(source: str, arch: str, out: Path) -> None:
     cli.say(f"{out}: {arch}, {head}, {len(tensors)} tensors of {card.source}")
 
 
-def to_torch(directory: Path, out: Path) -> None:
+def to_torch(directory: Location, out: Location) -> None:
     """Write a ported directory as a torchvision state_dict."""
     variables, card = weights.load(directory)
     checkpoints.write(out, names.to_torch(variables, card.arch))
@@ -43,7 +43,7 @@ def to_torch(directory: Path, out: Path) -> None:
     cli.say(f"{out}: torchvision.models.{card.arch}{how}")
 
 
-def verify(directory: Path, against: str, image_size: int | None = None) -> int:
+def verify(directory: Location, against: str, image_size: int | None = None) -> int:
     """Hold a ported directory against its source: every tensor bit for bit, logits in evaluation and in training.
 
     `image_size` (px) None is the weights' own. Returns 0 when all agree and 1 when not, after printing one line a
@@ -127,12 +127,12 @@ def main() -> int:
     command = commands.add_parser("to-flax", help="port torchvision weights to a directory")
     command.add_argument("weights", help="registry name, or a file of PyTorch's or .safetensors")
     command.add_argument("--arch", required=True, help=", ".join(ARCHITECTURES))
-    command.add_argument("--out", required=True, type=cli.local_path)
+    command.add_argument("--out", required=True, type=storage.location)
     command = commands.add_parser("to-torch", help="write a ported directory as a torchvision state_dict")
-    command.add_argument("directory", type=cli.local_path)
-    command.add_argument("--out", required=True, type=cli.local_path)
+    command.add_argument("directory", type=storage.location)
+    command.add_argument("--out", required=True, type=storage.location)
     command = commands.add_parser("verify", help="hold a ported directory against torchvision")
-    command.add_argument("directory", type=cli.local_path)
+    command.add_argument("directory", type=storage.location)
     command.add_argument("--against", required=True, help="registry name, or a file of PyTorch's or .safetensors")
     command.add_argument("--image-size", type=int, help="px; default: what the weights are for")
     commands.add_parser("list", help="torchvision's weights")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import tempfile
 import urllib.error
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convert import files, layouts, names, tensors
-from jaxsft.cli import OFFLINE, UserError, local_path, nearest
+from jaxsft import storage
+from jaxsft.cli import OFFLINE, UserError, nearest
 from jaxsft.models.families import ARCHITECTURES, family_of
 from jaxsft.models.family import IMAGE_SIZE, variable_shapes
 from jaxsft.models.weights import INTERPOLATIONS, MOST_CLASSES, ModelCard, Preprocessing, file_sha256
+from jaxsft.storage import Location
 
 REGISTERED = re.compile(r"(\w+_weights\.)?\w+", re.IGNORECASE)  # torchvision's enumeration and its member
 
@@ -39,13 +40,17 @@ def read(weights: str, arch: str) -> Weights:
     """
     if arch not in ARCHITECTURES:
         raise UserError(f"unknown arch {arch!r}", nearest(arch, list(ARCHITECTURES)))
-    path = local_path(weights)
-    if not os.path.exists(path) and REGISTERED.fullmatch(weights):
+    path = storage.location(weights)
+    if REGISTERED.fullmatch(weights) and not path.exists():
         return read_registry(weights, arch)
-    if not os.path.isfile(path):
-        raise UserError(f"no file {path}", "name a .pth or .safetensors file or one of `python -m convert list`")
-    found = read_file(path, arch)
-    card = ModelCard(arch, head_classes(found, path, arch), None, path.name, file_sha256(path))
+    try:
+        with storage.local_copy(path) as file:
+            if not file.is_file():
+                raise UserError(f"no file {path}", "name a .pth or .safetensors file or one of `python -m convert list`")
+            found = read_file(file, arch)
+            card = ModelCard(arch, head_classes(found, file, arch), None, path.name, file_sha256(file))
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}", "name a .pth or .safetensors file") from None
     if (side := family_of(arch).image_size_of(found)) != IMAGE_SIZE:
         card = dataclasses.replace(card, preprocessing=Preprocessing(side, side))
     return Weights(found, card)
@@ -157,7 +162,7 @@ def download(url: str, folder: Path) -> Path:
     return path
 
 
-def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def write(path: Location, arrays: dict[str, np.ndarray]) -> None:
     """Write arrays by torch name as .pth (a state_dict that `load_state_dict(strict=True)` takes) or .safetensors.
 
     Raises:
@@ -165,13 +170,7 @@ def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """
     if path.suffix not in (".pth", ".safetensors"):
         raise UserError(f"{path} is neither .pth nor .safetensors", "give the file one of these endings")
-    if os.path.lexists(path):
-        raise UserError(f"{path} exists", "name another file or remove it")
-    partial = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(suffix=path.suffix, dir=path.parent)
-        os.close(handle)
+    with storage.new_file(path) as partial:
         if path.suffix == ".pth":
             torch = files.import_torch()
             torch.save({name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, partial)
@@ -179,11 +178,3 @@ def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
             from safetensors.numpy import save_file
 
             save_file(arrays, partial)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException as error:
-        if partial is not None:
-            Path(partial).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{path} can't be written: {error.strerror}", "name another file") from None
-        raise

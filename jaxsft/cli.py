@@ -1,4 +1,4 @@
-"""What the commands share: the user's errors and their exit status, what is printed, and JSON."""
+"""What the commands share: the user's errors and their exit status, and what is printed."""
 
 from __future__ import annotations
 
@@ -6,27 +6,20 @@ import argparse
 import codecs
 import contextlib
 import difflib
-import errno
-import functools
-import json
 import logging
-import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxsft import streams
 
 FAILED, USER_ERROR = 1, 2  # exit status
-STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 OFFLINE = (
     "give local files, --config.model.weights=FILE and --config.data.data_dir=DIR (prepared by TFDS),"
     " or run configs/cifar10.py:sample, which needs no network"
@@ -106,7 +99,7 @@ def warn(text: object) -> None:
 
 
 def local_path(text: str | Path) -> Path:
-    """What a user typed for a file or folder: `~` is expanded; argparse's `type` for all of them.
+    """What a user typed for a file or folder of this machine, as `storage.location` for all others.
 
     Raises:
       UserError: it is an address such as gs://bucket/run, not a path of this machine.
@@ -151,7 +144,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             raise
         status = 128 + signal.SIGPIPE
     finally:
-        sys.stdout = began_with[0]  # `json_to` may have turned it
+        sys.stdout = began_with[0]  # `output.json_to` may have turned it
         for stream in began_with:
             streams.flush_or_discard(stream)
     sys.exit(status)
@@ -198,95 +191,3 @@ def run_module(*command: str, platform: str = "cpu") -> None:
         raise UserError(what, what_to_do)
     if process.returncode:
         raise RuntimeError(f"{' '.join(arguments)} ended with {process.returncode}:\n{said.decode(errors='replace')}")
-
-
-def json_to(file: str) -> Callable[[Any], None]:
-    """Argparse's `type` for --json, whose default is '': a function that writes a value there as JSON, once.
-
-    For `-` and /dev/stdout it is stdout, and until `run` ends all that is printed goes to stderr, so that a program
-    can read the JSON. '' is nowhere.
-
-    Raises:
-      UserError: no file can be made there; found now, not after the work.
-    """
-    if not file:
-        return lambda value: None
-    if file in STDOUT:
-        out, sys.stdout = sys.stdout, sys.stderr
-        return lambda value: write_output(out, to_json(value))
-    path = local_path(file)
-    check_writable(path)
-    return functools.partial(write_json, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON; see `write_file`."""
-    write_file(path, to_json(value).encode())
-
-
-def check_writable(path: Path) -> None:
-    """Raise a UserError where `write_file` could not write, before the work for it; leaves nothing behind."""
-    with writing(path) as target:
-        if is_stream(path):
-            return
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if target.exists() and not os.access(target, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        with tempfile.TemporaryFile(dir=target.parent):  # tried, not asked: os.access knows nothing of quotas
-            pass
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all: what was there is replaced, of a link the file that it names.
-
-    What is no file, such as a device or a pipe, is written to as it is.
-
-    Raises:
-      UserError: it can't be written.
-    """
-    with writing(path) as target:
-        if is_stream(path):
-            with path.open("ab") as stream:  # nothing is cut off where the stream is a file, as stderr's may be
-                stream.write(content)
-            return
-        partial = target.with_name(f".{os.getpid()}.partial")  # the file's own name may be as long as one can be
-        try:
-            partial.write_bytes(content)
-            if target.exists():
-                shutil.copymode(target, partial)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """The file that `path` means, links followed; an OSError inside is a UserError about it."""
-    try:
-        target = Path(os.path.realpath(path))
-        if target.is_symlink():
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        yield target
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror}", "name another file") from None
-
-
-def is_stream(path: Path) -> bool:
-    """Whether `path` is a device, a pipe, or one of this process's open files, rather than a file or nothing yet."""
-    opened = str(path) in ("/dev/stdout", "/dev/stderr") or os.path.realpath(path.parent).startswith("/proc/")
-    return opened or (path.exists() and not path.is_file() and not path.is_dir())
-
-
-def to_json(value: Any) -> str:
-    """`value` as JSON text; NaN and infinity, which JSON has not, as null."""
-    return json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n"
-
-
-def without_nan(value: Any) -> Any:
-    """`value` with None for every float that is NaN or infinite."""
-    if isinstance(value, dict):
-        return {key: without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

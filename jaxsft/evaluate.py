@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import argparse
 import dataclasses
 
-from jaxsft import cli
+from jaxsft import cli, output, storage
 from jaxsft.data.base import Options
 from jaxsft.data.loader import BadFiles, make_loader
 from jaxsft.data.reading import EvalPlan, in_memory
@@ -33,13 +33,13 @@ def main() -> None:
     parser = cli.Parser(
         prog="python -m jaxsft.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, type=cli.local_path)
+    parser.add_argument("--workdir", required=True, type=storage.location)
     parser.add_argument("--checkpoint", default="last", help="last, best or a step; default: %(default)s")
     parser.add_argument("--data", default="", help="another source than the run's, such as tfds:cifar10")
     parser.add_argument("--split", default="", help="another split than the run's eval_split")
     parser.add_argument("--data-dir", default="", help="of TFDS")
     parser.add_argument("--config", default="", help="a config file that registers the source")
-    parser.add_argument("--json", type=cli.json_to, default="", help="write the result; -: on stdout")
+    parser.add_argument("--json", type=output.json_to, default="", help="write the result; -: on stdout")
     args = parser.parse_args()
 
     if args.config:

@@ -12,22 +12,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 
 from convert import checkpoints, names
-from jaxsft import cli
+from jaxsft import cli, storage
 from jaxsft.data.augment import preprocess
 from jaxsft.run.machine import keep_compilations
 from jaxsft.run.saved import Run, load_run
+from jaxsft.storage import Location
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def write_weights(run: Run, out: Path) -> str:
+def write_weights(run: Run, out: Location) -> str:
     """Write a torchvision state_dict, and say how it is read.
 
     Raises:
@@ -37,7 +37,7 @@ def write_weights(run: Run, out: Path) -> str:
     return f"torchvision.models.{run.card.arch}(num_classes={run.card.num_classes}).load_state_dict takes it strictly"
 
 
-def write_stablehlo(run: Run, out: Path) -> str:
+def write_stablehlo(run: Run, out: Location) -> str:
     """Write images -> logits as a serialized `jax.export.Exported`, and say how it is read.
 
     Raises:
@@ -51,30 +51,13 @@ def write_stablehlo(run: Run, out: Path) -> str:
     (count,) = jax.export.symbolic_shape("n")
     images = jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8)
     exported = jax.export.export(jax.jit(logits), platforms=PLATFORMS)(images)
-    write_bytes(out, bytes(exported.serialize()))
+    with storage.new_file(out) as partial:
+        partial.write_bytes(exported.serialize())
     return f"jax.export.deserialize takes its bytes; uint8 [n, {size}, {size}, 3] to [n, {run.card.num_classes}]"
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a new file, which appears whole or not at all.
-
-    Raises:
-      UserError: it exists or can't be written.
-    """
-    if path.exists():
-        raise cli.UserError(f"{path} exists", "name another file or remove it")
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise cli.UserError(f"{path} can't be written: {error.strerror}", "name another file") from None
-
-
 # format -> (the file's ending, how it is written)
-FORMATS: Mapping[str, tuple[str, Callable[[Run, Path], str]]] = MappingProxyType(
+FORMATS: Mapping[str, tuple[str, Callable[[Run, Location], str]]] = MappingProxyType(
     {
         "torch": (".pth", write_weights),
         "safetensors": (".safetensors", write_weights),
@@ -87,10 +70,10 @@ def main() -> None:
     parser = cli.Parser(
         prog="python -m jaxsft.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, type=cli.local_path)
+    parser.add_argument("--workdir", required=True, type=storage.location)
     parser.add_argument("--checkpoint", default="last", help="last, best or a step; default: %(default)s")
     parser.add_argument("--format", required=True, help=", ".join(FORMATS))
-    parser.add_argument("--out", required=True, type=cli.local_path)
+    parser.add_argument("--out", required=True, type=storage.location)
     args = parser.parse_args()
     if args.format not in FORMATS:
         raise cli.UserError(f"--format {args.format} is not supported", f"known: {', '.join(FORMATS)}")

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsft import cli
+from jaxsft import cli, output, storage
 from jaxsft.data import decode
 from jaxsft.data.augment import normalise
 from jaxsft.data.base import Options
@@ -125,11 +125,11 @@ def main() -> None:
     parser = cli.Parser(
         prog="python -m jaxsft.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, type=cli.local_path)
-    parser.add_argument("images", nargs="+", type=cli.local_path, metavar="IMAGE_OR_FOLDER")
+    parser.add_argument("--workdir", required=True, type=storage.location)
+    parser.add_argument("images", nargs="+", type=storage.location, metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--topk", type=int, default=5, help="classes an image (default: %(default)s)")
     parser.add_argument("--checkpoint", default="last", help="last, best or a step (default: %(default)s)")
-    parser.add_argument("--json", type=cli.json_to, default="", help="write the predictions; -: on stdout")
+    parser.add_argument("--json", type=output.json_to, default="", help="write the predictions; -: on stdout")
     args = parser.parse_args()
     if args.topk < 1:
         raise cli.UserError(f"--topk is {args.topk}", "it must be 1 or more")

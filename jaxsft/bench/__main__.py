@@ -15,7 +15,7 @@ if __name__ == "__main__":
 
 import argparse
 
-from jaxsft import cli
+from jaxsft import cli, output
 from jaxsft.bench import data, run, tpu, train
 
 COMMANDS = {
@@ -34,7 +34,7 @@ def main() -> None:
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, description=module.__doc__)
         module.add_arguments(command)
-        command.add_argument("--json", type=cli.json_to, default="", help="write the result; -: on stdout")
+        command.add_argument("--json", type=output.json_to, default="", help="write the result; -: on stdout")
     args = parser.parse_args()
     args.json(COMMANDS[args.command].run(args))
 

@@ -14,7 +14,7 @@ import matplotlib.figure
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxsft import cli
+from jaxsft import cli, storage
 from jaxsft import config as config_module
 from jaxsft.data.augment import Amounts, train_images
 from jaxsft.data.base import Source
@@ -78,19 +78,19 @@ def main() -> None:
     config, values, _ = parse_flags(sys.argv[1:], __doc__, {"out": "the picture to write, such as grid.png"})
     if not values["out"]:
         raise cli.UserError("no --out", "name the picture to write, such as --out=grid.png")
-    out = cli.local_path(values["out"])
+    out = storage.location(values["out"])
     formats = matplotlib.figure.Figure().canvas.get_supported_filetypes()
     if out.suffix[1:].lower() not in formats:
         raise cli.UserError(
             f"--out {out} is no name of a picture", f"let it end in one of {', '.join(sorted(formats))}"
         )
-    cli.check_writable(out)
+    storage.check_writable(out)
     config_module.check(config)
     source = open_splits(config)[0]
     figure = grid(*batch_of(config, source, preprocessing(config)), source.class_names)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format=out.suffix[1:].lower())
-    cli.write_file(out, picture.getvalue())
+    storage.write_file(out, picture.getvalue())
     cli.say(out)
 
 

@@ -12,8 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
-import tempfile
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import platformdirs
 
+from jaxsft import storage
 from jaxsft.cli import UserError, nearest
 from jaxsft.models.families import ARCHITECTURES, family_of
 from jaxsft.models.family import variable_shapes
+from jaxsft.storage import Location
 
 CARD = "model.json"
 MOST_SAID = 200  # letters of another library's or a file's own words in a message
@@ -72,7 +73,7 @@ class ModelCard:
         partial.replace(directory / CARD)
 
     @classmethod
-    def load(cls, directory: Path) -> ModelCard:
+    def load(cls, directory: Location) -> ModelCard:
         """Read and check `directory`/model.json.
 
         Raises:
@@ -132,40 +133,28 @@ def shapes(card: ModelCard) -> dict[str, Any]:
     return found
 
 
-def check_name(directory: Path) -> None:
+def check_name(directory: Location) -> None:
     """Raise a UserError where TensorStore and XLA can't name `directory`: their paths are UTF-8."""
     try:
-        str(directory.resolve()).encode()
+        os.path.realpath(str(directory)).encode()
     except UnicodeEncodeError:
         raise UserError(f"{directory} can't be used: its path is no UTF-8", "name another directory") from None
 
 
-def save(directory: Path, variables: dict[str, Any], card: ModelCard) -> None:
+def save(directory: Location, variables: dict[str, Any], card: ModelCard) -> None:
     """Write variables and card as a new directory, which appears whole or not at all.
 
     Raises:
       UserError: `directory` exists and is not empty, can't be written, or has a name that `check_name` refuses.
     """
     check_name(directory)
-    try:
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise UserError(f"{directory} exists", "name another directory or remove it")
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent.resolve()))
-        try:
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(partial / "weights", variables)
-            card.save(partial)
-            partial.chmod(0o755)
-            partial.replace(directory)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise UserError(f"{directory} can't be written: {error.strerror}", "name another directory") from None
+    with storage.new_directory(directory, last=CARD) as partial:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial / "weights", variables)
+        card.save(partial)
 
 
-def load(directory: Path) -> tuple[dict[str, Any], ModelCard]:
+def load(directory: Location) -> tuple[dict[str, Any], ModelCard]:
     """Read a ported directory: variables as arrays on the default device, and the card.
 
     Raises:
@@ -176,20 +165,23 @@ def load(directory: Path) -> tuple[dict[str, Any], ModelCard]:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes(card))
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            variables = checkpointer.restore((directory / "weights").resolve(), target)
+        with storage.local_copy(directory / "weights") as folder, ocp.StandardCheckpointer() as checkpointer:
+            variables = checkpointer.restore(folder.resolve(), target)
         finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(variables)))
     except Exception as error:  # on damaged files the libraries below raise nearly anything
-        said = (str(error).strip() or type(error).__name__)[:MOST_SAID]
+        said = (getattr(error, "strerror", "") or str(error).strip() or type(error).__name__)[:MOST_SAID]
         raise UserError(f"the weights in {directory} can't be read: {said}", "port them again") from None
     if not finite:
         raise UserError(f"the weights in {directory} hold NaN or infinite numbers", "port others")
     return variables, card
 
 
-def cache_dir() -> Path:
-    """The user's cache directory of this program ($XDG_CACHE_HOME/jaxsft on Linux)."""
-    return Path(platformdirs.user_cache_dir("jaxsft"))
+def cache_dir() -> Location:
+    """Where this program keeps what it may need again: $JAXSFT_CACHE, also in a bucket, or the user's cache directory.
+
+    That is $XDG_CACHE_HOME/jaxsft on Linux.
+    """
+    return storage.location(os.environ.get("JAXSFT_CACHE") or platformdirs.user_cache_dir("jaxsft"))
 
 
 def file_sha256(path: Path) -> str:

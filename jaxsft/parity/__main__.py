@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import jax
 
 from convert import checkpoints, files, names
-from jaxsft import cli
+from jaxsft import cli, output
 from jaxsft.models.families import ARCHITECTURES, family_of
 from jaxsft.models.family import ImageSizeError, variable_shapes
 from jaxsft.models.weights import shapes
@@ -109,7 +109,7 @@ def main() -> int:
     parser.add_argument("--seed", type=natural, default=0, help="of weights and inputs, default %(default)s")
     parser.add_argument("--all", action="store_true", help="print a line for every tensor, not for every quantity")
     parser.add_argument(
-        "--json", type=cli.json_to, default="", help="write name, max_abs, relative, tolerance, passed; -: on stdout"
+        "--json", type=output.json_to, default="", help="write name, max_abs, relative, tolerance, passed; -: on stdout"
     )
     args = parser.parse_args()
     if args.arch not in ARCHITECTURES:

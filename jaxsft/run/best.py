@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 from jaxsft.run.log import records
+from jaxsft.storage import Location
 
 
 @dataclasses.dataclass
@@ -19,7 +19,7 @@ class Best:
     value: float = math.nan
 
     @classmethod
-    def of(cls, workdir: Path, metric: str, up_to: float = math.inf) -> Best:
+    def of(cls, workdir: Location, metric: str, up_to: float = math.inf) -> Best:
         """The best that metrics.jsonl knows up to a step."""
         best = cls(metric)
         for record in records(workdir):

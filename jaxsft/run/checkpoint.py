@@ -24,11 +24,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from jaxsft import storage
 from jaxsft.cli import Stop, UserError, warn
 from jaxsft.learn.state import TrainState
 from jaxsft.run.log import NotFinite
+from jaxsft.run.working_copy import FOLDER, WorkingCopy, steps
+from jaxsft.storage import Location
 
-FOLDER, SET_ASIDE = "checkpoints", "damaged"
+SET_ASIDE = "damaged"
 LIBRARIES = ("jaxsft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 YEARS = 10**9  # seconds
 
@@ -63,7 +66,7 @@ class LastAndBest(checkpoint_managers.LatestN):
 class Checkpoints:
     """The checkpoints of a run that trains: to be entered, so that the last one is whole on the way out."""
 
-    def __init__(self, workdir: Path, keep: int, on_nan: str = "stop"):
+    def __init__(self, workdir: WorkingCopy, keep: int, on_nan: str = "stop"):
         """Keep the last `keep` and the best; with `on_nan` "stop" a state that is not finite is never saved."""
         self.workdir, self.on_nan, self._keep = workdir, on_nan, keep
         self._policy = LastAndBest(n=keep)
@@ -76,7 +79,7 @@ class Checkpoints:
                 create_directories_asynchronously=False, timeout_secs=YEARS if jax.process_count() == 1 else 1200
             ),
         )
-        self._manager = ocp.CheckpointManager((workdir / FOLDER).resolve(), options=options)
+        self._manager = ocp.CheckpointManager((workdir.path / FOLDER).resolve(), options=options)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -93,9 +96,9 @@ class Checkpoints:
         """The newest step on disk or on its way there, None where there is none."""
         return self._manager.latest_step()
 
-    def path(self, step: int) -> Path:
+    def path(self, step: int) -> Location:
         """Where the checkpoint of `step` lies."""
-        return self.workdir / FOLDER / str(step)
+        return self.workdir.place / FOLDER / str(step)
 
     def save(self, state: TrainState, step: int, host: dict[str, Any], best: int | None = None) -> None:
         """Start writing `state` under `step`; it appears whole or not at all. A step that is there stays as it is.
@@ -121,9 +124,12 @@ class Checkpoints:
             raise self._unwritten(error) from None
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk. Raises Stop where it can't be."""
+        """Wait until what was saved is on disk, and in the bucket. Raises Stop where it can't be."""
         try:
             self._manager.wait_until_finished()
+            self.workdir.flush()
+        except Stop:
+            raise
         except Exception as error:
             raise self._unwritten(error) from None
 
@@ -135,24 +141,16 @@ class Checkpoints:
                 self._manager.delete(old)
 
     def _unwritten(self, error: Exception) -> Unwritten:
-        whole = steps(self.workdir)
+        whole = steps(self.workdir.path)
         left = f"intact: step {', '.join(map(str, whole))}" if whole else "there is no earlier one"
         return Unwritten(
-            f"a checkpoint can't be written to {self.workdir / FOLDER}: {first_line(error)}; {left}",
+            f"a checkpoint can't be written to {self.workdir.place / FOLDER}: {first_line(error)}; {left}",
             "make room or mend the disk; the same command then resumes",
         )
 
 
-def steps(workdir: Path) -> list[int]:
-    """The steps that have a checkpoint, oldest first."""
-    try:
-        return sorted(int(p.name) for p in (workdir / FOLDER).iterdir() if p.name.isdecimal() and p.is_dir())
-    except OSError:
-        return []
-
-
 def newest(
-    workdir: Path, like: Callable[[dict[str, Any]], Any], *, set_aside: bool, only: int | None = None
+    workdir: Location, like: Callable[[dict[str, Any]], Any], *, set_aside: bool, only: int | None = None
 ) -> Restored | None:
     """The newest intact checkpoint, or `only` that of one step; None where there is none.
 
@@ -181,7 +179,7 @@ def newest(
     return None
 
 
-def read_arrays(path: Path, record: dict[str, Any], like: Any) -> Any:
+def read_arrays(path: Location, record: dict[str, Any], like: Any) -> Any:
     """The arrays of one checkpoint in the structure of `like`, checked against its record.
 
     Raises:
@@ -201,27 +199,38 @@ def read_arrays(path: Path, record: dict[str, Any], like: Any) -> Any:
         target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
     )
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            arrays = checkpointer.restore((path / "state").resolve(), args=arguments)
+        with (
+            storage.local_copy(path / "state") as folder,
+            ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+        ):
+            arrays = checkpointer.restore(folder.resolve(), args=arguments)
         altered = [name for name, entry in describe(arrays).items() if entry != record["arrays"][name]]
     except Exception as error:  # on damaged files the libraries below raise nearly anything
+        raise_if_away(path, error)
         raise Damaged(first_line(error)) from None
     if altered:
         raise Damaged(f"{len(altered)} arrays are not what was written, such as {altered[0]}")
     return arrays
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Location) -> dict[str, Any]:
     """The host's record of a checkpoint. Raises Damaged where it is not what was written."""
     try:
         record = json.loads((path / "host" / "metadata").read_text())
         checksum = record.pop("crc32")
         is_ours = isinstance(record["arrays"], dict) and isinstance(record["versions"], dict)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise_if_away(path, error)
         raise Damaged(f"its record can't be read: {first_line(error)}") from None
     if not is_ours or with_checksum(record)["crc32"] != checksum:
         raise Damaged("its record is not what was written")
     return record
+
+
+def raise_if_away(path: Location, error: Exception) -> None:
+    """Raise a UserError where a bucket does not give what it may well have: that says nothing of the checkpoint."""
+    if isinstance(error, OSError) and storage.is_remote(path) and not isinstance(error, FileNotFoundError):
+        raise UserError(f"{path} can't be read: {error.strerror}", "try again when it can be") from None
 
 
 def move_aside(workdir: Path, path: Path) -> Path:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import shutil
 import tempfile
 import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxsft.cli import UserError, local_path, run_module, warn
+from jaxsft import storage
+from jaxsft.cli import UserError, run_module, warn
 from jaxsft.data import embedded
-from jaxsft.models.weights import ModelCard, cache_dir, file_sha256, load
+from jaxsft.models.weights import CARD, ModelCard, cache_dir, file_sha256, load
 from jaxsft.run import saved
+from jaxsft.storage import Location
 
 
 def load_pretrained(weights: str, arch: str, checkpoint: str = "last") -> tuple[dict[str, Any], ModelCard]:
@@ -31,8 +32,12 @@ def load_pretrained(weights: str, arch: str, checkpoint: str = "last") -> tuple[
     Raises:
       UserError: they can't be had, are damaged, do not fit, or are of another architecture.
     """
-    path = embedded.WEIGHTS if weights == "sample" else local_path(weights)
-    if not os.path.isdir(path):
+    path = embedded.WEIGHTS if weights == "sample" else storage.location(weights)
+    try:
+        is_directory = path.is_dir()
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}", "name weights that can be") from None
+    if not is_directory:
         return convert(path, arch)
     found = (saved.read_card(path) if saved.is_run(path) else ModelCard.load(path)).arch
     if found != arch:
@@ -40,12 +45,12 @@ def load_pretrained(weights: str, arch: str, checkpoint: str = "last") -> tuple[
     if not saved.is_run(path):
         return load(path)
     run = saved.read(path, checkpoint)
-    source = f"{path.resolve().name} at step {run.step}"
+    source = f"{(path.resolve() if isinstance(path, Path) else path).name} at step {run.step}"
     card = dataclasses.replace(run.card, source=source, sha256="", weights_version="")
     return jax.device_put(run.variables, jax.local_devices()[0]), card
 
 
-def convert(path: Path, arch: str) -> tuple[dict[str, Any], ModelCard]:
+def convert(path: Location, arch: str) -> tuple[dict[str, Any], ModelCard]:
     """A file or registry name ported: once, into the user's cache.
 
     Conversion runs as `python -m convert to-flax` in a process of its own, on the CPU: torch never enters this one,
@@ -55,28 +60,43 @@ def convert(path: Path, arch: str) -> tuple[dict[str, Any], ModelCard]:
     Raises:
       UserError: what the conversion says.
     """
-    key = file_sha256(path)[:16] if os.path.isfile(path) else urllib.parse.quote(str(path).lower(), safe="")
-    target = cache_dir() / "ported" / f"{arch}-{key}"
-    if os.path.exists(target):
-        try:
-            return load(target)
-        except UserError as error:
-            warn(f"{error}: this is done now")
-            shutil.rmtree(target, ignore_errors=True)
-    with scratch(target.parent) as folder:
-        made = Path(folder) / "ported"
-        run_module("convert", "to-flax", str(path), "--arch", arch, "--out", str(made))
+    with contextlib.ExitStack() as stack:
+        file: Path | None = None
+        if not isinstance(path, Path) or path.is_file():
+            try:
+                file = stack.enter_context(storage.local_copy(path))
+            except OSError as error:
+                raise UserError(f"{path} can't be read: {error.strerror}", "name a file of weights") from None
+        key = file_sha256(file)[:16] if file else urllib.parse.quote(str(path).lower(), safe="")
+        target = cache_dir() / "ported" / f"{arch}-{key}"
+        with contextlib.suppress(OSError):  # a cache that can't be reached
+            if target.exists():
+                try:
+                    return load(target)
+                except UserError as error:
+                    warn(f"{error}: this is done now")
+                    storage.remove_directory(target)
+        made = stack.enter_context(scratch(target.parent)) / "ported"
+        run_module("convert", "to-flax", str(file or path), "--arch", arch, "--out", str(made))
         ported = load(made)
-        with contextlib.suppress(OSError):  # another process of this machine was faster, or nothing can be kept
-            made.replace(target)
-    return ported
+        try:
+            storage.move_directory(made, target, last=CARD)
+        except OSError as error:  # another process of this machine was faster, or nothing can be kept
+            if not isinstance(target, Path):
+                warn(f"{target} can't be written ({error.strerror}): the ported weights are not kept")
+        return ported
 
 
-def scratch(within: Path) -> tempfile.TemporaryDirectory[str]:
+@contextlib.contextmanager
+def scratch(within: Location) -> Iterator[Path]:
     """A directory that goes away again: in `within`, or where that can't be written in the system's own place."""
-    try:
-        within.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix=".", dir=within, ignore_cleanup_errors=True)
-    except OSError as error:
-        warn(f"{within} can't be written ({error.strerror}): the ported weights are not kept")
-        return tempfile.TemporaryDirectory(prefix="jaxsft-", ignore_cleanup_errors=True)
+    parent: Path | None = None
+    if isinstance(within, Path):
+        try:
+            within.mkdir(parents=True, exist_ok=True)
+            storage.try_to_write(within)
+            parent = within
+        except OSError as error:
+            warn(f"{within} can't be written ({error.strerror}): the ported weights are not kept")
+    with tempfile.TemporaryDirectory(prefix=".jaxsft-", dir=parent, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -18,6 +17,7 @@ from jaxsft.models.initial import make_model
 from jaxsft.models.weights import ModelCard
 from jaxsft.run import checkpoint
 from jaxsft.run.best import Best
+from jaxsft.storage import Location
 
 CONFIG = "config.json"
 
@@ -31,12 +31,12 @@ class SavedRun(NamedTuple):
     step: int
 
 
-def is_run(directory: Path) -> bool:
+def is_run(directory: Location) -> bool:
     """Whether `directory` holds a run, finished or not."""
     return (directory / CONFIG).exists() or (directory / checkpoint.FOLDER).is_dir()
 
 
-def read(workdir: Path, which: str = "last") -> SavedRun:
+def read(workdir: Location, which: str = "last") -> SavedRun:
     """A run at its newest intact checkpoint, its best, or the one of a step.
 
     Args:
@@ -59,7 +59,7 @@ def read(workdir: Path, which: str = "last") -> SavedRun:
     return SavedRun(config, card, restored.state.get("average", restored.state), restored.step)
 
 
-def read_config(workdir: Path) -> ConfigDict:
+def read_config(workdir: Location) -> ConfigDict:
     """A run's config, over today's defaults.
 
     Raises:
@@ -73,7 +73,7 @@ def read_config(workdir: Path) -> ConfigDict:
         raise UserError(what, "use the version that wrote it") from None
 
 
-def config_record(workdir: Path) -> dict[str, Any]:
+def config_record(workdir: Location) -> dict[str, Any]:
     """What config.json says, or where it is damaged what the newest checkpoint does.
 
     Raises:
@@ -87,7 +87,7 @@ def config_record(workdir: Path) -> dict[str, Any]:
         raise
 
 
-def read_card(workdir: Path) -> ModelCard:
+def read_card(workdir: Location) -> ModelCard:
     """A run's card: what model.json says, or where it is damaged what the newest checkpoint does.
 
     Raises:
@@ -101,7 +101,7 @@ def read_card(workdir: Path) -> ModelCard:
         raise
 
 
-def in_checkpoint(workdir: Path, name: str) -> Any:
+def in_checkpoint(workdir: Location, name: str) -> Any:
     """An entry of the host's record of the newest checkpoint whose record is whole; None where there is none."""
     for step in reversed(checkpoint.steps(workdir)):
         with contextlib.suppress(checkpoint.Damaged):
@@ -109,7 +109,7 @@ def in_checkpoint(workdir: Path, name: str) -> Any:
     return None
 
 
-def chosen_step(workdir: Path, config: ConfigDict, which: str) -> int | None:
+def chosen_step(workdir: Location, config: ConfigDict, which: str) -> int | None:
     """The step that `which` means; None: the newest.
 
     Raises:
@@ -136,7 +136,7 @@ def evaluated(record: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
     return {"average": shapes} if averaged else shapes
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Location) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
@@ -161,7 +161,7 @@ class Run(NamedTuple):
     step: int
 
 
-def load_run(workdir: Path, which: str = "last") -> Run:
+def load_run(workdir: Location, which: str = "last") -> Run:
     """A run at its newest intact checkpoint ('last'), its 'best', or the one of a step, on this process's first device.
 
     Raises:
