@@ -46,7 +46,9 @@ def read(weights: str, arch: str) -> Weights:
     try:
         with storage.local_copy(path) as file:
             if not file.is_file():
-                raise UserError(f"no file {path}", "name a .pth or .safetensors file or one of `python -m convert list`")
+                raise UserError(
+                    f"no file {path}", "name a .pth or .safetensors file or one of `python -m convert list`"
+                )
             found = read_file(file, arch)
             card = ModelCard(arch, head_classes(found, file, arch), None, path.name, file_sha256(file))
     except OSError as error:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
-import importlib
+import importlib.util
 import io
 import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxsft import cli
@@ -30,7 +30,13 @@ LONGEST_PAUSE = 15.0  # seconds between two tries
 # Words for exceptions that another try does not mend, by the names of their classes in google.auth and botocore.
 NO_CREDENTIALS = ("DefaultCredentialsError", "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 LATER = (408, 429, 500, 502, 503, 504)  # HTTP's statuses that another try may mend
+PACKAGES = ("aiohttp", "requests", "urllib3", "httpx", "botocore", "aiobotocore", "gcsfs")
 HINTS = {"gs": "`gcloud auth application-default login`", "s3": "`aws configure`"}
+
+# Else gcsfs asks each bucket over another protocol which kind it is, with a warning where there are no credentials; and
+# etils, by which JAX keeps compiled programs in a bucket, would start TensorFlow where that is installed.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+os.environ.setdefault("EPATH_USE_TF", "false")
 
 
 class Entry(NamedTuple):
@@ -195,8 +201,6 @@ def parse(url: str) -> BucketPath:
 @functools.cache
 def file_system(scheme: str) -> Any:
     """fsspec's file system, which asks the bucket every time: another process may have written since."""
-    # Else each bucket is asked over another protocol which kind it is, with a warning where there are no credentials.
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
 
     for name in (SCHEMES[scheme][0], "google", "google.auth", "botocore", "aiobotocore", "asyncio"):
@@ -240,9 +244,7 @@ def is_passing(error: BaseException) -> bool:
     if isinstance(error, TimeoutError | ConnectionError):
         return True
     # What these raise without a status came from the connection: it broke, or could not be made.
-    return package in ("aiohttp", "requests", "urllib3", "httpx", "botocore", "aiobotocore", "gcsfs") or "google.auth" in (
-        type(error).__module__
-    )
+    return package in PACKAGES or type(error).__module__.startswith("google.auth")
 
 
 def names(error: BaseException | None) -> Iterator[str]:
@@ -274,13 +276,10 @@ def as_os_error(error: Exception, path: BucketPath) -> OSError:
     if isinstance(error, PermissionError) or status == 403 or str(error).startswith("Forbidden"):
         return PermissionError(errno.EACCES, "the bucket does not permit it", str(path))
     if isinstance(error, FileNotFoundError) or status == 404:
-        return FileNotFoundError(errno.ENOENT, f"no such object, or no bucket {path.bucket}", str(path))
+        return FileNotFoundError(errno.ENOENT, f"it is not there, or there is no {path.bucket}", str(path))
     return OSError(errno.EIO, one_line(error), str(path))
 
 
 def one_line(error: BaseException) -> str:
     """The first line of what an exception says."""
     return " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())[:200]
-
-
-Work = Callable[[], None]

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxsft import cli, output, storage
-from jaxsft.data import decode
+from jaxsft.data import decode, listing
 from jaxsft.data.augment import normalise
 from jaxsft.data.base import Options
 from jaxsft.data.folder import EXTENSIONS, images
@@ -25,21 +24,23 @@ from jaxsft.data.threads import in_order
 from jaxsft.models.weights import Preprocessing
 from jaxsft.run.machine import keep_compilations
 from jaxsft.run.saved import Run, load_run
+from jaxsft.storage import Location
 
 BATCH = 32  # images a step at most
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
+def find_images(paths: Sequence[Location]) -> list[Location]:
     """The files named, and the images in the folders named, in their order and each once.
 
     Raises:
       UserError: a path does not exist, or there is nothing to look at.
     """
-    found: dict[Path, None] = {}
+    found: dict[Location, None] = {}
     for path in paths:
         try:
             if path.is_dir():
-                found.update(dict.fromkeys(map(Path, images(path, Options(on_error="skip")))))
+                listing.read(path)
+                found.update(dict.fromkeys(map(storage.location, images(path, Options(on_error="skip")))))
                 continue
             path.stat()
         except (OSError, ValueError) as error:
@@ -53,7 +54,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return list(found)
 
 
-def read_image(path: Path, to: Preprocessing, upright: bool = True) -> np.ndarray:
+def read_image(path: Location, to: Preprocessing, upright: bool = True) -> np.ndarray:
     """The part of an image file that the model sees, [crop_size, crop_size, 3] in 0..255, as a run's evaluation has it.
 
     A picture that must be made smaller is resized on 8 bits (uint8), as for training on files; else in float32, without
@@ -71,20 +72,20 @@ def read_image(path: Path, to: Preprocessing, upright: bool = True) -> np.ndarra
     return np.clip(np.stack(channels, -1), 0, 255)  # bicubic interpolation overshoots
 
 
-def batches(paths: Sequence[Path], to: Preprocessing, upright: bool) -> Iterator[tuple[list[Path], np.ndarray]]:
+def batches(paths: Sequence[Location], to: Preprocessing, upright: bool) -> Iterator[tuple[list[Location], np.ndarray]]:
     """The readable ones of `paths`, several at a time: their names, and float32 [B, crop, crop, 3] in 0..255.
 
     B is one number for all, the last batch is padded. The next ones are decoded meanwhile.
     """
 
-    def attempt(path: Path) -> np.ndarray | decode.Unreadable:
+    def attempt(path: Location) -> np.ndarray | decode.Unreadable:
         try:
             return read_image(path, to, upright)
         except decode.Unreadable as error:
             return error
 
     size = min(BATCH, 1 << (len(paths) - 1).bit_length())
-    names: list[Path] = []
+    names: list[Location] = []
     batch = np.zeros((size, to.crop_size, to.crop_size, 3), np.float32)
     for path, image in zip(paths, in_order(attempt, paths, size), strict=True):
         if isinstance(image, decode.Unreadable):
@@ -99,7 +100,7 @@ def batches(paths: Sequence[Path], to: Preprocessing, upright: bool) -> Iterator
         yield names, batch
 
 
-def predict(run: Run, paths: Sequence[Path], topk: int) -> Iterator[dict[str, Any]]:
+def predict(run: Run, paths: Sequence[Location], topk: int) -> Iterator[dict[str, Any]]:
     """{"file", "classes": [{"class", "probability"}, ...]} of each readable image, the most probable first.
 
     Raises:

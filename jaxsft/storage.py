@@ -82,10 +82,24 @@ def download(source: BucketPath, target: Path, names: Iterable[str]) -> None:
         (source / name).download(file)
 
 
+def mirror(source: BucketPath, target: Path) -> None:
+    """Let the folder `target` of this machine have all objects below `source`; those of the same size are there.
+
+    Raises:
+      OSError: it can't be.
+    """
+    for name, entry in source.walk().items():
+        file = target / name
+        if not file.is_file() or file.stat().st_size != entry.size:
+            with replacing(file) as partial:
+                (source / name).download(partial)
+            os.utime(file, ns=(entry.changed_ns, entry.changed_ns))  # the same on every machine
+
+
 def upload(source: Path, target: BucketPath, last: str = "") -> None:
-    """Copy all files below `source` to objects below `target`, the file `last` as the last. Raises OSError."""
+    """Copy all files below `source` to objects below `target`, those called `last` as the last. Raises OSError."""
     names = [file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()]
-    for name in sorted(names, key=lambda name: (name == last, name)):
+    for name in sorted(names, key=lambda name: (name.split("/")[-1] == last, name)):
         (target / name).upload(source / name)
 
 
@@ -192,7 +206,7 @@ def write_file(path: Location, content: bytes) -> None:
             return
         if is_stream(path):
             with path.open("ab") as stream:  # nothing is cut off where the stream is a file, as stderr's may be
-                stream.write(content)  # type: ignore[arg-type]
+                stream.write(content)
             return
         partial = target.with_name(f".{os.getpid()}.partial")  # the file's own name may be as long as one can be
         try:
@@ -222,7 +236,8 @@ def check_writable(path: Location) -> None:
 def try_to_write(folder: Location) -> None:
     """Raise an OSError where nothing can be written into `folder`, by writing something: it is gone at once.
 
-    Tried, not asked: os.access says yes to root and knows nothing of quotas, and a bucket's rules are not for us to read.
+    Tried, not asked: os.access says yes to root and knows nothing of quotas, and who may do what in a bucket is not for
+    us to read.
     """
     if isinstance(folder, BucketPath):
         probe = folder / f".probe-{os.urandom(4).hex()}"

@@ -19,7 +19,7 @@ import logging
 import sys
 from pathlib import Path
 
-from jaxsft import cli, flags, recipes, streams
+from jaxsft import cli, flags, recipes, storage, streams
 from jaxsft import config as config_module
 from jaxsft.run import processes
 from jaxsft.run import workdir as workdir_module
@@ -35,7 +35,7 @@ def main() -> None:
     }
     assert __doc__ is not None
     config, values, config_flag = flags.parse_flags(sys.argv[1:], __doc__, options)
-    workdir = cli.local_path(values["workdir"] or Path("runs") / recipes.run_name(config_flag))
+    workdir = storage.location(values["workdir"] or Path("runs") / recipes.run_name(config_flag))
     if values["checkpoint"]:
         config.model.checkpoint = values["checkpoint"]
     config_module.check(config)

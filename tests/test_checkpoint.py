@@ -17,6 +17,7 @@ from jaxsft.run import checkpoint
 from jaxsft.run.checkpoint import Checkpoints, Damaged
 from jaxsft.run.log import NotFinite
 from jaxsft.run.parallel import DataParallel
+from jaxsft.run.working_copy import WorkingCopy
 from tests import small
 
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
@@ -31,7 +32,7 @@ def make_state(seed: int = 0, width: int = 64) -> TrainState:
 
 
 def save(workdir: Path, *steps: int, keep: int = 2, best: int | None = None) -> None:
-    with Checkpoints(workdir, keep) as checkpoints:
+    with Checkpoints(WorkingCopy(workdir), keep) as checkpoints:
         for step in steps:
             checkpoints.save(make_state(step), step, {"meter": {"loss": 0.1}, "config": {}}, best)
 
@@ -66,7 +67,7 @@ def test_the_device_may_overwrite_what_is_being_saved(tmp_path: Path) -> None:
     """The step donates the state's memory while the checkpoint is written in the background."""
     step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     state = jax.device_put(make_state(1))
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(WorkingCopy(tmp_path), keep=1) as checkpoints:
         checkpoints.save(state, 1, {})
         for _ in range(3):
             state = step(state)
@@ -157,18 +158,18 @@ def test_another_programs_arrays_are_refused_not_set_aside(saved: Path) -> None:
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
     state = make_state(1)
     broken = state.replace(params={"fc": {**state.params["fc"], "bias": np.full(10, np.nan, np.float32)}})
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(WorkingCopy(tmp_path), keep=2) as checkpoints:
         with pytest.raises(NotFinite, match="params/fc/bias is not finite at step 1"):
             checkpoints.save(broken, 1, {})
         assert checkpoints.latest_step() is None
-    with Checkpoints(tmp_path, keep=2, on_nan="ignore") as checkpoints:
+    with Checkpoints(WorkingCopy(tmp_path), keep=2, on_nan="ignore") as checkpoints:
         checkpoints.save(broken, 1, {})
     assert checkpoint.steps(tmp_path) == [1]
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told_and_the_others_stay(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(WorkingCopy(tmp_path), keep=1) as checkpoints:
         shutil.rmtree(tmp_path / "checkpoints")
         (tmp_path / "checkpoints").touch()  # a file, where a folder must be
         with pytest.raises(Stop, match=r"a checkpoint can't be written to .*; there is no earlier one; make room"):

@@ -15,6 +15,9 @@ from tests.conftest import ROOT
 LAYERS = (
     ("jaxsft.streams",),
     ("jaxsft.cli",),
+    ("jaxsft.buckets",),
+    ("jaxsft.storage",),
+    ("jaxsft.output",),
     ("jaxsft.models",),
     ("jaxsft.data", "jaxsft.interpret", "convert"),
     ("jaxsft.learn",),

@@ -28,6 +28,7 @@ from jaxsft.models.weights import ModelCard, Preprocessing, file_sha256
 from jaxsft.run import pretrained
 from jaxsft.run.checkpoint import Checkpoints
 from jaxsft.run.pretrained import load_pretrained
+from jaxsft.run.working_copy import WorkingCopy
 
 ARCH = "resnet10_w16"
 NAMES = tuple("abcdefg")
@@ -183,7 +184,7 @@ def run_directory(port: Path, tmp_path_factory) -> Path:
     dataclasses.replace(card, class_names=NAMES, preprocessing=Preprocessing(72, 64)).save(workdir)
     lines = [{"step": step, "split": "eval", "accuracy": 1 / step, "loss": 1.0} for step in (2, 4)]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with Checkpoints(workdir, keep=2) as checkpoints:
+    with Checkpoints(WorkingCopy(workdir), keep=2) as checkpoints:
         for step in (2, 4):
             state = TrainState.create(variables, optax.sgd(0.1), with_average=False)
             params = {**state.params, "fc": jax.tree.map(lambda x: x * (step // 2), state.params["fc"])}

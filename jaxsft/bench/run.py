@@ -21,6 +21,7 @@ from jaxsft.bench.step import above_zero
 from jaxsft.flags import parse_flags
 from jaxsft.run import log, training
 from jaxsft.run.job import Job, prepare
+from jaxsft.run.working_copy import WorkingCopy
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +86,7 @@ def epoch_against_step(flags: list[str], epochs: float, place: Path) -> tuple[fl
     before = bare_step(job, count)
     job.state = job.parallel.replicate(initial)
     (place / "epoch").mkdir()
-    training.fit(job, place / "epoch")
+    training.fit(job, WorkingCopy(place / "epoch"))
     lines = [line["images_per_sec"] for line in log.records(place / "epoch") if line["split"] == "train"]
     after = bare_step(job, count)
     return statistics.median((*before, *after)), statistics.median([speed for speed in lines if speed])

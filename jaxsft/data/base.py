@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from jaxsft.cli import local_path
+from jaxsft.storage import location
 
 Image = PIL.Image.Image | np.ndarray  # RGB, or uint8 [H, W, 3]
 LONG = 8  # times the short side: longer images are cut on the host, not resized whole on the device
@@ -34,10 +34,10 @@ class Options:
         """Expand `~` in `data_dir`.
 
         Raises:
-          UserError: `data_dir` is an address, not a folder of this machine.
+          UserError: `data_dir` is an address of a kind that is not known.
         """
         if self.data_dir:
-            object.__setattr__(self, "data_dir", str(local_path(self.data_dir)))
+            object.__setattr__(self, "data_dir", str(location(self.data_dir)))
 
     @classmethod
     def of(cls, config: Any) -> Options:

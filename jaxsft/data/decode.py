@@ -1,6 +1,6 @@
 """Encoded images as 8-bit RGB, and their resizing on the host: PIL's, so that the pixels are torchvision's.
 
-Runs in the loader's worker processes: imports neither JAX nor the rest of the package.
+Runs in the loader's worker processes, which do without JAX.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+
+from jaxsft import storage
+from jaxsft.buckets import BucketPath
 
 # What a file is tried as, whatever its ending: PIL knows sixty more, some of which start programs (EPS: Ghostscript).
 # An MPO, a JPEG of several pictures, is opened as a JPEG; PIL has no other way to it.
@@ -50,14 +53,14 @@ def unreadable(error: Exception) -> Unreadable:
     return Unreadable(" ".join(str(error).split()) or type(error).__name__)
 
 
-def read_rgb(file: str | Path | bytes, upright: bool = True) -> PIL.Image.Image:
+def read_rgb(file: str | Path | BucketPath | bytes, upright: bool = True) -> PIL.Image.Image:
     """Decode a file, or its content, as an RGB image.
 
     Greyscale, palette and CMYK are converted, alpha is dropped (as `Image.convert("RGB")` and thus torchvision do), 16
     bits keep their upper 8. Of an animation the first frame counts.
 
     Args:
-      file: a path or the bytes of a file.
+      file: a path, also in a bucket, or the bytes of a file.
       upright: turn the picture as its EXIF or XMP says, as `PIL.ImageOps.exif_transpose` does and every viewer;
         torchvision's ImageFolder does not. Where they can't be read the picture is taken as it lies.
 
@@ -66,6 +69,9 @@ def read_rgb(file: str | Path | bytes, upright: bool = True) -> PIL.Image.Image:
       Unreachable: it can't be read.
     """
     try:
+        if not isinstance(file, bytes):
+            place = storage.location(file) if storage.is_remote(str(file)) else file
+            file = place.read_bytes() if isinstance(place, BucketPath) else str(place)
         if not isinstance(file, bytes) and not stat.S_ISREG((status := os.stat(file)).st_mode):
             raise Unreadable("not a file")  # to open a pipe might take for ever
         if not (file if isinstance(file, bytes) else status.st_size):

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from jaxsft.data.base import Options, Source
 from jaxsft.data.classes import in_order, numbered
 from jaxsft.data.index import index
 from jaxsft.data.splits import canonical, partition, resolved, shuffled, slices
+from jaxsft.storage import Location
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Row(NamedTuple):
     key: str  # the path from where it is listed: the same wherever the data lies
 
 
-def open_rows(what: str, root: Path, groups: Mapping[str, Sequence[Row]], split: str, options: Options) -> Files:
+def open_rows(what: str, root: Location, groups: Mapping[str, Sequence[Row]], split: str, options: Options) -> Files:
     """The files of `split`, each decoded once; the classes are those of 'train', where there is one.
 
     Numbers in slices such as 'train[:500]' count in a fixed random order, for files lie sorted by class.

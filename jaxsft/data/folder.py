@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxsft import cli
+from jaxsft import cli, storage
 from jaxsft.cli import UserError
+from jaxsft.data import listing
 from jaxsft.data.base import Options
 from jaxsft.data.files import Files, Row, open_rows, with_eval_split
 from jaxsft.data.splits import asks_for, canonical, check_spellings
+from jaxsft.storage import Location
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 LAYOUTS = "it must hold train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg"
@@ -28,8 +30,9 @@ def open_folder(name: str, split: str, options: Options) -> Files:
       UserError: no such folder or split, nothing in it, a class without images, a class that 'train' lacks, two
         spellings of a split, a split without class folders, a broken image (with on_error 'raise').
     """
-    root, what = cli.local_path(name), f"folder:{name}"
-    if not name or not os.path.isdir(root):
+    root, what = storage.location(name), f"folder:{name}"
+    listing.read(root)
+    if not name or not listing.is_folder(root):
         raise UserError(f"{what} is no folder", "name one as folder:PATH")
     passed: Counter[str] = Counter()
     parts = split_folders(root, options)
@@ -52,7 +55,7 @@ def open_folder(name: str, split: str, options: Options) -> Files:
     return open_rows(what, root, with_eval_split(groups, options, what), split, options)
 
 
-def split_folders(root: Path, options: Options) -> list[str]:
+def split_folders(root: Location, options: Options) -> list[str]:
     """The folders in `root` that are splits; none where it is one tree of classes.
 
     They are splits where all that hold images have a split's name, or where the one named as 'train' holds folders and
@@ -69,7 +72,7 @@ def split_folders(root: Path, options: Options) -> list[str]:
     return [name for name in top if name in named + others] if any(f and not p for f, p, _ in trains) else []
 
 
-def classes_of(root: Path, base: Path, options: Options, passed: Counter[str], must_hold: bool) -> list[Row]:
+def classes_of(root: Location, base: Location, options: Options, passed: Counter[str], must_hold: bool) -> list[Row]:
     """The image files of every class folder in `root`, their keys from `base`.
 
     Raises:
@@ -89,7 +92,7 @@ def classes_of(root: Path, base: Path, options: Options, passed: Counter[str], m
     return rows
 
 
-def images(root: Path, options: Options, passed: Counter[str] | None = None) -> list[str]:
+def images(root: Location, options: Options, passed: Counter[str] | None = None) -> list[str]:
     """The image files under `root`, links followed, in the order of torchvision's `make_dataset`.
 
     A link that leads back to a folder it lies in is not followed. Hidden files are no images (macOS writes ._x.jpg).
@@ -108,9 +111,11 @@ def images(root: Path, options: Options, passed: Counter[str] | None = None) -> 
     return [os.path.join(folder, name) for folder, names, _ in found for name in names]
 
 
-def walk(root: Path, options: Options) -> Iterator[tuple[str, list[str], list[str]]]:
+def walk(root: Location, options: Options) -> Iterator[tuple[str, list[str], list[str]]]:
     """`root` and each folder below it, with the names of its images and of its other files."""
-    above = (os.path.realpath(root.parent), *map(str, Path(os.path.realpath(root)).parents))
+    above: tuple[str, ...] = ()
+    if isinstance(root, Path):  # in a bucket there are no links
+        above = (os.path.realpath(root.parent), *map(str, Path(os.path.realpath(root)).parents))
     return walk_below(str(root), above, options)
 
 
@@ -132,29 +137,23 @@ def walk_below(folder: str, above: tuple[str, ...], options: Options) -> Iterato
         yield from walk_below(os.path.join(folder, name), (*above, real), options)
 
 
-def folders(path: Path) -> list[str]:
+def folders(path: Location) -> list[str]:
     """The names of the folders in `path`, sorted, without hidden ones."""
     return scan(path)[0]
 
 
-def scan(path: Path | str) -> tuple[list[str], list[str], list[str]]:
+def scan(path: Location | str) -> tuple[list[str], list[str], list[str]]:
     """The names of the folders, the images and the other files in `path`, each sorted, without hidden ones.
 
     Raises:
       UserError: it can't be read.
     """
-    found: tuple[list[str], list[str], list[str]] = ([], [], [])
     try:
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if not entry.name.startswith("."):
-                    kind = 0 if entry.is_dir() else 1 if entry.name.lower().endswith(EXTENSIONS) else 2
-                    found[kind].append(entry.name)
+        below, files = ([name for name in names if not name.startswith(".")] for names in listing.scan(path))
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}", "make it readable") from None
-    for names in found:
-        names.sort()
-    return found
+    pictures = [name for name in files if name.lower().endswith(EXTENSIONS)]
+    return below, pictures, [name for name in files if not name.lower().endswith(EXTENSIONS)]
 
 
 def counted(number: int, thing: str) -> str:

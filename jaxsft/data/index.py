@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +17,13 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from jaxsft import cli
-from jaxsft.data import decode
+from jaxsft import cli, storage
+from jaxsft.data import decode, hosts, listing
+from jaxsft.data.listing import Stamp
 from jaxsft.data.threads import in_order
+from jaxsft.storage import Location
 
-Stamp = tuple[int, int]
+REQUESTS = 32  # of a bucket at the same time: each waits for most of its time
 
 
 class Index(NamedTuple):
@@ -40,16 +41,7 @@ class Row(NamedTuple):
     error: str  # '' or why it can't be read
 
 
-def stamp(path: str) -> Stamp:
-    """(bytes, time of modification in ns) of a file; (-1, 0) where that can't be told."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return -1, 0
-    return status.st_size, status.st_mtime_ns
-
-
-def index(root: Path, part: str, paths: Sequence[str], upright: bool) -> Index:
+def index(root: Location, part: str, paths: Sequence[str], upright: bool) -> Index:
     """The index of `paths`, with a progress bar while files are decoded.
 
     Args:
@@ -60,24 +52,30 @@ def index(root: Path, part: str, paths: Sequence[str], upright: bool) -> Index:
     """
     from jaxsft.models.weights import cache_dir  # brings JAX, which the workers do without
 
+    where = os.path.realpath(root) if isinstance(root, Path) else str(root)
     # Another Pillow may read what this one can't.
-    key = hashlib.sha256(f"decoded\0{root.resolve()}\0{upright}\0{PIL.__version__}".encode(errors="surrogateescape"))
+    key = hashlib.sha256(f"decoded\0{where}\0{upright}\0{PIL.__version__}".encode(errors="surrogateescape"))
     cached = cache_dir() / "index" / f"{root.name}-{key.hexdigest()[:16]}.npz"
     rows = load(cached)
-    stamps = {path: stamp(path) for path in paths}
+    process, processes = (0, 1) if isinstance(root, Path) else hosts.share()
+    if processes > 1:  # each looks at its share of what the first does not know yet
+        rows = hosts.together(rows if process == 0 else {})[0]
+    stamps = {path: listing.stamp(path) for path in paths}
     fresh = [path for path, mark in stamps.items() if path not in rows or rows[path].stamp != mark]
+    mine = fresh[process::processes]
+    threads = None if isinstance(root, Path) else REQUESTS
+    measured = in_order(lambda path: measure(path, upright), mine, threads=threads)
+    bar = tqdm(measured, f"looking at {root.name} {part}", len(mine), unit="image", disable=None, leave=False)
     passing: dict[str, str] = {}  # file -> what kept it from being read this time
-    measured = in_order(lambda path: measure(path, upright), fresh)
-    bar = tqdm(measured, f"looking at {root.name} {part}", len(fresh), unit="image", disable=None, leave=False)
+    found: dict[str, tuple[tuple[int, int], str] | decode.Unreachable] = {}
     try:
-        for path, found in zip(fresh, bar, strict=True):
-            if isinstance(found, decode.Unreachable):
-                passing[path] = str(found)
-            else:
-                rows[path] = Row(stamps[path], *found)
+        found.update(zip(mine, bar, strict=True))
     finally:  # interrupted, it goes on from there the next time
-        if len(fresh) > len(passing):
-            save(cached, {path: row for path, row in rows.items() if path in stamps or os.path.exists(path)})
+        for shared in hosts.together(found) if processes > 1 and len(found) == len(mine) else [found]:
+            rows |= {path: Row(stamps[path], *row) for path, row in shared.items() if isinstance(row, tuple)}
+            passing |= {path: str(row) for path, row in shared.items() if not isinstance(row, tuple)}
+        if fresh and process == 0:
+            save(cached, {path: row for path, row in rows.items() if path in stamps or listing.is_file(path)})
     found_of = [Row((0, 0), (0, 0), passing[path]) if path in passing else rows[path] for path in paths]
     return Index(np.array([row.size for row in found_of], np.int32).reshape(-1, 2), [row.error for row in found_of])
 
@@ -93,7 +91,7 @@ def measure(path: str, upright: bool) -> tuple[tuple[int, int], str] | decode.Un
     return (height, width), ""
 
 
-def load(path: Path) -> dict[str, Row]:
+def load(path: Location) -> dict[str, Row]:
     """A kept index by file; nothing where there is none or it is damaged."""
     kept = load_arrays(path)
     try:
@@ -104,7 +102,7 @@ def load(path: Path) -> dict[str, Row]:
         return {}
 
 
-def save(path: Path, rows: dict[str, Row]) -> None:
+def save(path: Location, rows: dict[str, Row]) -> None:
     """Keep an index for `load`."""
     text = {"paths": list(rows), "errors": [row.error.replace("\0", " ") for row in rows.values()]}
     save_arrays(
@@ -115,27 +113,20 @@ def save(path: Path, rows: dict[str, Row]) -> None:
     )
 
 
-def load_arrays(path: Path) -> dict[str, np.ndarray]:
+def load_arrays(path: Location) -> dict[str, np.ndarray]:
     """What `save_arrays` wrote; nothing where that is not there, or damaged."""
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except Exception:  # whatever a torn file makes numpy raise: it is only a cache
         return {}
 
 
-def save_arrays(path: Path, **arrays: Any) -> None:
+def save_arrays(path: Location, **arrays: Any) -> None:
     """Write an .npz that appears whole or not at all; where it can't be written, a warning is all."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as partial:
-            try:
-                np.savez(partial, **arrays)
-                partial.flush()
-                os.replace(partial.name, path)
-            except BaseException:
-                os.unlink(partial.name)
-                raise
+        with storage.replacing(path) as partial, partial.open("wb") as file:
+            np.savez(file, **arrays)
     except OSError as error:
         warn_once(f"{path.parent} can't be written ({error.strerror or error}): done without keeping what was decoded")
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import tempfile
+from pathlib import Path
 
-from jaxsft import cli
+from jaxsft import cli, storage
 from jaxsft.data.tfds import find_builder, own_tfds, reason
 
 
-def prepare(name: str, data_dir: str) -> None:
-    """Prepare `name` under `data_dir` ('' is TFDS's default).
+def prepare(name: str, data_dir: str) -> str:
+    """Prepare `name` under `data_dir` ('' is TFDS's default); where it lies then.
 
     Raises:
       UserError: no such set, no TensorFlow, or it could not be downloaded or prepared.
@@ -34,7 +36,7 @@ def prepare(name: str, data_dir: str) -> None:
         raise cli.UserError(f"tfds:{name} could not be fetched ({cause(error)})", cli.OFFLINE) from None
     except (AssertionError, ImportError, ValueError) as error:  # files to be fetched by hand, packages that it needs
         raise cli.UserError(f"tfds:{name} could not be prepared: {reason(error)}", "see TFDS's catalog") from None
-    cli.say(builder.data_path)
+    return str(builder.data_path)
 
 
 def cause(error: BaseException) -> str:
@@ -50,9 +52,18 @@ def main() -> None:
         prog="python -m jaxsft.data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", help="as TFDS writes it, such as cifar10")
-    parser.add_argument("--data-dir", type=cli.local_path, help="TFDS's data directory")
+    parser.add_argument("--data-dir", type=storage.location, help="TFDS's data directory, also in a bucket")
     args = parser.parse_args()
-    prepare(args.name, str(args.data_dir or ""))
+    if not storage.is_remote(str(args.data_dir)):
+        cli.say(prepare(args.name, str(args.data_dir or "")))
+        return
+    with tempfile.TemporaryDirectory(prefix="jaxsft-") as folder:
+        made = prepare(args.name, folder)
+        try:
+            storage.upload(Path(folder), args.data_dir, last="dataset_info.json")
+        except OSError as error:
+            raise cli.UserError(f"{args.data_dir} can't be written: {error.strerror}", "name another") from None
+        cli.say(args.data_dir / Path(made).relative_to(folder))
 
 
 if __name__ == "__main__":

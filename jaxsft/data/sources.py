@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxsft import cli
 from jaxsft.cli import UserError, nearest
-from jaxsft.data import decode
+from jaxsft.data import decode, listing
 from jaxsft.data.base import Options, Source, changed
 from jaxsft.data.embedded import open_sample
 from jaxsft.data.folder import open_folder
@@ -95,6 +95,7 @@ def open_splits(config: Any) -> tuple[Source, Source]:
       UserError: as `open_source`; a class to be evaluated that is not trained.
     """
     data, options = config.data, Options.of(config)
+    listing.forget()
     train = open_source(data.source, data.train_split, options)
     evaluated = open_source(data.source, data.eval_split, options)
     evaluated = with_classes(evaluated, train.class_names, f"the eval split of {data.source}", "the train split")

@@ -6,13 +6,15 @@ import csv
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
-from jaxsft.cli import UserError, local_path
+from jaxsft import storage
+from jaxsft.cli import UserError
+from jaxsft.data import listing
 from jaxsft.data.base import Options
 from jaxsft.data.files import Files, Row, open_rows, with_eval_split
 from jaxsft.data.folder import EXTENSIONS
 from jaxsft.data.splits import check_spellings
+from jaxsft.storage import Location
 
 DELIMITERS = ",;\t"
 # What columns are called, without case, spaces, '_' and '-'; of several in a table the first named here counts.
@@ -35,7 +37,8 @@ def open_csv(name: str, split: str, options: Options) -> Files:
       UserError: no such file, a first line that neither names columns nor a picture, a line that does not fit, and as
         `open_rows`.
     """
-    file, what = local_path(name), f"csv:{name}"
+    file, what = storage.location(name), f"csv:{name}"
+    listing.read(file.parent)
     numbered = read_table(file, what)
     if not numbered:
         raise UserError(f"{file} lists no images", "write lines path,label")
@@ -61,7 +64,7 @@ def open_csv(name: str, split: str, options: Options) -> Files:
     return open_rows(what, file, with_eval_split(groups, options, what), split, options)
 
 
-def read_table(file: Path, what: str) -> list[tuple[int, list[str]]]:
+def read_table(file: Location, what: str) -> list[tuple[int, list[str]]]:
     """The lines of a table that are not blank: (number from 1, cells).
 
     Raises:
@@ -106,15 +109,17 @@ def is_header(places: dict[str, int]) -> bool:
     return {"path", "label"} <= places.keys()
 
 
-def is_start(cells: Sequence[str], root: Path) -> bool:
+def is_start(cells: Sequence[str], root: Location) -> bool:
     """Whether a table can begin with this line: a header, or a picture and its label."""
     if is_header(columns(cells)):
         return True
-    is_picture = cells[0].lower().endswith(EXTENSIONS) or (bool(cells[0]) and os.path.isfile(locate(cells[0], root)))
+    is_picture = cells[0].lower().endswith(EXTENSIONS) or (bool(cells[0]) and listing.is_file(locate(cells[0], root)))
     return len(cells) > 1 and is_picture
 
 
-def locate(path: str, root: Path) -> str:
+def locate(path: str, root: Location) -> str:
     """The file that a cell names, from `root`."""
-    found = os.path.join(root, path)
-    return found if "\\" not in path or os.path.exists(found) else os.path.join(root, path.replace("\\", "/"))
+    if storage.is_remote(path):
+        return path
+    found = os.path.join(str(root), path)
+    return found if "\\" not in path or listing.is_file(found) else os.path.join(str(root), path.replace("\\", "/"))

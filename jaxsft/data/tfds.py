@@ -9,14 +9,18 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
+import platformdirs
 from tqdm import tqdm
 
-from jaxsft.cli import OFFLINE, UserError, local_path, nearest, run_module
+from jaxsft import storage
+from jaxsft.cli import OFFLINE, UserError, nearest, run_module
 from jaxsft.data import decode
 from jaxsft.data.base import Arrays, Options, Source
 from jaxsft.data.index import load_arrays, save_arrays
@@ -120,7 +124,8 @@ def cached(builder: Any, parts: Parts, what: str, make: Any) -> tuple[np.ndarray
     """The arrays that `make` returns, from the user's cache where they are there."""
     from jaxsft.models.weights import cache_dir  # brings JAX, which the workers do without
 
-    identity = [str(builder.data_path), builder.info.full_name, os.stat(builder.data_path).st_mtime_ns, parts]
+    written = [entry.stat().st_mtime_ns for entry in os.scandir(builder.data_path)]
+    identity = [builder.info.full_name, max(written, default=0), parts]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     path = cache_dir() / what / f"{builder.info.name}-{key}.npz"
     kept = load_arrays(path)
@@ -213,7 +218,7 @@ def find_builder(name: str, data_dir: str, **options: Any) -> Any:
     Raises:
       UserError: there is no such set, what is prepared is damaged, or has features that are none of TFDS's.
     """
-    where = str(local_path(data_dir)) if data_dir else None
+    where = local_data_dir(name, data_dir) if data_dir else None
     tfds = own_tfds()
     try:
         return tfds.builder(name, data_dir=where, **options)
@@ -224,6 +229,25 @@ def find_builder(name: str, data_dir: str, **options: Any) -> Any:
         raise UserError(f"TFDS has no data set {name!r}", hint) from None
     except Exception as error:  # a wrong name, or files of strangers, make TFDS raise nearly anything
         raise UserError(f"tfds:{name}: {reason(error)}", f"see TFDS's catalog, or {AGAIN}") from None
+
+
+def local_data_dir(name: str, data_dir: str) -> str:
+    """`data_dir`, or of one in a bucket a copy of the set on this machine: its readers open no others.
+
+    Raises:
+      UserError: the bucket can't be read, or the disk written.
+    """
+    place = storage.location(data_dir)
+    if isinstance(place, Path):
+        return str(place)
+    base = re.split("[:/]", name)[0]
+    copy = Path(platformdirs.user_cache_dir("jaxsft")) / "data" / hashlib.sha256(data_dir.encode()).hexdigest()[:16]
+    try:
+        storage.mirror(place / base, copy / base)
+    except OSError as error:
+        what = f"{place / base} can't be copied to {copy}: {error.strerror}"
+        raise UserError(what, "name another --config.data.data_dir") from None
+    return str(copy)
 
 
 def reason(error: Exception) -> str:

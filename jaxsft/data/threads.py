@@ -19,13 +19,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], ahead: int = AHEAD) -> Iterator[Result]:
-    """`map(function, items)`, computed in a thread a core, up to `ahead` results before they are asked for.
+def in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], ahead: int = AHEAD, threads: int | None = None
+) -> Iterator[Result]:
+    """`map(function, items)`, computed in `threads` (a thread a core), up to `ahead` results before they are asked for.
 
     For functions that spend their time outside Python, as PIL's decoders do. What is left of the work is dropped where
     the iterator is closed.
     """
-    pool = ThreadPoolExecutor(cores())
+    pool = ThreadPoolExecutor(threads or cores())
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint.options import MultiprocessingOptions
 
 from jaxsft import storage
 from jaxsft.cli import Stop, UserError, warn
@@ -64,22 +65,31 @@ class LastAndBest(checkpoint_managers.LatestN):
 
 
 class Checkpoints:
-    """The checkpoints of a run that trains: to be entered, so that the last one is whole on the way out."""
+    """The checkpoints of a run that trains: to be entered, so that the last one is whole on the way out.
 
-    def __init__(self, workdir: WorkingCopy, keep: int, on_nan: str = "stop"):
+    The state is the same in all processes of a run, so one of them writes; for the others (`writes` False) a save only
+    looks whether the state is finite.
+    """
+
+    def __init__(self, workdir: WorkingCopy, keep: int, on_nan: str = "stop", writes: bool = True):
         """Keep the last `keep` and the best; with `on_nan` "stop" a state that is not finite is never saved."""
         self.workdir, self.on_nan, self._keep = workdir, on_nan, keep
+        self._manager: ocp.CheckpointManager | None = None
+        if not writes:
+            return
         self._policy = LastAndBest(n=keep)
+        folder = (workdir.path / FOLDER).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._policy,
             cleanup_tmp_directories=True,  # of a run that was killed while it wrote; the workdir is ours alone
             # Directories at once: where they can't be made, the threads that wait for them would wait ten minutes.
-            # The time limit is by the clock on the wall, which may jump; between processes it is one for barriers.
-            async_options=ocp.AsyncOptions(
-                create_directories_asynchronously=False, timeout_secs=YEARS if jax.process_count() == 1 else 1200
-            ),
+            # The time limit is by the clock on the wall, which may jump.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=YEARS),
+            create=False,
+            multiprocessing_options=MultiprocessingOptions(primary_host=0, active_processes={0}),
         )
-        self._manager = ocp.CheckpointManager((workdir.path / FOLDER).resolve(), options=options)
+        self._manager = ocp.CheckpointManager(folder, options=options)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -87,14 +97,15 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.wait()
-            self._manager.close()
+            if self._manager:
+                self._manager.close()
         except Stop:
             if kind is None:  # else what ended the run has been told already
                 raise
 
     def latest_step(self) -> int | None:
         """The newest step on disk or on its way there, None where there is none."""
-        return self._manager.latest_step()
+        return self._manager.latest_step() if self._manager else None
 
     def path(self, step: int) -> Location:
         """Where the checkpoint of `step` lies."""
@@ -109,13 +120,17 @@ class Checkpoints:
           NotFinite: a parameter is NaN or infinite, and on_nan is "stop".
           Stop: this or an earlier checkpoint can't be written, such as for want of space.
         """
-        self._policy.best = best
-        if step in self._manager.all_steps():
-            self._drop_overtaken(best)
-            return
+        if self._manager:
+            self._policy.best = best
+            if step in self._manager.all_steps():
+                self._drop_overtaken(self._manager, best)
+                return
         arrays = on_host(state)
         if self.on_nan == "stop":
             check_finite(arrays, step)
+        if not self._manager:
+            return
+        self.wait()  # until the one before is in the bucket: this one may drive it from the disk
         record = with_checksum({**host, "versions": versions(), "arrays": describe(arrays)})
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave(record))
         try:
@@ -126,19 +141,20 @@ class Checkpoints:
     def wait(self) -> None:
         """Wait until what was saved is on disk, and in the bucket. Raises Stop where it can't be."""
         try:
-            self._manager.wait_until_finished()
+            if self._manager:
+                self._manager.wait_until_finished()
             self.workdir.flush()
         except Stop:
             raise
         except Exception as error:
             raise self._unwritten(error) from None
 
-    def _drop_overtaken(self, best: int | None) -> None:
+    def _drop_overtaken(self, manager: ocp.CheckpointManager, best: int | None) -> None:
         """Remove what was the best until an evaluation of the newest, saved before it, was better."""
-        for old in sorted(self._manager.all_steps())[: -self._keep]:
+        for old in sorted(manager.all_steps())[: -self._keep]:
             if old != best:
                 self.wait()
-                self._manager.delete(old)
+                manager.delete(old)
 
     def _unwritten(self, error: Exception) -> Unwritten:
         whole = steps(self.workdir.path)
@@ -173,8 +189,8 @@ def newest(
             return Restored(step, read_arrays(path, record, like(record)), record)
         except Damaged as damage:
             said = f"the checkpoint {path} is damaged ({damage})"
-        if set_aside:
-            said += f" and now lies in {move_aside(workdir, path)}"
+        if set_aside and isinstance(workdir, Path):
+            said += f" and now lies in {move_aside(workdir, workdir / FOLDER / str(step))}"
         warn(f"{said}; the one before it is used")
     return None
 

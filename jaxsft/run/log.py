@@ -16,8 +16,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxsft.cli import Stop
+from jaxsft import storage
+from jaxsft.cli import Stop, UserError
 from jaxsft.run.parallel import IN_FLIGHT
+from jaxsft.storage import Location
 
 # tensorboardX imports torch where it is installed, and does without where it is not. Training never loads torch: it is
 # hidden for as long as the import takes.
@@ -193,7 +195,7 @@ def is_nan(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def records(workdir: Path) -> list[dict[str, Any]]:
+def records(workdir: Location) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without one that was cut off; none where there is no such file."""
     lines = []
     try:
@@ -201,8 +203,10 @@ def records(workdir: Path) -> list[dict[str, Any]]:
             with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
                 lines += [record] if isinstance(record, dict) and isinstance(record.get("step"), int) else []
-    except OSError:
-        pass
+    except OSError as error:
+        if storage.is_remote(workdir) and not isinstance(error, FileNotFoundError):
+            what = f"{workdir / METRICS} can't be read: {error.strerror}"
+            raise UserError(what, "try again when it can be") from None
     return lines
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import tempfile
+import warnings
 from pathlib import Path
 
 VARIABLE, TUNABLE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
@@ -32,17 +32,26 @@ def keep_compilations() -> None:
     """
     import jax
 
-    from jaxsft.cli import UserError
+    from jaxsft import storage
+    from jaxsft.cli import UserError, warn
     from jaxsft.models.weights import cache_dir, check_name
 
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     folder = cache_dir() / "compiled"
-    with contextlib.suppress(OSError, UserError):
+    try:
         check_name(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            jax.config.update("jax_compilation_cache_dir", str(folder))
+        if isinstance(folder, Path):
+            folder.mkdir(parents=True, exist_ok=True)
+        storage.try_to_write(folder)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    except UserError:
+        return
+    except OSError as error:
+        if storage.is_remote(folder):
+            warn(f"{folder} can't be written ({error.strerror}): compiled programs are not kept")
+    # A program that can't be read or kept is compiled, and nothing is lost.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
 
 
 def ask_for_huge_pages() -> None:

@@ -8,7 +8,6 @@ import json
 import sys
 import time
 import zlib
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from jaxsft import cli
+from jaxsft import cli, storage
 from jaxsft.interpret.metrics import Evaluation
 from jaxsft.run import checkpoint
 from jaxsft.run import workdir as workdir_module
@@ -25,6 +24,8 @@ from jaxsft.run.checkpoint import Checkpoints, Unwritten
 from jaxsft.run.interrupts import Interrupted, Interrupts
 from jaxsft.run.job import Job, prepare
 from jaxsft.run.log import Log, Meter, NotFinite, Throughput, progress, records
+from jaxsft.run.working_copy import WorkingCopy
+from jaxsft.storage import Location
 
 IN_REPORT = 32  # images of the first batch
 
@@ -142,7 +143,7 @@ class Trainer:
         )
 
 
-def fit(job: Job, workdir: Path) -> Evaluation:
+def fit(job: Job, workdir: WorkingCopy) -> Evaluation:
     """Train from the newest intact checkpoint (or the start) to the end, and leave the files of a finished run.
 
     Raises:
@@ -151,9 +152,9 @@ def fit(job: Job, workdir: Path) -> Evaluation:
     """
     config, is_main = job.config, job.parallel.is_main
     start, meter = resume(job, workdir)
-    best = Best.of(workdir, config.checkpoint.best_metric, start)
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.train.on_nan)
-    with checkpoints, Log(workdir, start, is_main) as log, Interrupts(job.parallel) as interrupts:
+    best = Best.of(workdir.path, config.checkpoint.best_metric, start)
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.train.on_nan, writes=is_main)
+    with checkpoints, Log(workdir.path, start, is_main) as log, Interrupts(job.parallel) as interrupts:
         trainer = Trainer(job, start, meter, best, checkpoints, interrupts, log)
         try:
             with jax.transfer_guard("disallow"):
@@ -176,10 +177,10 @@ def fit(job: Job, workdir: Path) -> Evaluation:
             job.close()
 
 
-def resume(job: Job, workdir: Path) -> tuple[int, Meter]:
+def resume(job: Job, workdir: WorkingCopy) -> tuple[int, Meter]:
     """Put the newest intact checkpoint into `job.state`; its step (0: none) and the sums of the metrics."""
     finite = job.config.train.on_nan == "stop"
-    restored = checkpoint.newest(workdir, lambda record: job.state, set_aside=job.parallel.is_main)
+    restored = checkpoint.newest(workdir.path, lambda record: job.state, set_aside=job.parallel.is_main)
     step = restored.step if restored else 0
     require_agreement(job, step, "the processes see different checkpoints", "let all of them see one --workdir")
     if restored is None:
@@ -209,7 +210,7 @@ def say(job: Job, text: str) -> None:
 def not_finite_error(found: NotFinite, checkpoints: Checkpoints) -> cli.Stop:
     """What to say of a number that is not finite."""
     # Those from which a finite loss has been computed since: the last one may hold what made this one infinite.
-    good = [step for step in checkpoint.steps(checkpoints.workdir) if step < found.step - 1]
+    good = [step for step in checkpoint.steps(checkpoints.workdir.path) if step < found.step - 1]
     where = f"the last good checkpoint is {checkpoints.path(good[-1])}" if good else "there is no good checkpoint yet"
     return cli.Stop(
         f"{found}; {where}",
@@ -218,7 +219,7 @@ def not_finite_error(found: NotFinite, checkpoints: Checkpoints) -> cli.Stop:
     )
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
+def train(config: ConfigDict, workdir: Location) -> None:
     """Fine-tune as `config` says, in `workdir`, and print where the run lies and its accuracy.
 
     Raises:
@@ -231,18 +232,18 @@ def train(config: ConfigDict, workdir: Path) -> None:
         return
     job, said = prepare(config)
     require_agreement(job, job.data, "the processes see different data", "give all of them the same images")
-    with workdir_module.lock(workdir, job.parallel.is_main):
-        workdir_module.create(workdir, config, job.card, job.data, job.parallel.is_main)
+    with workdir_module.opened(workdir, job.parallel.is_main) as copy:
+        workdir_module.create(copy, config, job.card, job.data, job.parallel.is_main)
         say(job, said)
         if job.parallel.is_main:
-            job.bad_files.write_to(workdir)
-        result = fit(job, workdir)
+            job.bad_files.write_to(copy.path)
+        result = fit(job, copy)
         if job.parallel.is_main:
-            write_report(job, workdir, result)
+            write_report(job, copy, result)
     say(job, f"{workdir}: {result.summary()}, {time.perf_counter() - began:.0f} s")
 
 
-def write_report(job: Job, workdir: Path, result: Evaluation) -> None:
+def write_report(job: Job, workdir: WorkingCopy, result: Evaluation) -> None:
     """Leave report.html in the run's directory. Without one the run is whole."""
     from jaxsft.data import show  # here: a start need not wait for matplotlib
     from jaxsft.interpret import html
@@ -250,7 +251,7 @@ def write_report(job: Job, workdir: Path, result: Evaluation) -> None:
     try:
         images, labels = show.batch_of(job.config, job.train_source, job.card.preprocessing, IN_REPORT)
         batch = show.grid(images, labels, job.train_source.class_names)
-        page = html.page(workdir.name, job.card, job.config, records(workdir), result, batch)
-        cli.write_file(workdir / "report.html", page.encode(errors="replace"))
+        page = html.page(workdir.place.name, job.card, job.config, records(workdir.path), result, batch)
+        storage.write_file(workdir.path / "report.html", page.encode(errors="replace"))
     except Exception as error:
         cli.warn(f"no report.html could be made: {type(error).__name__}: {error}")

@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import socket
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,44 +14,46 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxsft import config as config_module
+from jaxsft import storage
 from jaxsft.cli import UserError
 from jaxsft.data.fingerprint import classes_difference, difference
 from jaxsft.models.weights import ModelCard, check_name
 from jaxsft.run import checkpoint, saved
 from jaxsft.run.best import is_finite
+from jaxsft.run.lease import Lease
 from jaxsft.run.log import records
 from jaxsft.run.saved import CONFIG, read_json
+from jaxsft.run.working_copy import LOCK, WorkingCopy
+from jaxsft.storage import Location
 
-LOCK, DATA = "lock", "data.json"
+DATA = "data.json"
 
 
-def check(workdir: Path, config: ConfigDict) -> None:
+def check(workdir: Location, config: ConfigDict) -> None:
     """Find out before any work whether `config` can run in `workdir`; leaves nothing behind.
 
     Raises:
       UserError: the directory holds a run of another config, a run that is going on, something else, or can't be
         written.
     """
-    existing = workdir.absolute()
-    while not existing.exists() and existing != existing.parent:
+    existing = workdir.absolute() if isinstance(workdir, Path) else workdir
+    while isinstance(existing, Path) and not existing.exists() and existing != existing.parent:
         existing = existing.parent
     try:
-        # Tried, not asked: os.access says yes to root, and knows nothing of quotas.
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        storage.try_to_write(existing)
     except OSError as error:
         raise UserError(f"{workdir} can't be written: {error.strerror}", "give another --workdir") from None
     check_name(workdir)
     check_config(workdir, config)
-    if (workdir / LOCK).exists():
+    if isinstance(workdir, Path) and (workdir / LOCK).exists():
         with lock(workdir):
             pass
 
 
-def check_config(workdir: Path, config: ConfigDict) -> None:
+def check_config(workdir: Location, config: ConfigDict) -> None:
     """Raise a UserError where `workdir` holds a run of another config, or something that is no run."""
     if not saved.is_run(workdir):
-        if workdir.exists() and any(path.name != LOCK for path in workdir.iterdir()):
+        if workdir.exists() and any(not path.name.startswith(LOCK) for path in workdir.iterdir()):
             raise UserError(f"{workdir} is not empty and holds no run", "give another --workdir")
         return
     there = settings(saved.config_record(workdir))
@@ -66,7 +67,7 @@ def check_config(workdir: Path, config: ConfigDict) -> None:
         )
 
 
-def check_data(workdir: Path, card: ModelCard, data: dict[str, Any], on_changed: str) -> None:
+def check_data(workdir: Location, card: ModelCard, data: dict[str, Any], on_changed: str) -> None:
     """Find out before anything is written whether a run that is to be resumed finds the data that it began with.
 
     Args:
@@ -102,7 +103,7 @@ def check_data(workdir: Path, card: ModelCard, data: dict[str, Any], on_changed:
         )
 
 
-def known_card(workdir: Path) -> ModelCard | None:
+def known_card(workdir: Location) -> ModelCard | None:
     """The card of the run in `workdir`; None where neither model.json nor a checkpoint has it, and it is made anew."""
     with contextlib.suppress(UserError):
         return saved.read_card(workdir)
@@ -149,7 +150,30 @@ def lock(workdir: Path, enabled: bool = True) -> Iterator[None]:
         yield
 
 
-def create(workdir: Path, config: ConfigDict, card: ModelCard, data: dict[str, Any], enabled: bool = True) -> None:
+@contextlib.contextmanager
+def opened(workdir: Location, sends: bool = True) -> Iterator[WorkingCopy]:
+    """Make `workdir` ours alone and, where it lies in a bucket, bring here what a run needs of it.
+
+    Of the processes of a run one `sends`; the others read.
+
+    Raises:
+      UserError: another run holds it, or it can't be read or written.
+      Stop: at its end it could not be written.
+    """
+    with contextlib.ExitStack() as stack:
+        lease: Lease | None = None
+        if isinstance(workdir, Path):
+            stack.enter_context(lock(workdir, sends))
+        elif sends:
+            lease = stack.enter_context(Lease(workdir))
+        copy = WorkingCopy(workdir, sends, lease)
+        with storage.speaking_of(workdir, copy.path), copy:
+            yield copy
+
+
+def create(
+    workdir: WorkingCopy, config: ConfigDict, card: ModelCard, data: dict[str, Any], enabled: bool = True
+) -> None:
     """Write config, card and the fingerprint of the data into the directory, which is locked; each whole or not at all.
 
     Raises:
@@ -157,19 +181,20 @@ def create(workdir: Path, config: ConfigDict, card: ModelCard, data: dict[str, A
     """
     if not enabled:
         return
-    check_config(workdir, config)
-    check_data(workdir, card, data, config.train.on_changed_data)
+    path = workdir.path
+    check_config(path, config)
+    check_data(path, card, data, config.train.on_changed_data)
     try:
-        card.save(workdir)
+        card.save(path)
         for name, text in ((DATA, json.dumps(data, indent=2) + "\n"), (CONFIG, config_module.to_json(config))):
-            partial = workdir / (name + ".partial")
+            partial = path / (name + ".partial")
             partial.write_text(text)
-            partial.replace(workdir / name)
+            partial.replace(path / name)
     except OSError as error:
-        raise UserError(f"{workdir} can't be written: {error.strerror}", "give another --workdir") from None
+        raise UserError(f"{path} can't be written: {error.strerror}", "give another --workdir") from None
 
 
-def final_record(workdir: Path) -> dict[str, Any] | None:
+def final_record(workdir: Location) -> dict[str, Any] | None:
     """The last line of metrics.jsonl where the run is finished, else None."""
     last = (records(workdir) or [{}])[-1]
     return last if last.get("final") and is_finite(last.get("accuracy")) else None

@@ -29,7 +29,7 @@ COMMITTED = "commit_success.txt"  # Orbax's own name for the object that makes a
 EVENTS, LOCK = "events", "lock"
 LATER = ("report.html", "MODEL_CARD.md")  # made of all the rest
 INTERVAL = 30.0  # seconds
-SCRATCH = "jaxsft-workdir-"
+SCRATCH, IN_USE = "jaxsft-workdir-", "in_use"
 
 
 class WorkingCopy:
@@ -46,7 +46,9 @@ class WorkingCopy:
         if isinstance(place, Path):
             self.path = place
             return
-        self.path, self._in_use = scratch()
+        self._scratch, self._in_use = scratch()
+        self.path = self._scratch / place.name
+        self.path.mkdir()
         self._sends = sends
         self._sent: dict[str, tuple[int, int]] = {}  # name -> (bytes, ns) of the file as it was sent
         self._there: set[int] = set()  # the steps whose checkpoints are in the bucket
@@ -54,7 +56,7 @@ class WorkingCopy:
         try:
             self._fetch(place)
         except OSError as error:
-            shutil.rmtree(self.path)
+            shutil.rmtree(self._scratch)
             raise UserError(f"{place} can't be read: {error.strerror}", "give another --workdir") from None
 
     def _fetch(self, place: BucketPath) -> None:
@@ -113,11 +115,7 @@ class WorkingCopy:
     def _files(self) -> set[str]:
         """The names of all files but checkpoints and what is not whole yet."""
         found = (file.relative_to(self.path) for file in self.path.rglob("*") if file.is_file())
-        return {
-            file.as_posix()
-            for file in found
-            if file.parts[0] != FOLDER and file.suffix != ".partial" and not file.name.startswith((".", LOCK))
-        }
+        return {file.as_posix() for file in found if file.parts[0] != FOLDER and file.suffix != ".partial"}
 
     def _remove(self, checkpoint: BucketPath) -> None:
         """Remove a checkpoint from the bucket; from the first object on it is none."""
@@ -153,13 +151,13 @@ class WorkingCopy:
             try:
                 self.flush()
             except Stop as stop:
-                keep(self.path)
+                (self._scratch / IN_USE).unlink()  # no later run takes it for one to be removed
                 if kind is None:
                     raise
                 if str(stop) != str(error):
                     warn(stop)
                 return
-        shutil.rmtree(self.path, ignore_errors=True)
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 def steps(workdir: Location) -> list[int]:
@@ -193,15 +191,10 @@ def scratch() -> tuple[Path, IO[str]]:
     Those of processes that were killed are removed.
     """
     for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
-        with contextlib.suppress(OSError), (left / f".{LOCK}").open("a") as file:
+        with contextlib.suppress(OSError), (left / IN_USE).open("r") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left, ignore_errors=True)
     path = Path(tempfile.mkdtemp(prefix=SCRATCH))
-    file = (path / f".{LOCK}").open("a")
+    file = (path / IN_USE).open("w")
     fcntl.flock(file, fcntl.LOCK_EX)
     return path, file
-
-
-def keep(path: Path) -> None:
-    """Leave a working copy where it is: no later run takes it for one to be removed."""
-    (path / f".{LOCK}").unlink(missing_ok=True)
