@@ -7,13 +7,15 @@ condition that there is nothing yet. Amazon's is moto. The first can be told to 
 from __future__ import annotations
 
 import http.server
+import io
 import json
+import logging
 import os
 import random
 import socketserver
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -33,6 +35,9 @@ class Bucket:
         self.environment = dict(environment)
         self.requests: list[str] = []
         self.failing = 0.0  # the share of requests that are answered by 503
+        self.refusing = 0  # how many of the next are
+        self.writes_left: int | None = None  # after so many more it is read-only
+        self.on_write: Callable[[], None] = lambda: None
         self.away_until = 0.0  # of time.monotonic
         self.read_only = False
         self.lock = threading.Lock()
@@ -41,9 +46,23 @@ class Bucket:
         """The status with which to refuse a request; 0: it is answered."""
         with self.lock:
             self.requests.append(f"{method} {address}")
+            if self.refusing:
+                self.refusing -= 1
+                return 503
         if time.monotonic() < self.away_until or random.random() < self.failing:
             return 503
-        return 403 if self.read_only and method != "GET" else 0
+        if method == "GET":
+            return 0
+        self.on_write()
+        if self.writes_left is not None:
+            if not self.writes_left:
+                return 403
+            self.writes_left -= 1
+        return 403 if self.read_only else 0
+
+    def listings(self) -> int:
+        """How many requests were for a listing."""
+        return sum("/o?" in request and "uploadType" not in request for request in self.requests)
 
 
 class Handler(emulator.RequestHandler):
@@ -73,7 +92,7 @@ class Handler(emulator.RequestHandler):
         name = unquote(query.get("name", [""])[0])
         if not name:  # a multipart upload names it in its first part, of JSON
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            self.rfile = __import__("io").BytesIO(body)
+            self.rfile = io.BytesIO(body)
             name = json.loads(body.split(b"\r\n\r\n" if b"\r\n\r\n" in body else b"\n\n")[1].splitlines()[0])["name"]
         with self.bucket.lock:
             return self.storage.get_file_obj(BUCKET, name) is not None if exists(self.storage, name) else False
@@ -143,6 +162,7 @@ def amazon() -> Iterator[Bucket]:
     """s3://bucket, empty."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -116,7 +116,7 @@ def test_processes(start, one_device: Path, tmp_path: Path, count: int, devices:
     assert [status for status, _, _ in results] == [0] * count, results
     assert f"{count * devices} x cpu in {count} processes, {backend}" in results[0][1]
     assert all("accuracy" not in out for _, out, _ in results[1:])  # one speaks and writes
-    assert len(list(tmp_path.glob("events.*"))) == 1
+    assert len(list(tmp_path.glob("events/*"))) == 1
     assert_same_run(one_device, tmp_path)
 
 
@@ -128,7 +128,7 @@ def test_all_processes_stop_at_the_same_step_and_resume(start, one_device: Path,
     assert "2 x cpu in 2 processes, pmap" in results[0][1]
     assert "accuracy" in results[0][1]
     assert "accuracy" not in results[1][1]  # one speaks and writes
-    assert len(list(tmp_path.glob("events.*"))) == 1
+    assert len(list(tmp_path.glob("events/*"))) == 1
     steps = [re.search(r"stopped: SIGTERM at step (\d+) of 16, saved in", err) for _, _, err in results]
     assert len({match and match[1] for match in steps}) == 1, results
     results = ended(start([TRAIN], *SYNC, "--workdir", tmp_path))

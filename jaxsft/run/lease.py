@@ -36,7 +36,7 @@ class Lease:
         """
         self.workdir = workdir
         self._me = {**this_process(), "token": secrets.token_hex(8)}
-        self._lost = False
+        self.lost = False
         self._ended = threading.Event()
         try:
             while not self._take():
@@ -70,15 +70,15 @@ class Lease:
 
     def _beat(self) -> None:
         """The thread: write the lock anew for as long as it is ours."""
-        while not self._lost and not self._ended.wait(BEAT):
+        while not self.lost and not self._ended.wait(BEAT):
             with contextlib.suppress(OSError):  # a bucket that does not answer takes nobody's lock
-                self._lost = numbers(self.workdir)[-1:] != [self._number]
-                if not self._lost and not self._ended.is_set():
+                self.lost = numbers(self.workdir)[-1:] != [self._number]
+                if not self.lost and not self._ended.is_set():
                     self._path.write_bytes(self._content())
 
     def check(self) -> None:
         """Raise a Stop where the workdir is no longer ours."""
-        if self._lost:
+        if self.lost:
             raise Stop(
                 f"{self.workdir} was taken over by another run, for of this one nothing was heard for {DEAD:.0f} s",
                 "see what that one does; only one run can be in a workdir",
@@ -91,7 +91,7 @@ class Lease:
         self._ended.set()
         self._thread.join()
         with contextlib.suppress(OSError):  # then it dies by itself
-            if not self._lost:
+            if not self.lost:
                 self._path.unlink(missing_ok=True)
 
 

@@ -33,7 +33,7 @@ else:
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-METRICS = "metrics.jsonl"
+METRICS, EVENTS = "metrics.jsonl", "events"
 ZERO = {"loss": 0.0, "top1": 0, "count": 0}
 
 
@@ -137,8 +137,9 @@ class Log:
                 partial.replace(self.path)
         # The writer itself, not SummaryWriter: that one hands events to a thread, and waits for ever once it has died
         # of a full disk.
-        with stop_on_write_error(workdir / "events"):
-            self._events = EventsWriter(str(workdir / "events"))
+        with stop_on_write_error(workdir / EVENTS):
+            (workdir / EVENTS).mkdir(exist_ok=True)
+            self._events = EventsWriter(str(workdir / EVENTS / EVENTS))
             self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, split: str, step: int, **values: Any) -> None:
@@ -150,7 +151,7 @@ class Log:
         line = {"step": step, "split": split, **{k: None if is_nan(v) else v for k, v in values.items()}, "time": now}
         with stop_on_write_error(self.path), self.path.open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
-        with stop_on_write_error(self.path.with_name("events")):
+        with stop_on_write_error(self.path.with_name(EVENTS)):
             for name, value in values.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     summary = scalar(f"{split}/{name}", value)

@@ -26,7 +26,7 @@ from jaxsft.storage import Location
 
 FOLDER = "checkpoints"
 COMMITTED = "commit_success.txt"  # Orbax's own name for the object that makes a checkpoint in a bucket whole
-EVENTS, LOCK = "events", "lock"
+LOCK = "lock"
 LATER = ("report.html", "MODEL_CARD.md")  # made of all the rest
 INTERVAL = 30.0  # seconds
 SCRATCH, IN_USE = "jaxsft-workdir-", "in_use"

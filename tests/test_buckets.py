@@ -1,0 +1,294 @@
+"""Runs, weights and data in buckets, of servers on this machine that speak the real protocols."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from jaxsft import buckets, cli, storage
+from jaxsft.data import listing
+from jaxsft.data.base import Options
+from jaxsft.data.sources import open_source
+from jaxsft.models import weights
+from jaxsft.run import checkpoint, lease, pretrained, saved, training, working_copy
+from jaxsft.run.lease import Lease
+from jaxsft.run.working_copy import COMMITTED, WorkingCopy
+from tests import buckets as servers
+from tests import small
+from tests.commands import assert_refused, run_command
+
+
+@pytest.fixture(scope="module")
+def google():
+    with servers.google() as bucket, servers.environment(bucket.environment):
+        yield bucket
+
+
+@pytest.fixture
+def place(google, request) -> buckets.BucketPath:
+    """A folder of gs://bucket for one test."""
+    return storage.location(f"gs://bucket/{request.node.name}")
+
+
+@pytest.mark.parametrize("kind", ["google", "amazon"])
+def test_objects_are_written_whole_and_made_once(kind: str, tmp_path: Path) -> None:
+    scheme = {"google": "gs", "amazon": "s3"}[kind]
+    with getattr(servers, kind)() as server, servers.environment(server.environment):
+        folder = storage.location(f"{scheme}://bucket/folder")
+        assert not folder.exists() and not folder.is_dir() and folder.walk() == {}
+        assert (folder / "lock").create(b"mine")
+        assert not (folder / "lock").create(b"yours")
+        assert (folder / "lock").read_text() == "mine"
+        (folder / "lock").write_bytes(b"ours")
+        (folder / "deep" / "er").write_bytes(b"x" * 100)
+        assert folder.is_dir() and (folder / "deep").is_dir() and (folder / "lock").is_file()
+        assert [str(path) for path in folder.iterdir()] == [f"{folder}/deep", f"{folder}/lock"]
+        assert {name: entry.size for name, entry in folder.walk().items()} == {"deep/er": 100, "lock": 4}
+        assert abs(folder.walk()["lock"].changed_ns / 1e9 - time.time()) < 60
+        (tmp_path / "file").write_bytes(np.random.default_rng(0).bytes(6_000_000))  # in several pieces
+        (folder / "file").upload(tmp_path / "file")
+        with storage.local_copy(folder / "file") as copy:
+            assert copy.name == "file" and copy.read_bytes() == (tmp_path / "file").read_bytes()
+        (folder / "lock").unlink()
+        (folder / "lock").unlink(missing_ok=True)
+        with pytest.raises(FileNotFoundError):
+            (folder / "lock").read_bytes()
+
+
+ADDRESSES = (
+    ("ftp://host/run", "ftp:// is not known"),
+    ("gs:bucket", ""),  # a file of that name, as any other
+    ("gs://", "names no place in a bucket"),
+    ("gs://bucket/../other", "names no place in a bucket"),
+    ("s3:/bucket/run", ""),  # pathlib makes one slash of two
+)
+
+
+@pytest.mark.parametrize(("text", "wrong"), ADDRESSES)
+def test_addresses(text: str, wrong: str) -> None:
+    if wrong:
+        with pytest.raises(cli.UserError, match=wrong):
+            storage.location(text)
+    else:
+        assert str(storage.location(text)) == text.replace(":/b", "://b")
+
+
+def test_an_extra_that_is_missing_is_named(monkeypatch) -> None:
+    monkeypatch.setattr(buckets.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(cli.UserError, match=r"pip install 'jaxsft\[s3\]'"):
+        storage.location("s3://bucket/run")
+
+
+REFUSALS = (
+    ("train --config=tests/small.py --workdir=gs://none/run", "gs://none/run can't be written: it is not there, or..."),
+    (
+        "train --config=tests/small.py --workdir=gz://bucket/run",
+        "gz://bucket/run can't be used: gz:// is not known...",
+    ),
+    ("evaluate --workdir=gs://bucket/none", "gs://bucket/none holds no run; give the --workdir of..."),
+    ("predict --workdir=gs://bucket/none gs://bucket/a.png", "gs://bucket/a.png can't be read: it is not there, or..."),
+    ("convert to-flax gs://bucket/a.pth --arch resnet18 --out @/a", "gs://bucket/a.pth can't be read: it is not..."),
+    ("convert to-torch gs://bucket/a --out @/a.pth", "gs://bucket/a/model.json can't be read; make the directory..."),
+)
+
+
+@pytest.mark.parametrize(("command", "expected"), REFUSALS)
+def test_what_is_not_there_is_one_line(google, tmp_path: Path, command: str, expected: str) -> None:
+    assert_refused(command, expected, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_bucket_that_can_only_be_read_is_one_line(google, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(google, "read_only", True)
+    denied = "can't be written: the bucket does not permit it; give another --workdir"
+    assert_refused("train --config=tests/small.py --workdir=gs://bucket/run", f"gs://bucket/run {denied}", tmp_path)
+
+
+def test_missing_credentials_are_one_line(monkeypatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    missing = {"AWS_CONFIG_FILE": "/none", "AWS_SHARED_CREDENTIALS_FILE": "/none", "AWS_EC2_METADATA_DISABLED": "true"}
+    with servers.environment(missing):
+        expected = "s3://bucket/run can't be written: there are no credentials for it: `aws configure`; give..."
+        assert_refused("train --config=tests/small.py --workdir=s3://bucket/run", expected, tmp_path)
+
+
+def test_requests_that_fail_for_a_while_are_made_again(google, place) -> None:
+    google.refusing = 2
+    place.write_bytes(b"x")
+    assert place.read_bytes() == b"x" and not google.refusing
+
+
+def fill(path: Path, step: int, keep: int) -> None:
+    """What a run writes until the checkpoint of `step`, of which it keeps the last ones."""
+    folder = path / "checkpoints" / str(step)
+    (folder / "state").mkdir(parents=True)
+    for name in ("state/a", "state/b", "host"):
+        (folder / name).write_text(f"{name} of {step}")
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "split": "train"}) + "\n")
+    for old in checkpoint.steps(path)[:-keep]:
+        shutil.rmtree(path / "checkpoints" / str(old))
+
+
+def test_cut_off_between_any_two_writes_a_run_can_be_resumed(google, place) -> None:
+    steps = list(range(1, 4))
+    for writes in range(100):
+        workdir = place / str(writes)
+        google.writes_left = writes
+        try:
+            copy = WorkingCopy(workdir)
+            for step in steps:
+                fill(copy.path, step, keep=1)
+                copy.flush()
+            done = True
+        except cli.Stop:
+            done = False
+        google.writes_left = None
+        found = checkpoint.steps(workdir)
+        assert [step for step in found if (workdir / "checkpoints" / str(step) / "host").is_file()] == found
+        again = WorkingCopy(workdir)
+        assert checkpoint.steps(again.path) == found
+        last = found[-1] if found else 0
+        logged = [record["step"] for record in training.records(again.path)]
+        assert logged[:last] == steps[:last]  # what may be ahead is cut when the run resumes
+        for step in found:
+            texts = [(again.path / "checkpoints" / str(step) / name).read_text() for name in ("state/a", "host")]
+            assert texts == [f"state/a of {step}", f"host of {step}"]
+        left = {int(name.split("/")[1]) for name in workdir.walk() if name.startswith("checkpoints/")}
+        assert left == set(found)  # what a send that was cut off had left is gone
+        if done:
+            assert found == [3] and writes > 10
+            return
+
+
+def test_a_run_in_a_bucket_is_the_same_and_resumes_from_there_alone(google, place, tmp_path: Path) -> None:
+    config = small.config("--config.train.epochs=2")
+    training.train(config, tmp_path / "run")
+    expected = small.outcome(tmp_path / "run")
+
+    class Cut(BaseException):
+        """The power is cut."""
+
+    def cut(self: training.Trainer, step: int) -> None:
+        original(self, step)
+        if step >= 4:
+            self.checkpoints.wait()
+            raise Cut
+
+    original = training.Trainer.save
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Cut):
+        patch.setattr(training.Trainer, "save", cut)
+        patch.setattr(WorkingCopy, "__exit__", lambda *_: None)
+        training.train(config, place)
+    assert [path.name for path in place.iterdir() if path.name.startswith("lock")] == []
+    assert checkpoint.steps(place)[-1] < 8
+    training.train(config, place)
+    with storage.local_copy(place) as copy:
+        assert small.outcome(copy) == expected
+        assert any((copy / "events").iterdir()) and (copy / "report.html").exists()
+    status, said = run_command(f"evaluate --workdir {place} --json {place}/result.json", tmp_path)
+    assert status == 0, said
+    assert json.loads((place / "result.json").read_text())["step"] == 8
+    status, said = run_command(f"export --workdir {place} --format safetensors --out {place}/a.safetensors", tmp_path)
+    assert status == 0, said
+    assert (place / "a.safetensors").is_file() and COMMITTED in {p.rpartition("/")[2] for p in place.walk()}
+    assert saved.load_run(place).step == 8
+    leftovers = list(Path(working_copy.tempfile.gettempdir()).glob(f"{working_copy.SCRATCH}*"))
+    assert all((left / working_copy.IN_USE).exists() for left in leftovers)
+
+
+def make_folder(root: Path) -> None:
+    """Twenty pictures of two classes, of several sizes."""
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        file = root / "ab"[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(rng.integers(0, 256, (30 + number, 40, 3), np.uint8)).save(file)
+
+
+def owner(**values: object) -> bytes:
+    return json.dumps({**lease.this_process(), **values}).encode()
+
+
+def test_a_second_run_is_refused_and_the_lock_of_a_dead_one_taken(google, place, monkeypatch) -> None:
+    with Lease(place) as held:
+        with pytest.raises(cli.UserError, match="is in use by process"):
+            Lease(place)
+        held.check()
+    assert not place.exists()
+    (place / "lock.7").write_bytes(owner(started="long ago"))  # a process of this machine that has ended
+    with Lease(place):
+        assert [path.name for path in place.iterdir()] == ["lock.8"]
+
+
+def test_the_lock_of_another_machine_is_taken_when_nothing_is_heard_of_it(google, place, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(lease, "DEAD", 1.5)
+    monkeypatch.setattr(lease, "BEAT", 0.1)
+    (place / "lock.1").write_bytes(owner(host="elsewhere"))
+    began = time.monotonic()
+    with Lease(place) as held:
+        assert 0.5 < time.monotonic() - began < 15
+        assert "was held by process" in capsys.readouterr().err
+        # One that was only asleep: another run has meanwhile taken the lock.
+        (place / "lock.3").write_bytes(owner(host="elsewhere"))
+        deadline = time.monotonic() + 10
+        while not held.lost and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with pytest.raises(cli.Stop, match="was taken over by another run"):
+            held.check()
+
+
+def test_the_lock_of_another_machine_that_lives_is_respected(google, place, monkeypatch) -> None:
+    monkeypatch.setattr(lease, "BEAT", 0.1)
+    monkeypatch.setattr(lease, "DEAD", 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease, "this_process", lambda: {**original(), "host": "elsewhere"})
+        held = Lease(place)
+    with held, pytest.raises(cli.UserError, match="in use by process .* on elsewhere"):
+        Lease(place)
+
+
+original = lease.this_process
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv"])
+def test_pictures_in_a_bucket_are_those_of_the_disk(google, place, tmp_path: Path, monkeypatch, kind: str) -> None:
+    make_folder(tmp_path / "pictures")
+    lines = [f"{p.relative_to(tmp_path / 'pictures')},{p.parent.name}" for p in (tmp_path / "pictures").rglob("*.png")]
+    (tmp_path / "pictures" / "list.csv").write_text("\n".join(["path,label", *sorted(lines)]))
+    storage.upload(tmp_path / "pictures", place)
+    end = "/list.csv" if kind == "csv" else ""
+    here = open_source(f"{kind}:{tmp_path}/pictures{end}", "train", Options())
+    google.requests.clear()
+    listing.forget()
+    monkeypatch.setenv("JAXSFT_CACHE", str(place / "cache"))
+    there = open_source(f"{kind}:{place}{end}", "train", Options())
+    assert (there.class_names, there.listing) == (here.class_names, here.listing)
+    np.testing.assert_array_equal(there.labels, here.labels)
+    for number in range(len(here)):
+        np.testing.assert_array_equal(np.asarray(there[number]), np.asarray(here[number]))
+    open_source(f"{kind}:{place}{end}", "val", Options())
+    assert sum("prefix=" in request and "delimiter=&" in f"{request}&" for request in google.requests) <= 1
+    assert (place / "cache" / "index").is_dir()
+
+
+def test_ports_and_compiled_programs_are_kept_in_a_bucket(google, place, cifar7: Path, monkeypatch) -> None:
+    monkeypatch.setenv("JAXSFT_CACHE", str(place))
+    variables, card = pretrained.load_pretrained("sample", "resnet10_w16")
+    monkeypatch.setattr(pretrained, "run_module", lambda *_: pytest.fail("it was ported again"))
+    again, same = pretrained.load_pretrained("sample", "resnet10_w16")
+    assert same == card
+    np.testing.assert_array_equal(again["params"]["fc"]["bias"], variables["params"]["fc"]["bias"])
+    (kept,) = (place / "ported").iterdir()
+    assert weights.ModelCard.load(kept) == card
+    (kept / "model.json").write_bytes(b"{")
+    with pytest.raises(BaseException, match="ported again"):  # a damaged one is made anew
+        pretrained.load_pretrained("sample", "resnet10_w16")
