@@ -41,11 +41,11 @@ def read(weights: str, arch: str) -> Weights:
     if arch not in ARCHITECTURES:
         raise UserError(f"unknown arch {arch!r}", nearest(arch, list(ARCHITECTURES)))
     path = storage.location(weights)
-    if REGISTERED.fullmatch(weights) and not path.exists():
+    if REGISTERED.fullmatch(weights) and not os.path.exists(weights):
         return read_registry(weights, arch)
     try:
         with storage.local_copy(path) as file:
-            if not file.is_file():
+            if not os.path.isfile(file):
                 raise UserError(
                     f"no file {path}", "name a .pth or .safetensors file or one of `python -m convert list`"
                 )
@@ -150,7 +150,7 @@ def download(url: str, folder: Path) -> Path:
     path = folder / name
     match = re.search(r"-([0-9a-f]{8,})\.", name)
     prefix = match.group(1) if match else ""
-    if not path.exists():
+    if not os.path.exists(weights):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), prefix, progress=os.isatty(2))

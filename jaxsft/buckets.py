@@ -25,6 +25,7 @@ from jaxsft import cli
 # scheme -> (the package that speaks it, which is also the name of the loggers to be kept quiet; the extra that has it)
 SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 PATIENCE = 600.0  # seconds over which a request is made again
+FIRST_PATIENCE = 90.0  # of a bucket that has not answered yet: its name, or the network, may be wrong
 SAID_AFTER = 5.0  # seconds without an answer, after which the user is told
 LONGEST_PAUSE = 15.0  # seconds between two tries
 # Words for exceptions that another try does not mend, by the names of their classes in google.auth and botocore.
@@ -168,8 +169,9 @@ class BucketPath:
             found = request(self, "find", detail=True, withdirs=False)
         except FileNotFoundError:
             return {}
-        start = len(self.url.partition("://")[2]) + 1
-        return {name[start:]: entry_of(info) for name, info in sorted(found.items()) if not name.endswith("/")}
+        start = f"{self.url.partition('://')[2]}/"
+        names = (name for name in sorted(found) if name.startswith(start) and not name.endswith("/"))
+        return {name.removeprefix(start): entry_of(found[name]) for name in names}
 
 
 def entry_of(info: dict[str, Any]) -> Entry:
@@ -198,6 +200,9 @@ def parse(url: str) -> BucketPath:
     return BucketPath(f"{scheme}://{'/'.join(parts)}")
 
 
+ANSWERED: set[BucketPath] = set()  # the buckets that have
+
+
 @functools.cache
 def file_system(scheme: str) -> Any:
     """fsspec's file system, which asks the bucket every time: another process may have written since."""
@@ -219,14 +224,18 @@ def request(path: BucketPath, method: str, *args: Any, **kwargs: Any) -> Any:
         try:
             operation = getattr(file_system(path.scheme), method)
             names = (*args, path.url) if method == "put_file" else (path.url, *args)
-            return operation(*names, **kwargs)
+            answer = operation(*names, **kwargs)
+            ANSWERED.add(path.bucket)
+            return answer
         except Exception as error:
-            waited = time.monotonic() - began
-            if not is_passing(error) or waited > PATIENCE:
-                raise as_os_error(error, path) from error
-            if waited > SAID_AFTER and not said:
-                cli.warn(f"{path.bucket}: {one_line(error)}; asked again for {PATIENCE / 60:.0f} min")
+            waited, patience = time.monotonic() - began, PATIENCE if path.bucket in ANSWERED else FIRST_PATIENCE
+            if not is_passing(error):
+                ANSWERED.add(path.bucket)
+            elif waited > SAID_AFTER and not said:
+                cli.warn(f"{path.bucket}: {one_line(error)}; asked again for {patience:.0f} s")
                 said = True
+            if not is_passing(error) or waited > patience:
+                raise as_os_error(error, path) from error
         time.sleep(pause * random.uniform(0.5, 1))  # several machines do not come back at the same moment
         pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -238,13 +247,11 @@ def is_passing(error: BaseException) -> bool:
     status = status_of(error)
     if status:
         return status in LATER
-    if isinstance(error, OSError) and error.errno not in (None, errno.EIO, errno.EBUSY, errno.ETIMEDOUT):
-        return isinstance(error, ConnectionError)
-    package = type(error).__module__.partition(".")[0]
-    if isinstance(error, TimeoutError | ConnectionError):
-        return True
-    # What these raise without a status came from the connection: it broke, or could not be made.
-    return package in PACKAGES or type(error).__module__.startswith("google.auth")
+    module = type(error).__module__
+    if module.partition(".")[0] in PACKAGES or module.startswith("google.auth"):
+        return True  # what these raise without a status came from the connection: it broke, or could not be made
+    passing = (errno.EIO, errno.EBUSY, errno.ETIMEDOUT)
+    return isinstance(error, TimeoutError | ConnectionError) or getattr(error, "errno", None) in passing
 
 
 def names(error: BaseException | None) -> Iterator[str]:

@@ -104,8 +104,8 @@ def local_path(text: str | Path) -> Path:
     Raises:
       UserError: it is an address such as gs://bucket/run, not a path of this machine.
     """
-    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://?", str(text)):
-        raise UserError(f"{text} can't be used: {scheme[1]}:// is not known", "name a file or folder of this machine")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(text)):
+        raise UserError(f"{text} can't be used: it is no place of this machine", "name a file or folder that is")
     return Path(text).expanduser()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from jaxsft import cli
 from tests.conftest import ROOT
 
-START = "import os, sys, threading\nfrom jaxsft import cli, streams\n"
+START = "import os, sys, threading\nfrom jaxsft import cli, output, streams\n"
 PACKAGES = ("parity", "bench")
 
 

@@ -50,7 +50,7 @@ CASES: tuple[tuple[str, str], ...] = (
     ),
     (
         "train --config gs://bucket/cifar10.py:sample",
-        "gs://bucket/cifar10.py:sample can't be used: gs:// is not known; name a file or folder of this machine",
+        "gs://bucket/cifar10.py:sample can't be used: it is no place of this machine; name a file or folder that is",
     ),
     ("train --config @/full", "the config file @/full can't be read: Is a directory; ..."),
     ("train --config @/broken.py", "@/broken.py, line 1: ..."),
@@ -154,13 +154,13 @@ CASES: tuple[tuple[str, str], ...] = (
         "@/none/grid.png can't be written: No such file or directory; name another file",
     ),
     (
-        "data.show --config configs/cifar10.py:sample --out gs://bucket/grid.png",
-        "gs://bucket/grid.png can't be used: gs:// is not known; name a file or folder of this machine",
+        "data.show --config configs/cifar10.py:sample --out ftp://host/grid.png",
+        "ftp://host/grid.png can't be used: ftp:// is not known; name a local path, or gs://BUCKET/… or s3://BUCKET/…",
     ),
     ("bench tpu --json @/none/out.json", "@/none/out.json can't be written: No such file or directory; ..."),
     ("bench tpu --json @/file/out.json", "@/file/out.json can't be written: Not a directory; ..."),
     ("bench tpu --json @/full", "@/full can't be written: Is a directory; name another file"),
-    ("bench data --folder gs://bucket/set", "gs://bucket/set can't be used: gs:// is not known; ..."),
+    ("bench data --folder gs://bucket/set", "gs://bucket/set can't be used: it is no place of this machine; ..."),
 )
 
 

@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 
 from jaxsft import buckets, cli, storage
-from jaxsft.data import listing
+from jaxsft.data import listing, prepare
 from jaxsft.data.base import Options
 from jaxsft.data.sources import open_source
 from jaxsft.models import weights
@@ -278,6 +278,36 @@ def test_pictures_in_a_bucket_are_those_of_the_disk(google, place, tmp_path: Pat
     open_source(f"{kind}:{place}{end}", "val", Options())
     assert sum("prefix=" in request and "delimiter=&" in f"{request}&" for request in google.requests) <= 1
     assert (place / "cache" / "index").is_dir()
+
+
+def test_a_prepared_set_in_a_bucket_is_that_of_the_disk(
+    google, place, realdata: Path, tmp_path: Path, monkeypatch
+) -> None:
+    (prepared,) = (realdata / "tfds" / "cifar10").iterdir()
+    for file in prepared.iterdir():
+        if "-train" not in file.name:
+            (place / "data" / "cifar10" / prepared.name / file.name).upload(file)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no copy is there yet
+    here = open_source("tfds:cifar10", "test[:50]", Options(data_dir=str(realdata / "tfds")))
+    there = open_source("tfds:cifar10", "test[:50]", Options(data_dir=str(place / "data")))
+    np.testing.assert_array_equal(there.labels, here.labels)
+    np.testing.assert_array_equal(there[49], here[49])
+
+
+def test_a_set_is_prepared_into_a_bucket(google, place, monkeypatch, tmp_path: Path) -> None:
+    def prepare_(name: str, data_dir: str) -> str:
+        made = Path(data_dir) / name / "1.0.0"
+        made.mkdir(parents=True)
+        for file in ("dataset_info.json", "features.json", "records"):
+            (made / file).write_text(file)
+        return str(made)
+
+    monkeypatch.setattr(prepare, "prepare", prepare_)
+    status, said = run_command(f"data.prepare cifar10 --data-dir {place}", tmp_path)
+    assert status == 0, said
+    written = {name.rpartition("/")[2]: entry.changed_ns for name, entry in place.walk().items()}
+    assert sorted(written, key=lambda name: written[name])[-1] == "dataset_info.json"  # which makes it a set
+    assert sorted(written) == ["dataset_info.json", "features.json", "records"]
 
 
 def test_ports_and_compiled_programs_are_kept_in_a_bucket(google, place, cifar7: Path, monkeypatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from jaxsft import __main__ as commands
-from jaxsft import cli
+from jaxsft import cli, output
 from tests.commands import python
 from tests.conftest import ROOT
 
@@ -68,16 +68,16 @@ READ = {"rows": [1, 0.5, None, [None]], "name": "caf\xe9 \udcff", "none": None}
 def test_json_file(tmp_path: Path) -> None:
     for name in ("out.json", "x" * 255):
         path = tmp_path / name
-        write = cli.json_to(str(path))
+        write = output.json_to(str(path))
         assert not path.exists()
         write(VALUE)
         assert json.loads(path.read_text(), parse_constant=pytest.fail) == READ
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask()
     path.chmod(0o640)
-    cli.json_to(str(path))([1])
+    output.json_to(str(path))([1])
     assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("[\n  1\n]\n", 0o640)
     assert len(list(tmp_path.iterdir())) == 2
-    cli.json_to("")(VALUE)
+    output.json_to("")(VALUE)
 
 
 def umask() -> int:
@@ -91,7 +91,7 @@ def test_json_of_a_link_is_written_to_its_target(tmp_path: Path) -> None:
     link, target = tmp_path / "link.json", tmp_path / "there" / "target.json"
     link.symlink_to("there/target.json")
     for value in (1, 2):  # a target that is not there yet, and one that is
-        cli.json_to(str(link))(value)
+        output.json_to(str(link))(value)
         assert link.is_symlink()
         assert json.loads(target.read_text()) == value
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["link.json", "target.json", "there"]
@@ -102,17 +102,17 @@ def test_json_into_a_pipe_and_a_device(tmp_path: Path) -> None:
     os.mkfifo(path)
     reader = threading.Thread(target=lambda: got.append(path.read_text()))
     reader.start()
-    cli.json_to(str(path))([1])
+    output.json_to(str(path))([1])
     reader.join(10)
     assert json.loads(got[0]) == [1]
     assert path.is_fifo()
-    cli.json_to("/dev/null")([1])
+    output.json_to("/dev/null")([1])
     assert Path("/dev/null").is_char_device()
     read, write = os.pipe()
-    cli.json_to(f"/dev/fd/{write}")([1])
+    output.json_to(f"/dev/fd/{write}")([1])
     assert json.loads(os.read(read, 100)) == [1]
     with pytest.raises(cli.UserError, match=r"/dev/full can't be written: No space left on device; "):
-        cli.json_to("/dev/full")([1])
+        output.json_to("/dev/full")([1])
     assert [entry.name for entry in tmp_path.iterdir()] == ["fifo"]
 
 
@@ -121,7 +121,7 @@ def test_json_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch:
         self.touch()
         raise OSError(28, "No space left on device")
 
-    write = cli.json_to(str(tmp_path / "out.json"))
+    write = output.json_to(str(tmp_path / "out.json"))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", fail)
         with pytest.raises(cli.UserError, match=r"out.json can't be written: No space left on device; name another fi"):
@@ -135,13 +135,13 @@ def test_json_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch:
         ("x" * 256, "File name too long"),
     ):
         with pytest.raises(cli.UserError, match=rf"can't be written: {cause}"):
-            cli.json_to(str(tmp_path / name))(1)
+            output.json_to(str(tmp_path / name))(1)
     assert [entry.name for entry in tmp_path.iterdir()] == ["loop"]
 
 
 MAIN = """
 def main():
-    write = cli.json_to({!r})
+    write = output.json_to({!r})
     cli.say('a line')
     print('another')
     write([1])
@@ -159,14 +159,14 @@ def test_json_on_stdout_is_alone_there(name: str, tmp_path: Path) -> None:
 
 
 def test_json_on_stderr_keeps_what_is_there(tmp_path: Path) -> None:
-    python("cli.warn('x')\ncli.json_to('/dev/stderr')([1])", f"2> {tmp_path}/log")
+    python("cli.warn('x')\noutput.json_to('/dev/stderr')([1])", f"2> {tmp_path}/log")
     assert (tmp_path / "log").read_text() == "warning: x\n[\n  1\n]\n"
 
 
 def test_run_gives_stdout_back(capsys: pytest.CaptureFixture[str]) -> None:
     before = sys.stdout
     with pytest.raises(SystemExit):
-        cli.run(lambda: cli.json_to("-")([1]))
+        cli.run(lambda: output.json_to("-")([1]))
     assert sys.stdout is before
     assert capsys.readouterr().out == "[\n  1\n]\n"
 
@@ -180,7 +180,7 @@ PRINTS = "def main():\n    for i in range(100000):\n        {}\n"
         PRINTS.format("cli.say(i)") + "cli.run(main)",
         PRINTS.format("print(i)") + "cli.run(main)",
         "import time\ndef main():\n    print(flush=True)\n    time.sleep(1)\n    print()\ncli.run(main)",
-        "def main():\n    cli.json_to('-')(list(range(100000)))\ncli.run(main)",
+        "def main():\n    output.json_to('-')(list(range(100000)))\ncli.run(main)",
         "import runpy\nrunpy.run_module('jaxsft', run_name='__main__')",
     ],
 )
@@ -279,7 +279,7 @@ def test_local_path(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.local_path("~/a/../b") == Path("/home/me/a/../b")
     assert cli.local_path("runs/~a") == Path("runs/~a")
     for text in ("gs://bucket/run", "s3://bucket", "file:///tmp/a", Path("gs://bucket/run")):
-        with pytest.raises(cli.UserError, match=r":// is not known; name a file or folder of this machine"):
+        with pytest.raises(cli.UserError, match="it is no place of this machine; name a file or folder that is"):
             cli.local_path(text)
 
 

@@ -210,5 +210,5 @@ def test_a_number_that_is_no_class(tmp_path: Path):
 
 @needs_datasets
 def test_an_address_is_no_set():
-    with pytest.raises(UserError, match="gs://bucket/set can't be used: gs:// is not known"):
+    with pytest.raises(UserError, match="gs://bucket/set can't be used: it is no place"):
         open_source("hf:gs://bucket/set", "train")

@@ -175,7 +175,7 @@ def test_arrays_carry_split_and_listing():
 
 
 def test_an_address_is_no_folder():
-    with pytest.raises(UserError, match="gs://bucket can't be used: gs:// is not known; name a file or folder"):
-        open_folder("gs://bucket", "train", Options())
+    with pytest.raises(UserError, match="ftp://bucket can't be used: ftp:// is not known; name a local path"):
+        open_folder("ftp://bucket", "train", Options())
     with pytest.raises(UserError, match="is no folder"):
         open_folder("x" * 5000, "train", Options())

@@ -83,8 +83,8 @@ def test_ports_are_kept_and_directories_used_as_they_are(tmp_path: Path, convers
         load_pretrained(str(cached), "resnet18")
     with pytest.raises(UserError, match="no file"):
         load_pretrained(str(tmp_path / "absent.pth"), "resnet18")
-    with pytest.raises(UserError, match="gs:// is not known"):
-        load_pretrained("gs://bucket/port", "resnet18")
+    with pytest.raises(UserError, match="ftp:// is not known"):
+        load_pretrained("ftp://bucket/port", "resnet18")
     assert ported(tmp_path / "cache") == [cached]
 
 

@@ -139,8 +139,8 @@ def test_places_that_are_written_otherwise(place: Path, monkeypatch: pytest.Monk
     (place / "a.csv").write_text(LINES)
     monkeypatch.setenv("HOME", str(place))
     assert len(open_csv("~/a.csv", "train+val", HALF)) == 4
-    with pytest.raises(UserError, match=r"gs://bucket/a.csv can't be used: gs:// is not known; name a file"):
-        open_csv("gs://bucket/a.csv", "train", HALF)
+    with pytest.raises(UserError, match=r"ftp://host/a.csv can't be used: ftp:// is not known; name a local"):
+        open_csv("ftp://host/a.csv", "train", HALF)
 
 
 ORDERS = [

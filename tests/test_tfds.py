@@ -207,11 +207,11 @@ def test_a_cache_is_done_without(resident_mb: int, tmp_path: Path, monkeypatch: 
     assert kept.read_bytes() == content
 
 
-def test_folders_of_this_machine_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(UserError, match="gs://bucket can't be used"):
-        tfds.find_builder("pets", "gs://bucket")
-    monkeypatch.setattr(sys, "argv", ["prepare", "cifar10", "--data-dir", "gs://bucket"])
-    with pytest.raises(UserError, match="gs://bucket can't be used"):
+def test_folders_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UserError, match="ftp://host can't be used"):
+        tfds.find_builder("pets", "ftp://host")
+    monkeypatch.setattr(sys, "argv", ["prepare", "cifar10", "--data-dir", "ftp://host"])
+    with pytest.raises(UserError, match="ftp://host can't be used"):
         prepare.main()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError):

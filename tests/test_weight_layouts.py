@@ -110,8 +110,8 @@ def test_what_is_no_file_of_weights_is_refused(tmp_path: Path) -> None:
     for name, said in (("x" * 300, "has no weights"), ("a\0b.pth", "no file"), (str(tmp_path), "no file")):
         with pytest.raises(UserError, match=said):
             checkpoints.read(name, "resnet18")
-    with pytest.raises(UserError, match="gs:// is not known"):
-        checkpoints.read("gs://bucket/x.pth", ARCH)
+    with pytest.raises(UserError, match="ftp:// is not known"):
+        checkpoints.read("ftp://bucket/x.pth", ARCH)
 
 
 class Wants:
@@ -211,9 +211,9 @@ def test_the_command_expands_homes_and_escapes_what_a_file_is_called(tmp_path: P
         (("to-torch", "~/port", "--out", "~/again.safetensors"), "again.safetensors exists"),
         (("to-torch", "~/port", "--out", f"~/{'x' * 300}.pth"), "can't be written: File name too long"),
         (("to-flax", str(SAMPLE), "--arch", ARCH, "--out", f"~/{'x' * 300}"), "can't be written: File name too long"),
-        (("to-torch", "gs://bucket/port", "--out", "a.pth"), "gs:// is not known"),
-        (("to-torch", "~/port", "--out", "gs://bucket/a.pth"), "gs:// is not known"),
-        (("to-flax", "gs://bucket/x.pth", "--arch", ARCH, "--out", "~/other"), "gs:// is not known"),
+        (("to-torch", "ftp://bucket/port", "--out", "a.pth"), "ftp:// is not known"),
+        (("to-torch", "~/port", "--out", "ftp://bucket/a.pth"), "ftp:// is not known"),
+        (("to-flax", "ftp://bucket/x.pth", "--arch", ARCH, "--out", "~/other"), "ftp:// is not known"),
         (("verify", "~/port", "--against", "~/absent.pth"), f"no file {tmp_path}/absent.pth"),
         (("verify", "~/port", "--against", "~/absent.pth", "--image-size", "8"), "the smallest is 32"),
     ):
