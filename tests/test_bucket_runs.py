@@ -11,10 +11,12 @@ import threading
 import time
 from pathlib import Path
 
+import PIL.Image
 import pytest
 
 from jaxsft import storage
 from jaxsft.run import lease
+from jaxsft.run.working_copy import steps
 from tests import buckets as servers
 from tests import small
 from tests.conftest import DEVICES, ROOT, compile_flags
@@ -167,6 +169,49 @@ def test_two_runs_in_one_workdir(bucket, tmp_path: Path, pytestconfig) -> None:
     third = start(bucket, tmp_path / "third", "gs://bucket/shared", flags_of(pytestconfig))
     said, _ = third.communicate(timeout=600)
     assert third.returncode == 0, said
+
+
+def test_the_page_about_tpu_vms_is_true(bucket, realdata: Path, cifar7: Path, tmp_path: Path, pytestconfig) -> None:
+    """Each of its lines that needs neither a cloud nor the network, in its order; the run is lost once."""
+    write_pictures(tmp_path / "pictures")
+    here = {"BUCKET": "bucket", "IMAGENET1K_V1": str(cifar7), "PICTURES": str(tmp_path / "pictures"),
+            "tuned.pth": str(tmp_path / "tuned.pth")}  # fmt: skip
+    storage.upload(realdata / "tfds" / "cifar10", storage.location("gs://bucket/data/cifar10"))  # as `prepare` makes it
+    small_run = ("--config.train.steps=6", "--config.optim.warmup_epochs=0", "--config.data.image_size=32",
+                 "--config.data.batch_size=16", "--config.data.train_split=train[:64]",
+                 "--config.data.eval_split=test[:32]", "--config.checkpoint.every_steps=2")  # fmt: skip
+    lines = [line.strip() for line in (ROOT / "docs" / "tpu-vm.md").read_text().splitlines() if line.startswith("    ")]
+    assert "export JAXSFT_CACHE=gs://BUCKET/cache" in lines
+    commands = [line.split()[2:] for line in lines if line.startswith(("python3 -m jaxsft", "python3 -m convert"))]
+    ran, said = [], ""
+    for number, (module, *arguments) in enumerate(commands):
+        if module == "jaxsft.data.prepare":
+            continue
+        for name, value in here.items():
+            arguments = [argument.replace(name, value) for argument in arguments]
+        command = [sys.executable, "-m", module, *arguments, *(small_run if module == "jaxsft.train" else ())]
+        for attempt in range(2 if module == "jaxsft.train" else 1):
+            home = tmp_path / f"{number}-{attempt}"
+            env = {**os.environ, **bucket.environment, "JAX_PLATFORMS": "cpu", "HOME": str(home),
+                   "XDG_CACHE_HOME": str(home), "XLA_FLAGS": flags_of(pytestconfig),
+                   "JAXSFT_CACHE": "gs://bucket/vms"}  # fmt: skip
+            process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+            if module == "jaxsft.train" and not attempt:
+                while process.poll() is None and not steps(storage.location("gs://bucket/run")):
+                    time.sleep(0.1)
+                process.kill()
+            said, _ = process.communicate(timeout=600)
+            assert process.returncode == 0 or (module == "jaxsft.train" and not attempt), said
+        ran.append(module)
+        if module == "jaxsft.train":
+            assert "resuming at step" in said
+    assert ran == ["convert", "jaxsft.train", "jaxsft.evaluate", "jaxsft.predict", "jaxsft.export"]
+    assert (tmp_path / "tuned.pth").stat().st_size > 4e7  # float32 of 11 million parameters
+
+
+def write_pictures(folder: Path) -> None:
+    folder.mkdir()
+    PIL.Image.new("RGB", (40, 40)).save(folder / "a.png")
 
 
 def downloads(bucket) -> list[str]:
