@@ -150,7 +150,7 @@ def download(url: str, folder: Path) -> Path:
     path = folder / name
     match = re.search(r"-([0-9a-f]{8,})\.", name)
     prefix = match.group(1) if match else ""
-    if not os.path.exists(weights):
+    if not path.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), prefix, progress=os.isatty(2))

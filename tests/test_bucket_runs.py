@@ -195,7 +195,8 @@ def test_the_page_about_tpu_vms_is_true(bucket, realdata: Path, cifar7: Path, tm
             env = {**os.environ, **bucket.environment, "JAX_PLATFORMS": "cpu", "HOME": str(home),
                    "XDG_CACHE_HOME": str(home), "XLA_FLAGS": flags_of(pytestconfig),
                    "JAXSFT_CACHE": "gs://bucket/vms"}  # fmt: skip
-            process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+            process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE,
+                                       stderr=subprocess.STDOUT, text=True)  # fmt: skip
             if module == "jaxsft.train" and not attempt:
                 while process.poll() is None and not steps(storage.location("gs://bucket/run")):
                     time.sleep(0.1)
