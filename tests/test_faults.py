@@ -16,10 +16,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from jaxsft import train
 from jaxsft.cli import Stop, UserError
 from jaxsft.models import weights
-from jaxsft.run import checkpoint, saved, workdir
+from jaxsft.run import checkpoint, saved, training, workdir
 from jaxsft.run.best import Best
 from jaxsft.run.log import EventsWriter, records
 from tests import small
@@ -29,7 +28,7 @@ def run_here(path: Path, *overrides: str) -> None:
     """The small run in this process."""
     config = small.config(*overrides)
     workdir.check(path, config)
-    train.train(config, path)
+    training.train(config, path)
 
 
 @pytest.fixture(scope="module")

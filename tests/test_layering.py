@@ -19,8 +19,8 @@ LAYERS = (
     ("jaxsft.data", "jaxsft.interpret", "convert"),
     ("jaxsft.learn",),
     ("jaxsft.allowed", "jaxsft.keys", "jaxsft.config", "jaxsft.recipes", "jaxsft.flags"),
-    ("jaxsft.run", "jaxsft.parity"),
-    ("jaxsft", "jaxsft.bench", "jaxsft.data.show"),  # the commands
+    ("jaxsft.run", "jaxsft.parity", "jaxsft.data.show"),
+    ("jaxsft", "jaxsft.bench"),  # the commands
 )
 FILES = sorted([*ROOT.glob("jaxsft/**/*.py"), *ROOT.glob("convert/**/*.py")])
 

@@ -19,7 +19,6 @@ from torchvision.transforms import functional as F  # noqa: N812  (as torchvisio
 from torchvision.transforms import v2
 
 from jaxsft import config as config_module
-from jaxsft import train
 from jaxsft.data import color, policy
 from jaxsft.data.augment import Amounts, preprocess, train_images
 from jaxsft.data.base import Options
@@ -30,7 +29,7 @@ from jaxsft.models import families, initial, layers, resnet
 from jaxsft.models.family import variable_shapes
 from jaxsft.models.resnet import BasicBlock, ResNet
 from jaxsft.models.weights import Preprocessing
-from jaxsft.run import checkpoint, job, log
+from jaxsft.run import checkpoint, job, log, training
 from jaxsft.run.pretrained import load_pretrained
 from tests.tiny import compiled
 
@@ -345,7 +344,7 @@ def test_what_a_run_leaves_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     nothing = metrics.count(jnp.zeros((16, 10)), jnp.zeros(16, int), jnp.ones(16), jnp.ones(16, bool))
     made.train_step = jax.jit(lambda state, *_: (state.replace(step=state.step + 1), {k: nothing[k] for k in log.ZERO}))
     made.eval_step = jax.jit(lambda *_: nothing)
-    train.fit(made, tmp_path)
+    training.fit(made, tmp_path)
     assert lines(tmp_path, "train") == [4, 8, 12, 14]
     assert lines(tmp_path, "eval") == [5, 9, 14]  # the first at or after each 4.5
     assert checkpoint.steps(tmp_path) == [10, 14]  # of 5, 10 and 14

@@ -11,13 +11,13 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from jaxsft import evaluate, train
+from jaxsft import evaluate
 from jaxsft.cli import Stop, UserError
 from jaxsft.data.fingerprint import difference
 from jaxsft.flags import parse_flags
 from jaxsft.interpret import html
 from jaxsft.models.weights import INTERPOLATIONS, ModelCard, Preprocessing
-from jaxsft.run import checkpoint, saved, workdir
+from jaxsft.run import checkpoint, saved, training, workdir
 from jaxsft.run.log import records
 from tests import small
 
@@ -50,7 +50,7 @@ def run_here(path: Path, images: Path, *overrides: str) -> None:
         ], "", {},
     )  # fmt: skip
     workdir.check(path, config)
-    train.train(config, path)
+    training.train(config, path)
 
 
 @pytest.fixture(scope="module")
@@ -187,14 +187,14 @@ def test_a_picture_that_breaks_meanwhile_costs_no_step(
     stopped: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     path, own = stopped
-    update = train.Trainer.update
+    update = training.Trainer.update
 
     def broken(self, steps):
         if steps[0] == 6:
             raise UserError("a.png: image file is truncated", "remove it")
         update(self, steps)
 
-    monkeypatch.setattr(train.Trainer, "update", broken)
+    monkeypatch.setattr(training.Trainer, "update", broken)
     with pytest.raises(Stop, match=r"a.png: image file is truncated; remove it"):
         run_here(path, own)
     assert checkpoint.steps(path)[-1] == 5

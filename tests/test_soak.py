@@ -13,8 +13,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from jaxsft import train
-from jaxsft.train import Trainer
+from jaxsft.run import training
+from jaxsft.run.training import Trainer
 from tests import small
 
 STEPS, EVERY = 2000, 50
@@ -84,7 +84,7 @@ def test_memory_and_open_files_stay_flat(tmp_path: Path, monkeypatch) -> None:
         "--config.train.log_every_steps=50",
         "--config.optim.lr=0.001",
     )
-    train.train(small.config(*overrides), tmp_path)
+    training.train(small.config(*overrides), tmp_path)
     memory, files = zip(*seen[5:], strict=True)  # the first checkpoints fill caches and start threads
     assert len(memory) >= STEPS // EVERY - 5
     # A state is 2 MB and a batch's arrays are less: one of either kept a checkpoint would be 70 MB by the end.
@@ -95,11 +95,11 @@ def test_memory_and_open_files_stay_flat(tmp_path: Path, monkeypatch) -> None:
 TEN_EPOCHS = """
 import gc, sys
 from pathlib import Path
-from jaxsft import train
+from jaxsft.run import training
 from tests import small
 from tests.test_soak import family_mb
 
-seen, original = [], train.Trainer.evaluate
+seen, original = [], training.Trainer.evaluate
 
 def evaluate(self, step):
     result = original(self, step)
@@ -108,7 +108,7 @@ def evaluate(self, step):
     return result
 
 if __name__ == "__main__":
-    train.Trainer.evaluate = evaluate
+    training.Trainer.evaluate = evaluate
     place = Path(sys.argv[1])
     config = small.config(
         f"--config.data.source=folder:{place / 'images'}", "--config.data.train_split=train",
@@ -116,7 +116,7 @@ if __name__ == "__main__":
         "--config.data.augment=('random_resized_crop', 'flip')", "--config.train.epochs=11",
         "--config.eval.every_epochs=1",
     )
-    train.train(config, place / "run")
+    training.train(config, place / "run")
     print(*seen)
 """
 

@@ -15,12 +15,12 @@ import threading
 from typing import Any
 
 from jaxsft import cli, train
-from jaxsft.run import checkpoint, job
+from jaxsft.run import checkpoint, job, training
 
 MOMENTS: dict[str, tuple[Any, str]] = {
     "compilation": (job.Job, "compile_evaluation"),
     "step": (job.Job, "update"),
-    "evaluation": (train.Trainer, "evaluate"),
+    "evaluation": (training.Trainer, "evaluate"),
     "checkpoint": (checkpoint.Checkpoints, "save"),
 }
 

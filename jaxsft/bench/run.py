@@ -17,10 +17,9 @@ import jax
 
 from jaxsft import cli
 from jaxsft import config as config_module
-from jaxsft import train as train_module
 from jaxsft.bench.step import above_zero
 from jaxsft.flags import parse_flags
-from jaxsft.run import log
+from jaxsft.run import log, training
 from jaxsft.run.job import Job, prepare
 
 
@@ -86,7 +85,7 @@ def epoch_against_step(flags: list[str], epochs: float, place: Path) -> tuple[fl
     before = bare_step(job, count)
     job.state = job.parallel.replicate(initial)
     (place / "epoch").mkdir()
-    train_module.fit(job, place / "epoch")
+    training.fit(job, place / "epoch")
     lines = [line["images_per_sec"] for line in log.records(place / "epoch") if line["split"] == "train"]
     after = bare_step(job, count)
     return statistics.median((*before, *after)), statistics.median([speed for speed in lines if speed])

@@ -1,0 +1,256 @@
+"""The loop of a run: updates, and between them the log, evaluations, checkpoints and signals; and how a run begins."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from jaxsft import cli
+from jaxsft.interpret.metrics import Evaluation
+from jaxsft.run import checkpoint
+from jaxsft.run import workdir as workdir_module
+from jaxsft.run.best import Best
+from jaxsft.run.checkpoint import Checkpoints, Unwritten
+from jaxsft.run.interrupts import Interrupted, Interrupts
+from jaxsft.run.job import Job, prepare
+from jaxsft.run.log import Log, Meter, NotFinite, Throughput, progress, records
+
+IN_REPORT = 32  # images of the first batch
+
+
+class Trainer:
+    """The loop: updates, and between them lines of the log, evaluations, checkpoints, and an ear for signals."""
+
+    def __init__(
+        self, job: Job, start: int, meter: Meter, best: Best, checkpoints: Checkpoints, interrupts: Interrupts, log: Log
+    ):
+        self.job, self.start, self.meter, self.best = job, start, meter, best
+        self.checkpoints, self.interrupts, self.log = checkpoints, interrupts, log
+        self.speed = Throughput()
+        self.began = self.epoch_began = time.perf_counter()
+
+    def run(self) -> Evaluation:
+        """Train to the end; the last evaluation, whose line of the log is written when all else is on disk."""
+        job, total, every = self.job, self.job.total_steps, self.job.config.checkpoint.every_steps
+        batch_size = job.config.data.batch_size
+        with progress(total * batch_size, self.start * batch_size, job.parallel.is_main) as self.bar:
+            self.tell("compiling ...")
+            job.compile_evaluation()
+            if 0 < self.start < total and job.is_evaluated(self.start) and not self.log.has_evaluation(self.start):
+                self.evaluate(self.start)  # a signal came before its end
+            for steps in job.calls(self.start):
+                self.update(steps)
+                self.bar.set_postfix_str(f"epoch {job.epoch(steps[-1]):.2f}, loss {self.meter.loss:.4f}", refresh=False)
+                self.bar.update(len(steps) * batch_size)
+                step = steps[-1]
+                is_evaluated = step < total and job.is_evaluated(step)
+                result = self.evaluate(step) if is_evaluated else None
+                if step < total and (result or int(job.epoch(step)) > int(job.epoch(steps[0] - 1))):
+                    self.tell_epoch(step, result)
+                if step % every == 0 or step == total or is_evaluated:
+                    self.save(step)
+            return self.finish(total)
+
+    def update(self, steps: range) -> None:
+        """The updates of one call, and the line of the log when it is time."""
+        self.meter.add(steps, self.job.update(steps))
+        self.speed.add(len(steps) * self.job.config.data.batch_size)
+        step = steps[-1]
+        if step == self.start + 1:
+            self.interrupts.defer()
+            self.meter.compute()
+            self.tell(f"compiled in {time.perf_counter() - self.began:.0f} s")
+            self.speed.reset()  # what came so far was mostly compilation
+            self.epoch_began = time.perf_counter()
+        if step % self.job.config.train.log_every_steps == 0 or step == self.job.total_steps:
+            self.write_train_line(step, self.meter.compute_and_reset(), self.speed.compute_and_reset())
+        self.interrupts.poll(step)
+
+    def tell(self, text: str) -> None:
+        """Print a line above the bar, once a run."""
+        if self.job.parallel.is_main:
+            self.bar.write(cli.printable(text))
+            sys.stdout.flush()
+
+    def tell_epoch(self, step: int, result: Evaluation | None) -> None:
+        """The line of an epoch: what it has learnt, and how long it took with its evaluation."""
+        sums, now = self.meter.reset_epoch(), time.perf_counter()
+        epochs = f"{self.job.epoch(step):g} of {self.job.epoch(self.job.total_steps):g}"
+        trained = f"training loss {sums['loss'] / sums['count']:.4f}" if sums["count"] else ""
+        evaluated = f"evaluation {result.summary()}" if result else ""
+        rate = f"lr {self.job.rates[step - 1]:.3g}"
+        parts = (trained, evaluated, rate, f"{now - self.epoch_began:.0f} s")
+        self.tell(f"epoch {epochs}: {', '.join(filter(None, parts))}")
+        self.epoch_began = now
+
+    def evaluate(self, step: int) -> Evaluation:
+        """Evaluate, write the line of the log, and note whether this is the best so far."""
+        result = self.job.evaluate(between=lambda: self.interrupts.poll(step))
+        self.log.write("eval", step, epoch=self.job.epoch(step), **result.scalars())
+        self.best.update(step, result.scalars())
+        self.speed.reset()
+        return result
+
+    def finish(self, total: int) -> Evaluation:
+        """The last evaluation, the last checkpoint, and only then the line that says that the run is finished."""
+        result = self.job.evaluate(between=lambda: self.interrupts.poll(total))
+        self.best.update(total, result.scalars())
+        self.tell_epoch(total, result)
+        self.save(total)
+        self.checkpoints.wait()
+        by_name = result.record(self.job.card.names)["per_class"]
+        self.log.write("eval", total, epoch=self.job.epoch(total), **result.scalars(), per_class=by_name, final=True)
+        self.log.sync()
+        return result
+
+    def save(self, step: int) -> None:
+        """Start writing the checkpoint of `step`."""
+        card = dataclasses.asdict(self.job.card)
+        host = {"meter": self.meter.compute(), "config": self.job.config.to_dict(), "card": card}
+        self.log.sync()
+        self.checkpoints.save(self.job.state, step, host, best=self.best.step)
+
+    def save_now(self) -> int:
+        """Save the state as it is, to the disk itself; its step. At 0 there is nothing to save."""
+        step = int(jax.device_get(self.job.state.step))
+        if step:
+            self.save(step)
+            self.checkpoints.wait()
+        return step
+
+    def write_train_line(self, step: int, sums: dict[str, Any], images_per_sec: float | None) -> None:
+        """One line of the log about the steps since the last one."""
+        self.log.write(
+            "train",
+            step,
+            epoch=self.job.epoch(step),
+            loss=sums["loss"] / sums["count"],
+            accuracy=sums["top1"] / sums["count"],
+            lr=float(self.job.rates[step - 1]),
+            images_per_sec=images_per_sec,
+        )
+
+
+def fit(job: Job, workdir: Path) -> Evaluation:
+    """Train from the newest intact checkpoint (or the start) to the end, and leave the files of a finished run.
+
+    Raises:
+      Preempted: a signal came; the state is saved.
+      Stop: a loss that is not finite, a disk that is full.
+    """
+    config, is_main = job.config, job.parallel.is_main
+    start, meter = resume(job, workdir)
+    best = Best.of(workdir, config.checkpoint.best_metric, start)
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.train.on_nan)
+    with checkpoints, Log(workdir, start, is_main) as log, Interrupts(job.parallel) as interrupts:
+        trainer = Trainer(job, start, meter, best, checkpoints, interrupts, log)
+        try:
+            with jax.transfer_guard("disallow"):
+                return trainer.run()
+        except Interrupted as interrupted:
+            step = trainer.save_now()
+            where = f"at step {step} of {job.total_steps}, saved in {checkpoints.path(step)}"
+            raise cli.Preempted(interrupted.number, where, "the same command resumes") from None
+        except NotFinite as found:
+            checkpoints.wait()
+            raise not_finite_error(found, checkpoints) from None
+        except Unwritten:
+            raise
+        except cli.Stop:  # such as a picture that can't be read any more
+            with contextlib.suppress(cli.Stop, NotFinite):  # what ended the run is told, whatever else there is
+                if job.parallel.process_count == 1 and (step := trainer.save_now()):
+                    cli.warn(f"the run ends at step {step} of {job.total_steps}, saved in {checkpoints.path(step)}")
+            raise
+        finally:
+            job.close()
+
+
+def resume(job: Job, workdir: Path) -> tuple[int, Meter]:
+    """Put the newest intact checkpoint into `job.state`; its step (0: none) and the sums of the metrics."""
+    finite = job.config.train.on_nan == "stop"
+    restored = checkpoint.newest(workdir, lambda record: job.state, set_aside=job.parallel.is_main)
+    step = restored.step if restored else 0
+    require_agreement(job, step, "the processes see different checkpoints", "let all of them see one --workdir")
+    if restored is None:
+        return 0, Meter(finite=finite)
+    job.state = job.parallel.replicate(restored.state)
+    say(job, f"resuming at step {restored.step} of {job.total_steps}")
+    return restored.step, Meter(restored.record["meter"], finite)
+
+
+def require_agreement(job: Job, value: Any, what: str, what_to_do: str) -> None:
+    """Raise a Stop in every process of a run where `value`, of JSON, is not the same in all of them."""
+    if job.parallel.process_count == 1:
+        return
+    number = zlib.crc32(json.dumps(value).encode())
+    try:
+        multihost_utils.assert_equal(np.uint32(number), what)
+    except AssertionError:
+        raise cli.Stop(what, what_to_do) from None
+
+
+def say(job: Job, text: str) -> None:
+    """Print a line, once a run: in the process that writes."""
+    if job.parallel.is_main:
+        cli.say(text)
+
+
+def not_finite_error(found: NotFinite, checkpoints: Checkpoints) -> cli.Stop:
+    """What to say of a number that is not finite."""
+    # Those from which a finite loss has been computed since: the last one may hold what made this one infinite.
+    good = [step for step in checkpoint.steps(checkpoints.workdir) if step < found.step - 1]
+    where = f"the last good checkpoint is {checkpoints.path(good[-1])}" if good else "there is no good checkpoint yet"
+    return cli.Stop(
+        f"{found}; {where}",
+        "try a smaller --config.optim.lr, --config.optim.warmup_epochs=1 or --config.optim.clip_norm=1 in another"
+        " --workdir",
+    )
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """Fine-tune as `config` says, in `workdir`, and print where the run lies and its accuracy.
+
+    Raises:
+      UserError: the config, the data, the weights or the directory do not allow it; found before anything is written.
+    """
+    began = time.perf_counter()
+    finished = workdir_module.final_record(workdir)
+    if finished:
+        cli.say(f"{workdir}: finished at step {finished['step']}, accuracy {finished['accuracy']:.4f}")
+        return
+    job, said = prepare(config)
+    require_agreement(job, job.data, "the processes see different data", "give all of them the same images")
+    with workdir_module.lock(workdir, job.parallel.is_main):
+        workdir_module.create(workdir, config, job.card, job.data, job.parallel.is_main)
+        say(job, said)
+        if job.parallel.is_main:
+            job.bad_files.write_to(workdir)
+        result = fit(job, workdir)
+        if job.parallel.is_main:
+            write_report(job, workdir, result)
+    say(job, f"{workdir}: {result.summary()}, {time.perf_counter() - began:.0f} s")
+
+
+def write_report(job: Job, workdir: Path, result: Evaluation) -> None:
+    """Leave report.html in the run's directory. Without one the run is whole."""
+    from jaxsft.data import show  # here: a start need not wait for matplotlib
+    from jaxsft.interpret import html
+
+    try:
+        images, labels = show.batch_of(job.config, job.train_source, job.card.preprocessing, IN_REPORT)
+        batch = show.grid(images, labels, job.train_source.class_names)
+        page = html.page(workdir.name, job.card, job.config, records(workdir), result, batch)
+        cli.write_file(workdir / "report.html", page.encode(errors="replace"))
+    except Exception as error:
+        cli.warn(f"no report.html could be made: {type(error).__name__}: {error}")
