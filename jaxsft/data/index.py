@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
-from tqdm import tqdm
 
 from jaxsft import cli
 from jaxsft.data import decode
 from jaxsft.data.threads import in_order
+from jaxsft.progress import progress
 
 Stamp = tuple[int, int]
 
@@ -68,7 +68,7 @@ def index(root: Path, part: str, paths: Sequence[str], upright: bool) -> Index:
     fresh = [path for path, mark in stamps.items() if path not in rows or rows[path].stamp != mark]
     passing: dict[str, str] = {}  # file -> what kept it from being read this time
     measured = in_order(lambda path: measure(path, upright), fresh)
-    bar = tqdm(measured, f"looking at {root.name} {part}", len(fresh), unit="image", disable=None, leave=False)
+    bar = progress(measured, desc=f"looking at {root.name} {part}", total=len(fresh), unit="image")
     try:
         for path, found in zip(fresh, bar, strict=True):
             if isinstance(found, decode.Unreachable):

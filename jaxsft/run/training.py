@@ -18,13 +18,14 @@ from ml_collections import ConfigDict
 
 from jaxsft import cli
 from jaxsft.interpret.metrics import Evaluation
+from jaxsft.progress import progress
 from jaxsft.run import checkpoint
 from jaxsft.run import workdir as workdir_module
 from jaxsft.run.best import Best
 from jaxsft.run.checkpoint import Checkpoints, Unwritten
 from jaxsft.run.interrupts import Interrupted, Interrupts
 from jaxsft.run.job import Job, prepare
-from jaxsft.run.log import Log, Meter, NotFinite, Throughput, progress, records
+from jaxsft.run.log import Log, Meter, NotFinite, Throughput, records
 
 IN_REPORT = 32  # images of the first batch
 
@@ -44,7 +45,8 @@ class Trainer:
         """Train to the end; the last evaluation, whose line of the log is written when all else is on disk."""
         job, total, every = self.job, self.job.total_steps, self.job.config.checkpoint.every_steps
         batch_size = job.config.data.batch_size
-        with progress(total * batch_size, self.start * batch_size, job.parallel.is_main) as self.bar:
+        images = {"total": total * batch_size, "initial": self.start * batch_size}
+        with progress(enabled=job.parallel.is_main, unit="img", unit_scale=True, **images) as self.bar:
             self.tell("compiling ...")
             job.compile_evaluation()
             if 0 < self.start < total and job.is_evaluated(self.start) and not self.log.has_evaluation(self.start):
