@@ -175,14 +175,15 @@ def run_module(*command: str, platform: str = "cpu") -> None:
     """Run `python -m COMMAND...` in a process of its own, its progress on our stderr.
 
     For what must stay out of this process (torch, TensorFlow). JAX there sees only `platform`, so that an accelerator
-    which admits a single process is left alone.
+    which admits a single process is left alone. It imports from where this process does, whatever folder it is in.
 
     Raises:
       UserError: the one that ended the command.
       RuntimeError: it failed otherwise; the message holds its output.
     """
-    environment = {**os.environ, "JAX_PLATFORMS": platform}
-    arguments = [sys.executable, "-m", *command]
+    places = os.pathsep.join(os.path.abspath(place) for place in sys.path)
+    environment = {**os.environ, "JAX_PLATFORMS": platform, "PYTHONPATH": places}
+    arguments = [sys.executable, "-P", "-m", *command]
     with subprocess.Popen(
         arguments, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as process:
