@@ -42,6 +42,10 @@ class Stop(Exception):
         super().__init__(f"{what}; {what_to_do}")
         self.status = status
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows in place of a traceback."""
+        return [line(self)]
+
 
 class UserError(Stop):
     """The user's input is wrong: `what` is, and `what_to_do` mends it. Never raised for our own bugs."""
@@ -57,6 +61,7 @@ class Preempted(Stop):
 
     def __init__(self, signal_number: int, where: str, what_to_do: str):
         super().__init__(f"{signal.Signals(signal_number).name} {where}", what_to_do, 128 + signal_number)
+        self.number = signal_number
 
 
 def printable(text: object) -> str:
@@ -118,8 +123,13 @@ def local_path(text: str | Path) -> Path:
 
 def report_error(stop: Stop) -> int:
     """Print `error: what; what to do` as one line on stderr, where that can be, and return the exit status."""
-    write_stderr(f"{stop.label}: {printable(' '.join(str(stop).split()))}\n")
+    write_stderr(f"{line(stop)}\n")
     return stop.status
+
+
+def line(stop: Stop) -> str:
+    """`error: what; what to do`, in one line."""
+    return f"{stop.label}: {printable(' '.join(str(stop).split()))}"
 
 
 def exit_process(stop: Stop) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import sys
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +146,13 @@ class Trainer:
         )
 
 
-def fit(job: Job, workdir: Path) -> Evaluation:
+def fit(job: Job, workdir: Path, in_session: bool = False) -> Evaluation:
     """Train from the newest intact checkpoint (or the start) to the end, and leave the files of a finished run.
+
+    Args:
+      job: to do.
+      workdir: where its files go.
+      in_session: whether the process is a session of Python, which goes on afterwards (see `Interrupts`).
 
     Raises:
       Preempted: a signal came; the state is saved.
@@ -155,7 +162,7 @@ def fit(job: Job, workdir: Path) -> Evaluation:
     start, meter = resume(job, workdir)
     best = Best.of(workdir, config.checkpoint.best_metric, start)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.train.on_nan)
-    with checkpoints, Log(workdir, start, is_main) as log, Interrupts(job.parallel) as interrupts:
+    with checkpoints, Log(workdir, start, is_main) as log, Interrupts(job.parallel, in_session) as interrupts:
         trainer = Trainer(job, start, meter, best, checkpoints, interrupts, log)
         try:
             with jax.transfer_guard("disallow"):
@@ -163,7 +170,8 @@ def fit(job: Job, workdir: Path) -> Evaluation:
         except Interrupted as interrupted:
             step = trainer.save_now()
             where = f"at step {step} of {job.total_steps}, saved in {checkpoints.path(step)}"
-            raise cli.Preempted(interrupted.number, where, "the same command resumes") from None
+            again = "the same call resumes" if in_session else "the same command resumes"
+            raise cli.Preempted(interrupted.number, where, again) from None
         except NotFinite as found:
             checkpoints.wait()
             raise not_finite_error(found, checkpoints) from None
@@ -220,11 +228,25 @@ def not_finite_error(found: NotFinite, checkpoints: Checkpoints) -> cli.Stop:
     )
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
+@contextlib.contextmanager
+def silent_orbax() -> Iterator[None]:
+    """For a while let Orbax log nothing: it logs what it raises, too, and that is ours to tell."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@silent_orbax()
+def train(config: ConfigDict, workdir: Path, in_session: bool = False) -> None:
     """Fine-tune as `config` says, in `workdir`, and print where the run lies and its accuracy.
 
     Raises:
       UserError: the config, the data, the weights or the directory do not allow it; found before anything is written.
+      Preempted, Stop: as `fit`, whose `in_session` this is.
     """
     began = time.perf_counter()
     finished = workdir_module.final_record(workdir)
@@ -238,7 +260,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         say(job, said)
         if job.parallel.is_main:
             job.bad_files.write_to(workdir)
-        result = fit(job, workdir)
+        result = fit(job, workdir, in_session)
         if job.parallel.is_main:
             write_report(job, workdir, result)
     say(job, f"{workdir}: {result.summary()}, {time.perf_counter() - began:.0f} s")
