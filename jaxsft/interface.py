@@ -36,6 +36,7 @@ from jaxsft.run.machine import keep_compilations
 
 Place = str | os.PathLike[str]
 Picture = Place | PIL.Image.Image | np.ndarray
+GIVE = "give paths, images of PIL's, or arrays uint8 [H, W, 3]"
 
 
 class Run(saved.Run):
@@ -73,7 +74,7 @@ class Run(saved.Run):
 
         Args:
           images: one or several: paths of files and of folders, which are searched through; images of PIL's; arrays,
-            uint8 [H, W, 3] or several as [N, H, W, 3].
+            uint8 [H, W, 3], or [N, H, W, 3] for several.
           topk: classes an image.
 
         Returns:
@@ -214,30 +215,26 @@ def default_workdir(config: ConfigDict) -> Path:
 
 def pictures_of(images: Any) -> list[prediction.Picture]:
     """What `Run.predict` takes as a list, folders searched through. Raises UserError."""
-    if isinstance(images, str | os.PathLike | PIL.Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
+    if isinstance(images, str | os.PathLike | PIL.Image.Image) or hasattr(images, "dtype"):
         images = [images]
     found: list[prediction.Picture] = []
-    for number, image in enumerate(images):
+    for image in images:
         if isinstance(image, str | os.PathLike):
             found += prediction.find_images([cli.local_path(os.fspath(image))])
         elif isinstance(image, PIL.Image.Image):
             found.append(image)
-        elif is_image(image):
-            found.append(np.asarray(image))
         else:
-            raise UserError(f"image {number} is {kind_of(image)}", "give paths, images of PIL's or uint8 [H, W, 3]")
+            found += arrays_of(image)
     if not found:
-        raise UserError("there is no image", "give paths, images of PIL's or uint8 [H, W, 3]")
+        raise UserError("there is no image", GIVE)
     return found
 
 
-def is_image(value: Any) -> bool:
-    """Whether `value` is an array uint8 [H, W, 3], of whatever library."""
-    shape = tuple(getattr(value, "shape", ()))
-    return str(getattr(value, "dtype", "")) == "uint8" and len(shape) == 3 and shape[2:] == (3,) and 0 not in shape
-
-
-def kind_of(value: Any) -> str:
-    """What to call a value that is no image."""
-    shape = getattr(value, "shape", None)
-    return f"{value.dtype} {list(shape)}" if shape is not None else f"a {type(value).__name__}"
+def arrays_of(image: Any) -> list[np.ndarray]:
+    """One or several images of an array uint8 [H, W, 3] or [N, H, W, 3] of any library. Raises UserError."""
+    if not hasattr(image, "dtype"):
+        raise UserError(f"a {type(image).__name__} is no image", GIVE)
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] != 3 or 0 in array.shape[-3:]:
+        raise UserError(f"an array {array.dtype} {list(array.shape)} is no image", GIVE)
+    return list(array.reshape(-1, *array.shape[-3:]))

@@ -173,5 +173,6 @@ def in_memory(source: Source, options: Options) -> Source:
         pass
     named = tuple((source.name(number), reason) for number, reason in sorted(bad.items()))
     bads = source.bad + named
-    arrays = Arrays(images, source.labels, source.class_names, bads, source.split, source.listing)
+    names = tuple(map(source.name, range(len(source))))
+    arrays = Arrays(images, source.labels, source.class_names, bads, source.split, source.listing, names)
     return arrays.select(np.setdiff1d(np.arange(len(source)), list(bad))) if bad else arrays
