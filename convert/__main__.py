@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from convert import checkpoints, files, names
+from convert.porting import to_flax, to_torch
 from convert.reference import torchvision_model
 from jaxsft import cli, storage
 from jaxsft.models import weights
@@ -22,25 +23,6 @@ from jaxsft.models.families import ARCHITECTURES, family_of
 from jaxsft.storage import Location
 
 LOGIT_TOLERANCE = 1e-5  # of the largest logit: a few hundred float32 roundings of 6e-8, what summation order costs
-
-
-def to_flax(source: str, arch: str, out: Location) -> None:
-    """Read WEIGHTS and write the ported directory `out`."""
-    tensors, card = checkpoints.read(source, arch)
-    weights.save(out, names.to_flax(tensors, weights.shapes(card), arch), card)
-    head = f"{card.num_classes} classes" if card.num_classes else "no head"
-    cli.say(f"{out}: {arch}, {head}, {len(tensors)} tensors of {card.source}")
-
-
-def to_torch(directory: Location, out: Location) -> None:
-    """Write a ported directory as a torchvision state_dict."""
-    variables, card = weights.load(directory)
-    checkpoints.write(out, names.to_torch(variables, card.arch))
-    if card.num_classes:
-        how = f"(num_classes={card.num_classes}).load_state_dict takes it strictly"
-    else:
-        how = "().load_state_dict(..., strict=False) takes it, for it has no head"
-    cli.say(f"{out}: torchvision.models.{card.arch}{how}")
 
 
 def verify(directory: Location, against: str, image_size: int | None = None) -> int:

@@ -35,6 +35,10 @@ class Stop(Exception):
         super().__init__(f"{what}; {what_to_do}")
         self.status = status
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows in place of a traceback."""
+        return [line(self)]
+
 
 class UserError(Stop):
     """The user's input is wrong: `what` is, and `what_to_do` mends it. Never raised for our own bugs."""
@@ -50,6 +54,7 @@ class Preempted(Stop):
 
     def __init__(self, signal_number: int, where: str, what_to_do: str):
         super().__init__(f"{signal.Signals(signal_number).name} {where}", what_to_do, 128 + signal_number)
+        self.number = signal_number
 
 
 def printable(text: object) -> str:
@@ -111,8 +116,13 @@ def local_path(text: str | Path) -> Path:
 
 def report_error(stop: Stop) -> int:
     """Print `error: what; what to do` as one line on stderr, where that can be, and return the exit status."""
-    write_stderr(f"{stop.label}: {printable(' '.join(str(stop).split()))}\n")
+    write_stderr(f"{line(stop)}\n")
     return stop.status
+
+
+def line(stop: Stop) -> str:
+    """`error: what; what to do`, in one line."""
+    return f"{stop.label}: {printable(' '.join(str(stop).split()))}"
 
 
 def exit_process(stop: Stop) -> None:
@@ -168,14 +178,15 @@ def run_module(*command: str, platform: str = "cpu") -> None:
     """Run `python -m COMMAND...` in a process of its own, its progress on our stderr.
 
     For what must stay out of this process (torch, TensorFlow). JAX there sees only `platform`, so that an accelerator
-    which admits a single process is left alone.
+    which admits a single process is left alone. It imports from where this process does, whatever folder it is in.
 
     Raises:
       UserError: the one that ended the command.
       RuntimeError: it failed otherwise; the message holds its output.
     """
-    environment = {**os.environ, "JAX_PLATFORMS": platform}
-    arguments = [sys.executable, "-m", *command]
+    places = os.pathsep.join(os.path.abspath(place) for place in sys.path)
+    environment = {**os.environ, "JAX_PLATFORMS": platform, "PYTHONPATH": places}
+    arguments = [sys.executable, "-P", "-m", *command]
     with subprocess.Popen(
         arguments, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as process:

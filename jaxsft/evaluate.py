@@ -14,18 +14,11 @@ if __name__ == "__main__":
     machine.ask_for_huge_pages()  # before the imports below: it starts this command anew
 
 import argparse
-import dataclasses
 
 from jaxsft import cli, output, storage
-from jaxsft.data.base import Options
-from jaxsft.data.loader import BadFiles, make_loader
-from jaxsft.data.reading import EvalPlan, in_memory
-from jaxsft.data.sources import open_source, with_classes
 from jaxsft.flags import parse_flags
-from jaxsft.learn.steps import make_eval_step
-from jaxsft.run.evaluation import evaluate, of_split
+from jaxsft.run.evaluation import evaluate_run, of_split, open_examples
 from jaxsft.run.machine import keep_compilations
-from jaxsft.run.parallel import all_devices
 from jaxsft.run.saved import load_run
 
 
@@ -46,34 +39,10 @@ def main() -> None:
         parse_flags([f"--config={args.config}"], "", {})
     keep_compilations()
     run = load_run(args.workdir, args.checkpoint)
-    data, options = run.config.data, Options.of(run.config)
-    if args.data:
-        options = dataclasses.replace(options, divide=bool(args.split))
-    if args.data_dir:
-        options = dataclasses.replace(options, data_dir=args.data_dir)
-    name = args.data or data.source
-    source = open_source(name, args.split or ("" if args.data else data.eval_split), options)
-    if run.card.class_names is not None:
-        source = with_classes(source, run.card.class_names, name, "the model")
-    elif source.labels.max() >= run.card.num_classes:
-        what = f"{name} has the label {source.labels.max()}, the model {run.card.num_classes} outputs"
-        raise cli.UserError(what, "name the data that it was trained for")
-    source = in_memory(source, options)
-    parallel = all_devices(run.config)
-    parallel.check_batch(data.batch_size)
-    loader = make_loader(
-        source,
-        EvalPlan(len(source), data.batch_size),
-        parallel,
-        run.card.preprocessing,
-        workers=data.workers,
-        share=parallel.share,
-        bad=BadFiles(data.on_error),
-    )
-    eval_step = parallel.compile(make_eval_step(run.model, loader.preprocessing, axis_name=parallel.axis_name))
-    result = evaluate(eval_step, parallel.replicate(run.variables), loader)
+    examples = open_examples(run, args.data, args.split, args.data_dir)
+    result = evaluate_run(run, examples)
     args.json({"step": run.step, **result.record(run.card.names)})
-    cli.say(f"{args.workdir} at step {run.step}: {result.summary()}{of_split(source)}")
+    cli.say(f"{args.workdir} at step {run.step}: {result.summary()}{of_split(examples.source)}")
 
 
 if __name__ == "__main__":

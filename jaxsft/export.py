@@ -66,6 +66,18 @@ FORMATS: Mapping[str, tuple[str, Callable[[Run, Location], str]]] = MappingProxy
 )
 
 
+def write(run: Run, out: Location) -> None:
+    """Write a run's weights in the form that the name of `out` ends in, and say how they are read.
+
+    Raises:
+      UserError: no form has such an ending, or the file exists or can't be written.
+    """
+    by_ending = dict(FORMATS.values())
+    if out.suffix not in by_ending:
+        raise cli.UserError(f"{out} is no name of an export", f"let it end in one of {', '.join(by_ending)}")
+    cli.say(f"{out}: {run.card.arch} at step {run.step}; {by_ending[out.suffix](run, out)}")
+
+
 def main() -> None:
     parser = cli.Parser(
         prog="python -m jaxsft.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -77,12 +89,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.format not in FORMATS:
         raise cli.UserError(f"--format {args.format} is not supported", f"known: {', '.join(FORMATS)}")
-    suffix, write = FORMATS[args.format]
+    suffix, _ = FORMATS[args.format]
     if args.out.suffix != suffix:
         raise cli.UserError(f"--out {args.out} is no name for --format {args.format}", f"let it end in {suffix}")
     keep_compilations()
-    run = load_run(args.workdir, args.checkpoint)
-    cli.say(f"{args.out}: {run.card.arch} at step {run.step}; {write(run, args.out)}")
+    write(load_run(args.workdir, args.checkpoint), args.out)
 
 
 if __name__ == "__main__":

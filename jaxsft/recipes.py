@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 import traceback
 import types
+import zlib
 from pathlib import Path
 
+import cloudpickle
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxsft import config as config_module
@@ -31,9 +34,11 @@ def load(config_flag: str) -> ConfigDict:
         raise UserError(f"there is no config file {path}", near_files(path)) from None
     except OSError as error:
         raise UserError(f"the config file {path} can't be read: {error.strerror}", near_files(path)) from None
-    module = types.ModuleType("config_config")
+    number = zlib.crc32(os.fsencode(os.path.abspath(path)))
+    module = types.ModuleType(f"config_{number:08x}")  # a file's own: none takes another's place
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # where dataclasses and pickle look for what it defines
+    cloudpickle.register_pickle_by_value(module)  # workers can't import it
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
         if not callable(getattr(module, "get_config", None)):

@@ -15,7 +15,6 @@ if __name__ == "__main__":
     machine.ask_for_huge_pages()  # before the imports below: it starts this command anew
     machine.announce_start()
 
-import logging
 import sys
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from jaxsft.run.training import train
 
 
 def main() -> None:
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises too, and that is ours to tell
     options = {
         "workdir": "where the run lies; default runs/<config file>[-<variant>]",
         "checkpoint": "of a run given as config.model.weights: last, best or a step",

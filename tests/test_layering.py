@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 # From the lowest up; the modules of one line may import each other. A folder stands for all that is in it.
 LAYERS = (
-    ("jaxsft.streams",),
+    ("jaxsft.streams", "jaxsft.progress"),
     ("jaxsft.cli",),
     ("jaxsft.buckets",),
     ("jaxsft.storage",),

@@ -11,13 +11,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from jaxsft import evaluate
 from jaxsft.cli import Stop, UserError
 from jaxsft.data.fingerprint import difference
 from jaxsft.flags import parse_flags
 from jaxsft.interpret import html
 from jaxsft.models.weights import INTERPOLATIONS, ModelCard, Preprocessing
-from jaxsft.run import checkpoint, saved, training, workdir
+from jaxsft.run import checkpoint, evaluation, saved, training, workdir
 from jaxsft.run.log import records
 from tests import small
 
@@ -253,7 +252,7 @@ def test_an_evaluation_of_many_classes_holds_one_matrix() -> None:
             return counts()
 
     tracemalloc.start()
-    result = evaluate.evaluate(lambda variables, dataset, batch: batch, None, Loader())
+    result = evaluation.evaluate(lambda variables, dataset, batch: batch, None, Loader())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert result.count == 200 and result.confusion.sum() == 100 * 1000**2

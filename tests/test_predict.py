@@ -18,13 +18,14 @@ import pytest
 import torch
 from torchvision.transforms import functional as F  # noqa: N812  (as torchvision's users write it)
 
-from jaxsft import cli, predict, train
+from jaxsft import cli, predict
 from jaxsft import config as config_module
 from jaxsft.data import decode
 from jaxsft.data.augment import preprocess
 from jaxsft.data.base import Options
 from jaxsft.data.embedded import open_sample
 from jaxsft.models.weights import INTERPOLATIONS, ModelCard, Preprocessing
+from jaxsft.run import prediction, training
 from jaxsft.run.saved import Run
 from tests import small
 
@@ -32,7 +33,7 @@ from tests import small
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("predict") / "run"
-    train.train(small.config("--config.train.epochs=1"), path)
+    training.train(small.config("--config.train.epochs=1"), path)
     return path
 
 
@@ -64,7 +65,7 @@ def test_says_what_the_evaluation_counts(workdir: Path, tmp_path: Path, monkeypa
 def test_large_pictures_are_read_as_training_on_files_reads_them(interpolation: str, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)
     PIL.Image.fromarray(pixels).save(tmp_path / "large.png")
-    read = predict.read_image(tmp_path / "large.png", Preprocessing(32, 28, interpolation=interpolation))
+    read = prediction.read_image(tmp_path / "large.png", Preprocessing(32, 28, interpolation=interpolation))
     middle = decode.middle(PIL.Image.fromarray(pixels), 32, 28, interpolation)
     assert read.dtype == np.uint8
     np.testing.assert_array_equal(read, middle)
@@ -79,7 +80,7 @@ def test_small_pictures_are_read_as_float_images(
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     PIL.Image.fromarray(pixels).save(tmp_path / "small.png")
     to = Preprocessing(64, 56, (0.0, 0.0, 0.0), (1 / 255,) * 3, mode.value)
-    read = predict.read_image(tmp_path / "small.png", to)
+    read = prediction.read_image(tmp_path / "small.png", to)
     assert read.dtype == np.float32
     exact = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float64))
     want = F.center_crop(F.resize(exact, 64, mode, antialias=True).clip(0, 255), 56).numpy().transpose(1, 2, 0)
@@ -95,10 +96,10 @@ def test_batches_of_one_shape(count: int, size: int, tmp_path: Path) -> None:
         PIL.Image.new("RGB", (20 + i, 30), (i, i, i)).save(tmp_path / f"{i:02}.png")
     (tmp_path / "bad.png").write_text("no picture")
     paths = sorted(tmp_path.iterdir())
-    made = predict.batches(paths[: count + (count > 1)], Preprocessing(16, 16), True)
+    made = prediction.batches(paths[: count + (count > 1)], Preprocessing(16, 16), True)
     found = [(names, batch.shape, batch[: len(names), 0, 0, 0].tolist()) for names, batch in made]
     assert {shape for _, shape, _ in found} == {(size, 16, 16, 3)}
-    assert [name for names, _, _ in found for name in names] == paths[:count]
+    assert [name for names, _, _ in found for name in names] == list(map(str, paths[:count]))
     assert [level for _, _, levels in found for level in levels] == list(range(count))
 
 
@@ -111,7 +112,7 @@ class Mean:
 
 def run_of_means(scale: float) -> Run:
     card = ModelCard("resnet18", 3, ("red", "green", "blue"), preprocessing=Preprocessing(24, 20))
-    return Run(config_module.default(), card, Mean(), {"scale": scale}, 7)  # type: ignore[arg-type]
+    return Run(Path(), config_module.default(), card, Mean(), {"scale": scale}, 7)  # type: ignore[arg-type]
 
 
 def test_pictures_of_many_sizes_take_one_compilation(tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_pictures_of_many_sizes_take_one_compilation(tmp_path: Path) -> None:
     for i in range(40):
         colour = tuple(np.roll((200, 100, 50), i))
         PIL.Image.new("RGB", (5 + 7 * i, 250 - 5 * i), colour).save(tmp_path / f"{i:02}.png")
-    found = list(predict.predict(run_of_means(1.0), sorted(tmp_path.iterdir()), 2))
+    found = list(prediction.predict(run_of_means(1.0), sorted(tmp_path.iterdir()), 2))
     assert [entry["classes"][0]["class"] for entry in found] == [("red", "green", "blue")[i % 3] for i in range(40)]
     assert {len(entry["classes"]) for entry in found} == {2}
     assert len(compiled) == 1
@@ -131,7 +132,7 @@ def test_pictures_of_many_sizes_take_one_compilation(tmp_path: Path) -> None:
 def test_outputs_that_are_no_numbers_are_an_error(tmp_path: Path) -> None:
     PIL.Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
     with pytest.raises(cli.UserError, match="of step 7 computes no numbers; take another --checkpoint"):
-        list(predict.predict(run_of_means(np.nan), [tmp_path / "a.png"], 1))
+        list(prediction.predict(run_of_means(np.nan), [tmp_path / "a.png"], 1))
 
 
 def test_folders_are_searched_as_for_training(tmp_path: Path, capfd) -> None:
@@ -140,7 +141,7 @@ def test_folders_are_searched_as_for_training(tmp_path: Path, capfd) -> None:
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     (tmp_path / "a" / "link.png").symlink_to(tmp_path / "6.txt")
-    found = predict.find_images([tmp_path, tmp_path / "6.txt", tmp_path / "b" / "2.png"])
+    found = prediction.find_images([tmp_path, tmp_path / "6.txt", tmp_path / "b" / "2.png"])
     names = ["7.bmp", "a/3.jpeg", "a/link.png", "b/1.JPG", "b/2.png", "b.png/8.webp", "6.txt"]
     assert [str(path.relative_to(tmp_path)) for path in found] == names
     assert "links back" in capfd.readouterr().err

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -91,6 +92,22 @@ class Killed:
         raise pipeline.WorkerDied(signal.SIGKILL)
 
     def close(self) -> None: ...
+
+
+def test_a_source_that_cant_be_sent_to_workers_is_read_here(open_loader, capsys) -> None:
+    class Locked(Pictures):
+        """It can't be pickled."""
+
+        def __init__(self) -> None:
+            super().__init__(LABELS)
+            object.__setattr__(self, "lock", threading.Lock())
+
+    assert_same(open_loader(Locked(), workers=1).batch(0), open_loader(workers=0).batch(0))
+    assert not multiprocessing.active_children()
+    assert capsys.readouterr().err == (
+        "warning: a Locked can't be pickled (cannot pickle '_thread.lock' object), so that no worker process can read"
+        " it; this one does, more slowly\n"
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])

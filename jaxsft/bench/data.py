@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 import PIL.Image
-from tqdm import tqdm
 
 from jaxsft import cli
 from jaxsft import config as config_module
@@ -34,6 +33,7 @@ from jaxsft.models.families import ARCHITECTURES
 from jaxsft.models.family import init_variables
 from jaxsft.models.initial import make_model
 from jaxsft.models.weights import Preprocessing
+from jaxsft.progress import progress
 from jaxsft.run.job import train_step_of
 from jaxsft.run.parallel import DataParallel
 
@@ -199,7 +199,7 @@ def write_folder(folder: Path, count: int) -> None:
     """
     small = open_sample("", "train", Options())
     random = np.random.default_rng(0)
-    for i in tqdm(range(count), desc="writing JPEGs", unit="image", disable=None, leave=False):
+    for i in progress(range(count), desc="writing JPEGs", unit="image"):
         image = PIL.Image.fromarray(small.images[i % len(small)])
         if i % 2:
             height, width = PHOTOGRAPHS[i // 2 % len(PHOTOGRAPHS)]

@@ -113,6 +113,7 @@ class Arrays(Source):
     bad: tuple[tuple[str, str], ...] = ()
     split: str = ""
     listing: str = ""
+    names: tuple[str, ...] = ()  # what `name` gives; (): they have none
 
     @property
     def size(self) -> tuple[int, int]:  # type: ignore[override]
@@ -122,4 +123,8 @@ class Arrays(Source):
         return self.images[index]
 
     def select(self, indices: np.ndarray) -> Arrays:
-        return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices])
+        names = tuple(self.names[i] for i in indices) if self.names else ()
+        return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices], names=names)
+
+    def name(self, index: int) -> str:
+        return self.names[index] if self.names else super().name(index)

@@ -78,12 +78,17 @@ def read_rgb(file: str | Path | BucketPath | bytes, upright: bool = True) -> PIL
             raise Unreadable("an empty file")
         with PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
             image.load()
-            if upright:
-                with contextlib.suppress(Exception):  # what strangers write into EXIF makes PIL raise nearly anything
-                    PIL.ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image)
-    except Exception as error:  # and so do hostile files
+            return turned_rgb(image, upright)
+    except Exception as error:  # hostile files make PIL raise nearly anything
         raise unreadable(error) from None
+
+
+def turned_rgb(image: PIL.Image.Image, upright: bool = True) -> PIL.Image.Image:
+    """A loaded image, which is turned itself, as `read_rgb` gives it."""
+    if upright:
+        with contextlib.suppress(Exception):  # and so does what strangers write into EXIF
+            PIL.ImageOps.exif_transpose(image, in_place=True)
+    return to_rgb(image)
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

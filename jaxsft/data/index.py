@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
-from tqdm import tqdm
 
 from jaxsft import cli, storage
 from jaxsft.data import decode, hosts, listing
 from jaxsft.data.listing import Stamp
 from jaxsft.data.threads import in_order
+from jaxsft.progress import progress
 from jaxsft.storage import Location
 
 REQUESTS = 32  # of a bucket at the same time: each waits for most of its time
@@ -65,7 +65,7 @@ def index(root: Location, part: str, paths: Sequence[str], upright: bool) -> Ind
     mine = fresh[process::processes]
     threads = None if isinstance(root, Path) else REQUESTS
     measured = in_order(lambda path: measure(path, upright), mine, threads=threads)
-    bar = tqdm(measured, f"looking at {root.name} {part}", len(mine), unit="image", disable=None, leave=False)
+    bar = progress(measured, desc=f"looking at {root.name} {part}", total=len(mine), unit="image")
     passing: dict[str, str] = {}  # file -> what kept it from being read this time
     found: dict[str, tuple[tuple[int, int], str] | decode.Unreachable] = {}
     try:

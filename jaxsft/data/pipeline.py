@@ -11,18 +11,19 @@ import signal
 import sys
 import threading
 import time
-import types
 from collections.abc import Iterator
 from typing import Any
 
+import cloudpickle
 from absl import flags
 
 from jaxsft.cli import warn
 from jaxsft.data import handover
 from jaxsft.data.reading import EvalPlan, Reader
 
-STARTED_SECONDS = 5  # after the first batch all workers have started, or will do so the slower way
+STARTED_SECONDS = 60  # after the first batch all workers have started, but for one that was killed at once
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+MAIN = threading.Lock()  # who holds it has changed what the main module says of itself
 KILLED = re.compile(r"Worker process was terminated .* exit code -(\d+)")  # Grain's message
 
 
@@ -43,7 +44,7 @@ class Pipeline:
         """Start `workers` processes (0: none, batches are read when asked for) and wait for the first batch.
 
         Where the system lets no processes be started (their semaphores lie in /dev/shm), or no batches be handed over,
-        threads of this one read them.
+        threads of this one read them. A source that can't be sent to another process is read here, by one thread.
 
         Raises:
           WorkerDied: a process was killed meanwhile.
@@ -63,6 +64,11 @@ class Pipeline:
             except OSError as error:
                 warn(f"worker processes can't be used ({one_line(error)}); threads decode instead")
                 self._begin(reader, start, threads=workers)
+            except Exception:
+                if not (reason := unsendable(reader)):
+                    raise
+                warn(f"{reason}, so that no worker process can read it; this one does, more slowly")
+                self._begin(reader, start)
 
     def _begin(self, reader: Reader, start: int, processes: int = 0, threads: int = 0) -> None:
         import grain
@@ -83,12 +89,13 @@ class Pipeline:
         before = set(multiprocessing.active_children())
         self._iterator = iter(batches)
         try:
-            with without_main_module(), signals_blocked():
+            with main_module_left_alone(), signals_blocked():
                 self._first = self._read()  # on the way to it Grain starts its processes, in threads
                 deadline = time.monotonic() + STARTED_SECONDS
                 while len(self._processes) < processes and time.monotonic() < deadline:
                     time.sleep(0.01)
-                    self._processes = list(set(multiprocessing.active_children()) - before)
+                    now = set(multiprocessing.active_children()) - before
+                    self._processes = list(now.union(self._processes))
         except BaseException:
             self.close()
             raise
@@ -143,17 +150,30 @@ def one_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
-@contextlib.contextmanager
-def without_main_module() -> Iterator[None]:
-    """Let the processes that are started meanwhile not import the program's main module.
-
-    A spawned process imports its parent's, which here would be the whole of training.
-    """
-    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+def unsendable(reader: Reader) -> str:
+    """Why the source of `reader` can't be pickled, such as one that holds a connection; '' where it can."""
     try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+        cloudpickle.dumps(reader.source)  # as Grain does, which sends classes of a notebook's cells whole
+    except Exception as error:  # the source is a stranger's
+        return f"a {type(reader.source).__name__} can't be pickled ({one_line(error)})"
+    return ""
+
+
+@contextlib.contextmanager
+def main_module_left_alone() -> Iterator[None]:
+    """Let the processes that are started meanwhile not run the program's main module.
+
+    A spawned process runs its parent's, which here would be the whole of training, and in a script without
+    `if __name__ == "__main__"` all that stands there. It does not where the module names neither itself nor its file.
+    """
+    main: dict[str, Any] = vars(sys.modules["__main__"])
+    with MAIN:
+        named: dict[str, Any] = {name: main.pop(name) for name in ("__spec__", "__file__") if name in main}
+        main["__spec__"] = None
+        try:
+            yield
+        finally:
+            main.update(named)
 
 
 @contextlib.contextmanager

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-from tqdm import tqdm
 
 from jaxsft.data import decode
 from jaxsft.data.base import Arrays, Image, Options, Source
 from jaxsft.data.order import Order
 from jaxsft.data.threads import in_order
+from jaxsft.progress import progress
 
 Numbers = dict[str, np.ndarray]
 LONGEST = 1.5  # of a canvas: long side / short side, that of most photographs; longer pictures are squeezed
@@ -169,9 +169,10 @@ def in_memory(source: Source, options: Options) -> Source:
             bad[number] = str(error)
 
     done = in_order(fill, range(len(source)))
-    for _ in tqdm(done, desc="decoding", total=len(source), unit="image", disable=None, leave=False):
+    for _ in progress(done, desc="decoding", total=len(source), unit="image"):
         pass
     named = tuple((source.name(number), reason) for number, reason in sorted(bad.items()))
     bads = source.bad + named
-    arrays = Arrays(images, source.labels, source.class_names, bads, source.split, source.listing)
+    names = tuple(map(source.name, range(len(source))))
+    arrays = Arrays(images, source.labels, source.class_names, bads, source.split, source.listing, names)
     return arrays.select(np.setdiff1d(np.arange(len(source)), list(bad))) if bad else arrays

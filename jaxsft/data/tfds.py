@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import platformdirs
-from tqdm import tqdm
 
 from jaxsft import storage
 from jaxsft.cli import OFFLINE, UserError, nearest, run_module
@@ -25,6 +24,7 @@ from jaxsft.data import decode
 from jaxsft.data.base import Arrays, Options, Source
 from jaxsft.data.index import load_arrays, save_arrays
 from jaxsft.data.splits import resolved, slices
+from jaxsft.progress import progress
 
 Parts = tuple[tuple[str, int, int], ...]  # (split, from, to)
 FEATURES = "tensorflow_datasets.core.features."  # where TFDS keeps its own classes of features
@@ -166,7 +166,7 @@ def examples(builder: Any, parts: Parts, total: int, doing: str, chunk: int = 10
     Raises:
       UserError: they can't be read.
     """
-    with tqdm(total=total, desc=f"{doing} {builder.info.name}", unit="image", disable=None, leave=False) as bar:
+    with progress(total=total, desc=f"{doing} {builder.info.name}", unit="image") as bar:
         for part, start, stop in parts:
             for begin in range(start, stop, chunk):
                 try:

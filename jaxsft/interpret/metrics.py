@@ -46,7 +46,7 @@ def count(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Arr
     }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Evaluation:
     """The result over a whole split."""
 
@@ -76,6 +76,9 @@ class Evaluation:
             total["per_label"],
             total["confusion"],
         )
+
+    def __repr__(self) -> str:
+        return f"<{self.summary()}>"
 
     def summary(self) -> str:
         """One line for people."""

@@ -173,9 +173,36 @@ def make_eval_step(
 
     def eval_step(variables: Any, dataset: Dataset, batch: Batch) -> dict[str, jax.Array]:
         batch = gather(dataset, batch)
-        images = batch["image"] if preprocessing is None else preprocess(batch["image"], preprocessing)
-        logits = model.apply(variables, images, train=False)
+        logits = evaluated_logits(model, preprocessing, variables, batch)
         counts = metrics.count(logits, batch["label"], cross_entropy(logits, batch["label"]), batch["mask"])
         return counts if axis_name is None else lax.psum(counts, axis_name)
 
     return eval_step
+
+
+def make_answer_step(
+    model: nn.Module, preprocessing: Preprocessing | None, *, axis_name: str | None = None
+) -> Callable[[Any, Dataset, Batch], dict[str, jax.Array]]:
+    """(variables, dataset, this device's batch with "mask") -> what the model takes each example of all devices for.
+
+    That is "example", "label" and "predicted" int32 [B], the "probability" of the latter, float [B], and "mask" bool
+    [B]. Of equal logits the first counts, as in `metrics.count`.
+    """
+
+    def answer_step(variables: Any, dataset: Dataset, batch: Batch) -> dict[str, jax.Array]:
+        batch = gather(dataset, batch)
+        probabilities = jax.nn.softmax(evaluated_logits(model, preprocessing, variables, batch))
+        answers = {
+            **{name: batch[name] for name in ("example", "label", "mask")},
+            "predicted": probabilities.argmax(1).astype(jnp.int32),
+            "probability": probabilities.max(1),
+        }
+        return answers if axis_name is None else lax.all_gather(answers, axis_name, tiled=True)
+
+    return answer_step
+
+
+def evaluated_logits(model: nn.Module, preprocessing: Preprocessing | None, variables: Any, batch: Batch) -> jax.Array:
+    """The logits [b, K] of a batch's images in evaluation."""
+    images = batch["image"] if preprocessing is None else preprocess(batch["image"], preprocessing)
+    return model.apply(variables, images, train=False)

@@ -1,17 +1,32 @@
-"""The loop of an evaluation: every batch through the compiled step, its counts summed."""
+"""Evaluation: every batch of a set through a compiled step; and the set that a saved run is evaluated on."""
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from jaxsft.data.base import Source
-from jaxsft.data.loader import Loader
+from jaxsft.cli import UserError
+from jaxsft.data.base import Options, Source
+from jaxsft.data.loader import BadFiles, Loader, make_loader
+from jaxsft.data.reading import EvalPlan, in_memory
+from jaxsft.data.sources import open_source, with_classes
 from jaxsft.interpret.metrics import Evaluation
-from jaxsft.run.parallel import IN_FLIGHT
+from jaxsft.learn.steps import make_answer_step, make_eval_step
+from jaxsft.run.parallel import IN_FLIGHT, DataParallel, all_devices
+from jaxsft.run.saved import Run
+
+
+class Examples(NamedTuple):
+    """What a saved run is evaluated on, and the devices that do it."""
+
+    source: Source
+    loader: Loader
+    parallel: DataParallel
 
 
 def evaluate(
@@ -22,20 +37,91 @@ def evaluate(
 ) -> Evaluation:
     """Run the compiled `eval_step` over all that `loader` brings and sum its counts.
 
-    The next batches are dispatched while the counts of the last ones are on their way to the host. After each one
-    `between` is called; it may raise to end the evaluation.
+    After each batch `between` is called; it may raise to end the evaluation.
     """
+    return Evaluation.of(results(eval_step, variables, loader, between))
 
-    def counts() -> Iterator[dict[str, Any]]:
-        queue: collections.deque[Any] = collections.deque()
-        for batch in loader.batches():
-            queue.append(eval_step(variables, loader.dataset, batch))
-            between()
-            if len(queue) > IN_FLIGHT:
-                yield jax.device_get(queue.popleft())
-        yield from map(jax.device_get, queue)
 
-    return Evaluation.of(counts())
+def results(
+    step: Callable[..., Any], variables: Any, loader: Loader, between: Callable[[], None] = lambda: None
+) -> Iterator[dict[str, Any]]:
+    """What the compiled `step` makes of each batch, on the host.
+
+    The next batches are dispatched while the results of the last ones are on their way.
+    """
+    queue: collections.deque[Any] = collections.deque()
+    for batch in loader.batches():
+        queue.append(step(variables, loader.dataset, batch))
+        between()
+        if len(queue) > IN_FLIGHT:
+            yield jax.device_get(queue.popleft())
+    yield from map(jax.device_get, queue)
+
+
+def open_examples(run: Run, data: str = "", split: str = "", data_dir: str = "") -> Examples:
+    """The images that `run` was evaluated on, or others.
+
+    Args:
+      run: whose model, batch size and loader.
+      data: another source than the run's; without splits of its own all of it counts.
+      split: another one; '': the run's eval_split, and of another source the one that is for evaluating.
+      data_dir: of TFDS; '': the run's.
+
+    Raises:
+      UserError: they can't be had, or have a class that the model lacks.
+    """
+    options = Options.of(run.config)
+    if data:
+        options = dataclasses.replace(options, divide=bool(split))
+    if data_dir:
+        options = dataclasses.replace(options, data_dir=data_dir)
+    name, batch_size = data or run.config.data.source, run.config.data.batch_size
+    source = open_source(name, split or ("" if data else run.config.data.eval_split), options)
+    if run.card.class_names is not None:
+        source = with_classes(source, run.card.class_names, name, "the model")
+    elif source.labels.max() >= run.card.num_classes:
+        what = f"{name} has the label {source.labels.max()}, the model {run.card.num_classes} outputs"
+        raise UserError(what, "name the data that it was trained for")
+    source = in_memory(source, options)
+    parallel = all_devices(run.config)
+    parallel.check_batch(batch_size)
+    loader = make_loader(
+        source,
+        EvalPlan(len(source), batch_size),
+        parallel,
+        run.card.preprocessing,
+        workers=run.config.data.workers,
+        share=parallel.share,
+        bad=BadFiles(run.config.data.on_error),
+    )
+    return Examples(source, loader, parallel)
+
+
+def evaluate_run(run: Run, examples: Examples) -> Evaluation:
+    """The metrics of a saved run on all of `examples`, whose workers end."""
+    _, loader, parallel = examples
+    step = parallel.compile(make_eval_step(run.model, loader.preprocessing, axis_name=parallel.axis_name))
+    try:
+        return evaluate(step, parallel.replicate(run.variables), loader)
+    finally:
+        loader.close()
+
+
+def answers_of(run: Run, examples: Examples) -> dict[str, np.ndarray]:
+    """What a saved run takes each of `examples` for; their workers end.
+
+    Returns:
+      "example", "label" and "predicted" int32 [N], "probability" float [N]; without examples that can't be read.
+    """
+    _, loader, parallel = examples
+    step = parallel.compile(make_answer_step(run.model, loader.preprocessing, axis_name=parallel.axis_name))
+    try:
+        batches = list(results(step, parallel.replicate(run.variables), loader))
+    finally:
+        loader.close()
+    whole = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    kept = whole.pop("mask")
+    return {name: values[kept] for name, values in whole.items()}
 
 
 def of_split(source: Source) -> str:

@@ -39,20 +39,29 @@ class Interrupts:
     raises in all of them at the same call, one call late: the answer to one call's question is read at the next, so
     that no device waits. JAX's own notice of preemption (`reached_preemption_sync_point`) counts as a SIGTERM. Where
     the end of the terminal (SIGHUP) was ignored before, as under nohup, it stays so.
+
+    In a session of Python (`in_session`) the process is not ours to end. Where a command would end at once, the signal
+    goes to whoever answered it before, as if we were not there: Ctrl-C then raises KeyboardInterrupt, in a compilation
+    at its end.
     """
 
-    def __init__(self, parallel: DataParallel):
+    def __init__(self, parallel: DataParallel, in_session: bool = False):
         self._parallel = parallel
+        self._in_session = in_session
         self._deferring = False
         self._received: list[int] = []
+        self._before: dict[int, Any] = {}
         self._asked: jax.Array | None = None
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is not threading.main_thread():
             return self  # only the main thread may handle signals: the program around us answers them
+        heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        if self._in_session:
+            self._before = {number: signal.signal(number, lambda number, frame: self._note(number)) for number in heard}
+            return self
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
-        heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, ignore) for number in heard}
         self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
@@ -60,14 +69,18 @@ class Interrupts:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._give_back()
         if not hasattr(self, "_thread"):
             return
         signal.set_wakeup_fd(self._wakeup_before)
-        for number, handler in self._before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         os.close(self._write_end)  # ends the thread
         self._thread.join()
         os.close(self._read_end)
+
+    def _give_back(self) -> None:
+        """Let those signals be answered by whoever did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def defer(self) -> None:
         """From now on the next `poll` answers a signal, for there is something to save."""
@@ -99,16 +112,23 @@ class Interrupts:
         before = list(self._received)
         self._received.append(number)  # before anything is said: there may be nobody left who hears it
         if not self._deferring and self._parallel.process_count == 1:
-            exit_process(
+            self._leave(
                 Preempted(number, "before the first step", "there was nothing to save, the same command resumes")
             )
         elif number == signal.SIGINT and signal.SIGINT in before:
-            exit_process(Preempted(number, "again: left at once", "the same command resumes at the last checkpoint"))
+            self._leave(Preempted(number, "again: left at once", "the same command resumes at the last checkpoint"))
         elif not before:
             hint = ", Ctrl-C again leaves at once" if number == signal.SIGINT else ""
-            with contextlib.suppress(OSError, ValueError):  # no stderr any more
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # no stderr any more, or we interrupt a print
                 name = signal.Signals(number).name
                 print(f"{name}: saving a checkpoint after this step{hint}", file=sys.stderr, flush=True)
+
+    def _leave(self, stop: Preempted) -> None:
+        """End the process, or in a session let the signal do what it did before."""
+        if not self._in_session:
+            exit_process(stop)
+        self._give_back()
+        signal.raise_signal(stop.number)
 
 
 def ignore(number: int, frame: FrameType | None) -> Any:

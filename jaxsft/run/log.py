@@ -1,4 +1,4 @@
-"""What a run writes while it trains: `metrics.jsonl`, TensorBoard's event files, a progress bar."""
+"""What a run writes while it trains: `metrics.jsonl` and TensorBoard's event files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,22 +15,31 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from jaxsft import storage
 from jaxsft.cli import Stop, UserError
 from jaxsft.run.parallel import IN_FLIGHT
 from jaxsft.storage import Location
 
-# tensorboardX imports torch where it is installed, and does without where it is not. Training never loads torch: it is
-# hidden for as long as the import takes.
-if "torch" in sys.modules:
-    from tensorboardX.event_file_writer import EventsWriter
-else:
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    from tensorboardX.event_file_writer import EventsWriter
 
-    del sys.modules["torch"]
+class NotHere:
+    """An importer's finder to whom a module is not installed, for the thread that made it: no other misses it."""
+
+    def __init__(self, name: str):
+        self._name, self._thread = name, threading.get_ident()
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        """See importlib.abc.MetaPathFinder."""
+        if name == self._name and threading.get_ident() == self._thread:
+            raise ModuleNotFoundError(name)
+
+
+# tensorboardX imports torch where it is installed, and does without where it is not. Training never loads torch.
+sys.meta_path.insert(0, without_torch := NotHere("torch"))
+try:
+    from tensorboardX.event_file_writer import EventsWriter
+finally:
+    sys.meta_path.remove(without_torch)
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
@@ -217,9 +227,3 @@ def is_up_to(line: str, step: int) -> bool:
         return json.loads(line)["step"] <= step
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
-
-
-def progress(total_images: int, done: int, enabled: bool = True) -> Any:
-    """A bar with the time left and images per second, on a terminal only."""
-    hidden = None if enabled else True  # None: tqdm asks whether stderr is a terminal
-    return tqdm(total=total_images, initial=done, unit="img", unit_scale=True, disable=hidden, leave=False)

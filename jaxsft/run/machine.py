@@ -36,7 +36,7 @@ def keep_compilations() -> None:
     from jaxsft.cli import UserError, warn
     from jaxsft.models.weights import cache_dir, check_name
 
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     folder = cache_dir() / "compiled"
     try:

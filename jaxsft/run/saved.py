@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from typing import Any, NamedTuple
 
@@ -151,13 +152,15 @@ def read_json(path: Location) -> dict[str, Any]:
     return value
 
 
-class Run(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
     """A saved run made ready to compute: what evaluate, predict and export work with."""
 
+    workdir: Location
     config: ConfigDict
     card: ModelCard
     model: nn.Module
-    variables: dict[str, Any]
+    variables: dict[str, Any]  # {"params", "batch_stats"} of arrays on this process's first device
     step: int
 
 
@@ -169,4 +172,5 @@ def load_run(workdir: Location, which: str = "last") -> Run:
     """
     saved = read(workdir, which)
     model = make_model(saved.config, saved.card.num_classes)
-    return Run(saved.config, saved.card, model, jax.device_put(saved.variables, jax.local_devices()[0]), saved.step)
+    variables = jax.device_put(saved.variables, jax.local_devices()[0])
+    return Run(workdir, saved.config, saved.card, model, variables, saved.step)

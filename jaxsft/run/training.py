@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import sys
 import time
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,13 +19,14 @@ from ml_collections import ConfigDict
 
 from jaxsft import cli, storage
 from jaxsft.interpret.metrics import Evaluation
+from jaxsft.progress import progress
 from jaxsft.run import checkpoint
 from jaxsft.run import workdir as workdir_module
 from jaxsft.run.best import Best
 from jaxsft.run.checkpoint import Checkpoints, Unwritten
 from jaxsft.run.interrupts import Interrupted, Interrupts
 from jaxsft.run.job import Job, prepare
-from jaxsft.run.log import Log, Meter, NotFinite, Throughput, progress, records
+from jaxsft.run.log import Log, Meter, NotFinite, Throughput, records
 from jaxsft.run.working_copy import WorkingCopy
 from jaxsft.storage import Location
 
@@ -45,7 +48,8 @@ class Trainer:
         """Train to the end; the last evaluation, whose line of the log is written when all else is on disk."""
         job, total, every = self.job, self.job.total_steps, self.job.config.checkpoint.every_steps
         batch_size = job.config.data.batch_size
-        with progress(total * batch_size, self.start * batch_size, job.parallel.is_main) as self.bar:
+        images = {"total": total * batch_size, "initial": self.start * batch_size}
+        with progress(enabled=job.parallel.is_main, unit="img", unit_scale=True, **images) as self.bar:
             self.tell("compiling ...")
             job.compile_evaluation()
             if 0 < self.start < total and job.is_evaluated(self.start) and not self.log.has_evaluation(self.start):
@@ -143,8 +147,13 @@ class Trainer:
         )
 
 
-def fit(job: Job, workdir: WorkingCopy) -> Evaluation:
+def fit(job: Job, workdir: WorkingCopy, in_session: bool = False) -> Evaluation:
     """Train from the newest intact checkpoint (or the start) to the end, and leave the files of a finished run.
+
+    Args:
+      job: to do.
+      workdir: where its files go.
+      in_session: whether the process is a session of Python, which goes on afterwards (see `Interrupts`).
 
     Raises:
       Preempted: a signal came; the state is saved.
@@ -154,7 +163,8 @@ def fit(job: Job, workdir: WorkingCopy) -> Evaluation:
     start, meter = resume(job, workdir)
     best = Best.of(workdir.path, config.checkpoint.best_metric, start)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.train.on_nan, writes=is_main)
-    with checkpoints, Log(workdir.path, start, is_main) as log, Interrupts(job.parallel) as interrupts:
+    interrupts = Interrupts(job.parallel, in_session)
+    with checkpoints, Log(workdir.path, start, is_main) as log, interrupts:
         trainer = Trainer(job, start, meter, best, checkpoints, interrupts, log)
         try:
             with jax.transfer_guard("disallow"):
@@ -162,7 +172,8 @@ def fit(job: Job, workdir: WorkingCopy) -> Evaluation:
         except Interrupted as interrupted:
             step = trainer.save_now()
             where = f"at step {step} of {job.total_steps}, saved in {checkpoints.path(step)}"
-            raise cli.Preempted(interrupted.number, where, "the same command resumes") from None
+            again = "the same call resumes" if in_session else "the same command resumes"
+            raise cli.Preempted(interrupted.number, where, again) from None
         except NotFinite as found:
             checkpoints.wait()
             raise not_finite_error(found, checkpoints) from None
@@ -219,11 +230,25 @@ def not_finite_error(found: NotFinite, checkpoints: Checkpoints) -> cli.Stop:
     )
 
 
-def train(config: ConfigDict, workdir: Location) -> None:
+@contextlib.contextmanager
+def silent_orbax() -> Iterator[None]:
+    """For a while let Orbax log nothing: it logs what it raises, too, and that is ours to tell."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@silent_orbax()
+def train(config: ConfigDict, workdir: Location, in_session: bool = False) -> None:
     """Fine-tune as `config` says, in `workdir`, and print where the run lies and its accuracy.
 
     Raises:
       UserError: the config, the data, the weights or the directory do not allow it; found before anything is written.
+      Preempted, Stop: as `fit`, whose `in_session` this is.
     """
     began = time.perf_counter()
     finished = workdir_module.final_record(workdir)
@@ -237,7 +262,7 @@ def train(config: ConfigDict, workdir: Location) -> None:
         say(job, said)
         if job.parallel.is_main:
             job.bad_files.write_to(copy.path)
-        result = fit(job, copy)
+        result = fit(job, copy, in_session)
         if job.parallel.is_main:
             write_report(job, copy, result)
     say(job, f"{workdir}: {result.summary()}, {time.perf_counter() - began:.0f} s")

@@ -1,0 +1,80 @@
+"""The examples that a model takes for something else, the surest first, to be looked at."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import PIL.Image
+
+from jaxsft.cli import printable
+from jaxsft.data.base import Source
+
+SHOWN = 128  # px, the longer side of a picture in a table
+CARD = "display:inline-block; margin:4px; width:140px; vertical-align:top; font-size:12px; overflow-wrap:anywhere"
+
+
+class Mistake(NamedTuple):
+    """An example that is taken for something else."""
+
+    file: str  # or 'image 3', the number in its split, where it has none
+    image: PIL.Image.Image
+    label: str  # the class that it is of
+    predicted: str  # the one that it is taken for
+    probability: float  # of that one
+
+
+class Mistakes(tuple[Mistake, ...]):
+    """Mistakes, the surest first; a notebook shows their pictures."""
+
+    def _repr_html_(self) -> str:
+        """What IPython displays."""
+        return "".join(map(as_html, self)) or "no mistakes"
+
+
+def rank(answers: Mapping[str, np.ndarray], most: int) -> np.ndarray:
+    """The rows of up to `most` wrong answers, the most probable ones first, of equals the first: int [n].
+
+    Args:
+      answers: "label", "predicted" int32 [N] and "probability" float [N]; a NaN is no answer.
+      most: how many.
+    """
+    wrong = np.flatnonzero((answers["label"] != answers["predicted"]) & ~np.isnan(answers["probability"]))
+    return wrong[np.argsort(-answers["probability"][wrong], kind="stable")][:most]
+
+
+def mistakes(source: Source, answers: Mapping[str, np.ndarray], class_names: Sequence[str], most: int) -> Mistakes:
+    """The surest of the wrong answers about examples of `source`.
+
+    Args:
+      source: what was asked about.
+      answers: as for `rank`, and "example" int32 [N].
+      class_names: of the model.
+      most: how many.
+    """
+    found = []
+    for row in rank(answers, most):
+        number, label, predicted = (int(answers[name][row]) for name in ("example", "label", "predicted"))
+        image = source[number]
+        image = PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        probability = float(answers["probability"][row])
+        found.append(Mistake(source.name(number), image, class_names[label], class_names[predicted], probability))
+    return Mistakes(found)
+
+
+def as_html(mistake: Mistake) -> str:
+    """A picture and what it is taken for, as HTML."""
+    image = mistake.image.copy()
+    image.thumbnail((SHOWN, SHOWN))
+    picture = io.BytesIO()
+    image.save(picture, "PNG")
+    file, label, predicted = (html.escape(printable(text)) for text in (mistake.file, mistake.label, mistake.predicted))
+    source = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
+    return (
+        f"<div style='{CARD}'><img src='{source}' alt='' title='{file}' style='width:{SHOWN}px'><br>"
+        f"<b>{label}</b> taken for {predicted} ({mistake.probability:.2f})</div>"
+    )
