@@ -33,13 +33,14 @@ from ml_collections import ConfigDict
 from jaxsft import cli, flags, recipes, streams
 from jaxsft import config as config_module
 from jaxsft.interpret.metrics import Evaluation
-from jaxsft.run import checkpoint, processes
+from jaxsft.run import checkpoint, processes, profile
 from jaxsft.run import workdir as workdir_module
 from jaxsft.run.best import Best
 from jaxsft.run.checkpoint import Checkpoints, Unwritten
 from jaxsft.run.interrupts import Interrupted, Interrupts
 from jaxsft.run.job import Job, prepare
 from jaxsft.run.log import Log, Meter, NotFinite, Throughput, progress, records
+from jaxsft.run.profile import Profile
 
 IN_REPORT = 32  # images of the first batch
 
@@ -48,10 +49,18 @@ class Trainer:
     """The loop: updates, and between them lines of the log, evaluations, checkpoints, and an ear for signals."""
 
     def __init__(
-        self, job: Job, start: int, meter: Meter, best: Best, checkpoints: Checkpoints, interrupts: Interrupts, log: Log
+        self,
+        job: Job,
+        start: int,
+        meter: Meter,
+        best: Best,
+        checkpoints: Checkpoints,
+        interrupts: Interrupts,
+        log: Log,
+        profile: Profile,
     ):
         self.job, self.start, self.meter, self.best = job, start, meter, best
-        self.checkpoints, self.interrupts, self.log = checkpoints, interrupts, log
+        self.checkpoints, self.interrupts, self.log, self.profile = checkpoints, interrupts, log, profile
         self.speed = Throughput()
         self.began = self.epoch_began = time.perf_counter()
 
@@ -65,7 +74,8 @@ class Trainer:
             if 0 < self.start < total and job.is_evaluated(self.start) and not self.log.has_evaluation(self.start):
                 self.evaluate(self.start)  # a signal came before its end
             for steps in job.calls(self.start):
-                self.update(steps)
+                with self.profile.call(steps):
+                    self.update(steps)
                 self.bar.set_postfix_str(f"epoch {job.epoch(steps[-1]):.2f}, loss {self.meter.loss:.4f}", refresh=False)
                 self.bar.update(len(steps) * batch_size)
                 step = steps[-1]
@@ -157,8 +167,10 @@ class Trainer:
         )
 
 
-def fit(job: Job, workdir: Path) -> Evaluation:
+def fit(job: Job, workdir: Path, profile: int = 0) -> Evaluation:
     """Train from the newest intact checkpoint (or the start) to the end, and leave the files of a finished run.
+
+    With `profile` so many of its steps are traced.
 
     Raises:
       Preempted: a signal came; the state is saved.
@@ -168,8 +180,9 @@ def fit(job: Job, workdir: Path) -> Evaluation:
     start, meter = resume(job, workdir)
     best = Best.of(workdir, config.checkpoint.best_metric, start)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.train.on_nan)
-    with checkpoints, Log(workdir, start, is_main) as log, Interrupts(job.parallel) as interrupts:
-        trainer = Trainer(job, start, meter, best, checkpoints, interrupts, log)
+    traced = Profile(job, workdir, profile)  # is left last, after a signal once all is saved
+    with traced, checkpoints, Log(workdir, start, is_main) as log, Interrupts(job.parallel) as interrupts:
+        trainer = Trainer(job, start, meter, best, checkpoints, interrupts, log, traced)
         try:
             with jax.transfer_guard("disallow"):
                 return trainer.run()
@@ -233,8 +246,8 @@ def not_finite_error(found: NotFinite, checkpoints: Checkpoints) -> cli.Stop:
     )
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
-    """Fine-tune as `config` says, in `workdir`, and print where the run lies and its accuracy.
+def train(config: ConfigDict, workdir: Path, profile: int = 0) -> None:
+    """Fine-tune as `config` says, in `workdir`, and print where the run lies and its accuracy; `profile` as for `fit`.
 
     Raises:
       UserError: the config, the data, the weights or the directory do not allow it; found before anything is written.
@@ -251,7 +264,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         say(job, said)
         if job.parallel.is_main:
             job.bad_files.write_to(workdir)
-        result = fit(job, workdir)
+        result = fit(job, workdir, profile)
         if job.parallel.is_main:
             write_report(job, workdir, result)
     say(job, f"{workdir}: {result.summary()}, {time.perf_counter() - began:.0f} s")
@@ -276,6 +289,7 @@ def main() -> None:
     options = {
         "workdir": "where the run lies; default runs/<config file>[-<variant>]",
         "checkpoint": "of a run given as config.model.weights: last, best or a step",
+        **profile.OPTIONS,
         **processes.OPTIONS,
     }
     assert __doc__ is not None
@@ -284,10 +298,11 @@ def main() -> None:
     if values["checkpoint"]:
         config.model.checkpoint = values["checkpoint"]
     config_module.check(config)
+    profile_steps = profile.steps_of(values["profile"])
     workdir_module.check(workdir, config)
     machine.keep_compilations()
     with streams.unbreakable_streams(), processes.join(values, config.parallel.timeout_seconds):
-        train(config, workdir)
+        train(config, workdir, profile_steps)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def finished(run, tmp_path_factory: pytest.TempPathFactory):
     """A run of the sample, two epochs long: (workdir, what it printed)."""
     workdir = tmp_path_factory.mktemp("runs") / "sample"
     command = ("-m", "jaxsft.train", "--config", f"{CONFIG}:sample", "--workdir", workdir, "--config.train.epochs=2")
-    done = run(*command, optimised=True)
+    done = run(*command, "--profile=2", optimised=True)
     assert done.returncode == 0, done.stderr
     return workdir, done.stdout
 
@@ -56,6 +56,7 @@ def test_leaves_a_whole_workdir_and_says_where(finished) -> None:
     assert {"config", "model", "metrics", "checkpoints", "events"} <= names
     assert "its head of 7 classes replaced by one of 10" in said
     assert said.splitlines()[-1].startswith(f"{workdir}: accuracy 0.")
+    assert f"traced 2 steps: xprof --logdir {workdir}/profile --port 8791 (pip install xprof)" in said
     lines = records(workdir)
     assert lines[-1]["final"] is True
     assert lines[-1]["count"] == 1000
