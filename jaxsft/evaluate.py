@@ -23,6 +23,7 @@ from jaxsft.data.reading import EvalPlan, in_memory
 from jaxsft.data.sources import open_source, with_classes
 from jaxsft.flags import parse_flags
 from jaxsft.learn.steps import make_eval_step
+from jaxsft.models.precision import said
 from jaxsft.run.evaluation import evaluate, of_split
 from jaxsft.run.machine import keep_compilations
 from jaxsft.run.parallel import all_devices
@@ -72,8 +73,9 @@ def main() -> None:
     )
     eval_step = parallel.compile(make_eval_step(run.model, loader.preprocessing, axis_name=parallel.axis_name))
     result = evaluate(eval_step, parallel.replicate(run.variables), loader)
-    args.json({"step": run.step, **result.record(run.card.names)})
-    cli.say(f"{args.workdir} at step {run.step}: {result.summary()}{of_split(source)}")
+    computed_in = said(run.config.train.precision, run.config.train.matmul_precision, parallel.devices)
+    args.json({"step": run.step, "precision": computed_in, **result.record(run.card.names)})
+    cli.say(f"{args.workdir} at step {run.step}: {result.summary()}{of_split(source)}; {computed_in}")
 
 
 if __name__ == "__main__":

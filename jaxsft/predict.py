@@ -22,6 +22,7 @@ from jaxsft.data.augment import normalise
 from jaxsft.data.base import Options
 from jaxsft.data.folder import EXTENSIONS, images
 from jaxsft.data.threads import in_order
+from jaxsft.models.precision import with_products
 from jaxsft.models.weights import Preprocessing
 from jaxsft.run.machine import keep_compilations
 from jaxsft.run.saved import Run, load_run
@@ -107,10 +108,10 @@ def predict(run: Run, paths: Sequence[Path], topk: int) -> Iterator[dict[str, An
     """
     to = run.card.preprocessing
 
-    @jax.jit
-    def probabilities(variables: Any, images: jax.Array) -> jax.Array:
+    def body(variables: Any, images: jax.Array) -> jax.Array:
         return jax.nn.softmax(run.model.apply(variables, normalise(images, to), train=False))
 
+    probabilities = jax.jit(with_products(body, run.config.train.matmul_precision))
     for names, batch in batches(paths, to, run.config.data.exif_orientation):
         rows = np.asarray(probabilities(run.variables, batch))[: len(names)]
         if not np.isfinite(rows).all():

@@ -33,6 +33,7 @@ from ml_collections import ConfigDict
 from jaxsft import cli, flags, recipes, streams
 from jaxsft import config as config_module
 from jaxsft.interpret.metrics import Evaluation
+from jaxsft.models.precision import continued
 from jaxsft.run import checkpoint, processes, profile
 from jaxsft.run import workdir as workdir_module
 from jaxsft.run.best import Best
@@ -142,7 +143,12 @@ class Trainer:
     def save(self, step: int) -> None:
         """Start writing the checkpoint of `step`."""
         card = dataclasses.asdict(self.job.card)
-        host = {"meter": self.meter.compute(), "config": self.job.config.to_dict(), "card": card}
+        host = {
+            "meter": self.meter.compute(),
+            "config": self.job.config.to_dict(),
+            "card": card,
+            "precision": self.job.precision,
+        }
         self.log.sync()
         self.checkpoints.save(self.job.state, step, host, best=self.best.step)
 
@@ -214,6 +220,10 @@ def resume(job: Job, workdir: Path) -> tuple[int, Meter]:
         return 0, Meter(finite=finite)
     job.state = job.parallel.replicate(restored.state)
     say(job, f"resuming at step {restored.step} of {job.total_steps}")
+    before = restored.record.get("precision", job.precision)
+    job.precision = continued(before, job.precision, step)
+    if job.precision != before and job.parallel.is_main:
+        cli.warn(f"{workdir} is computed in other numbers from step {step + 1} on: {job.precision}")
     return restored.step, Meter(restored.record["meter"], finite)
 
 
@@ -278,7 +288,7 @@ def write_report(job: Job, workdir: Path, result: Evaluation) -> None:
     try:
         images, labels = show.batch_of(job.config, job.train_source, job.card.preprocessing, IN_REPORT)
         batch = show.grid(images, labels, job.train_source.class_names)
-        page = html.page(workdir.name, job.card, job.config, records(workdir), result, batch)
+        page = html.page(workdir.name, job.card, job.config, job.precision, records(workdir), result, batch)
         cli.write_file(workdir / "report.html", page.encode(errors="replace"))
     except Exception as error:
         cli.warn(f"no report.html could be made: {type(error).__name__}: {error}")

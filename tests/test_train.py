@@ -57,6 +57,8 @@ def test_leaves_a_whole_workdir_and_says_where(finished) -> None:
     assert "its head of 7 classes replaced by one of 10" in said
     assert said.splitlines()[-1].startswith(f"{workdir}: accuracy 0.")
     assert f"traced 2 steps: xprof --logdir {workdir}/profile --port 8791 (pip install xprof)" in said
+    assert "; float32 (auto), products in full\n" in said
+    assert "<th>computed in<td class=number>float32 (auto), products in full<" in (workdir / "report.html").read_text()
     lines = records(workdir)
     assert lines[-1]["final"] is True
     assert lines[-1]["count"] == 1000
@@ -96,6 +98,8 @@ def test_evaluate_repeats_the_last_line(finished, run, tmp_path: Path) -> None:
     done = run("-m", "jaxsft.evaluate", "--workdir", workdir, "--json", tmp_path / "result.json")
     assert done.returncode == 0, done.stderr
     result, last = json.loads((tmp_path / "result.json").read_text()), records(workdir)[-1]
+    assert done.stdout.endswith(f"; {result['precision']}\n")
+    assert result["precision"] == "float32 (auto), products in full"
     assert result["accuracy"] == last["accuracy"]
     assert result["top5"] == last["top5"]
     assert np.sum(result["confusion"]) == 1000
