@@ -16,6 +16,7 @@ import jax
 from jax import lax
 
 AUTO, DEFAULT = "auto", "default"
+JAXS_OWN = "jax_default_matmul_precision"  # what a user may have set, in the environment or around us
 AMPERE = 8.0  # compute capability, from which on a GPU has both bfloat16 and TF32
 AMD = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")  # architectures with bfloat16, CDNA and RDNA 3
 UP_TO = "; up to step"
@@ -77,8 +78,7 @@ def products(matmul_precision: str, device: Any) -> str:
     """How float32 is multiplied on a device, as in 'in TF32 (default)'."""
     if device.platform == "cpu":
         return "in full"
-    jaxs_own = jax.config.jax_default_matmul_precision or DEFAULT  # type: ignore[attr-defined]
-    chosen = jaxs_own if matmul_precision == DEFAULT else matmul_precision
+    chosen = matmul_precision if matmul_precision != DEFAULT else getattr(jax.config, JAXS_OWN) or DEFAULT
     try:
         level = lax.Precision(chosen).name.lower()
     except ValueError:  # an algorithm
