@@ -36,6 +36,7 @@ def finetune() -> ConfigDict:
     config.optim.weight_decay = 5e-4
     config.optim.warmup_epochs = 1.0
     config.train.epochs = 10.0
+    config.train.precision = "auto"
     return config
 
 
@@ -59,6 +60,7 @@ def reference() -> ConfigDict:
     config.optim.momentum = 0.9
     config.optim.schedule = "constant"
     config.train.epochs = 10.0
+    config.train.precision = "auto"
     return config
 
 

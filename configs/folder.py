@@ -28,4 +28,5 @@ def get_config(arch: str = "resnet18") -> ConfigDict:
     config.optim.warmup_epochs = 1.0
     config.train.epochs = 10.0
     config.train.label_smoothing = 0.1
+    config.train.precision = "auto"
     return config

@@ -17,6 +17,7 @@ import argparse
 
 from jaxsft import cli, output, storage
 from jaxsft.flags import parse_flags
+from jaxsft.models.precision import said
 from jaxsft.run.evaluation import evaluate_run, of_split, open_examples
 from jaxsft.run.machine import keep_compilations
 from jaxsft.run.saved import load_run
@@ -41,8 +42,9 @@ def main() -> None:
     run = load_run(args.workdir, args.checkpoint)
     examples = open_examples(run, args.data, args.split, args.data_dir)
     result = evaluate_run(run, examples)
-    args.json({"step": run.step, **result.record(run.card.names)})
-    cli.say(f"{args.workdir} at step {run.step}: {result.summary()}{of_split(examples.source)}")
+    computed_in = said(run.config.train.precision, run.config.train.matmul_precision, examples.parallel.devices)
+    args.json({"step": run.step, "precision": computed_in, **result.record(run.card.names)})
+    cli.say(f"{args.workdir} at step {run.step}: {result.summary()}{of_split(examples.source)}; {computed_in}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from convert import checkpoints, names
 from jaxsft import cli, storage
 from jaxsft.data.augment import preprocess
+from jaxsft.models.precision import with_products
 from jaxsft.run.machine import keep_compilations
 from jaxsft.run.saved import Run, load_run
 from jaxsft.storage import Location
@@ -50,7 +51,8 @@ def write_stablehlo(run: Run, out: Location) -> str:
 
     (count,) = jax.export.symbolic_shape("n")
     images = jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8)
-    exported = jax.export.export(jax.jit(logits), platforms=PLATFORMS)(images)
+    step = jax.jit(with_products(logits, run.config.train.matmul_precision))
+    exported = jax.export.export(step, platforms=PLATFORMS)(images)
     with storage.new_file(out) as partial:
         partial.write_bytes(exported.serialize())
     return f"jax.export.deserialize takes its bytes; uint8 [n, {size}, {size}, 3] to [n, {run.card.num_classes}]"

@@ -51,6 +51,7 @@ OTHER_NAMES = {
     "train.epochs": "epoch num_epochs max_epochs num_train_epochs",
     "train.steps": "max_steps num_steps total_steps",
     "train.precision": "amp dtype mixed_precision fp16 bf16",
+    "train.matmul_precision": "tf32 allow_tf32 float32_matmul_precision",
     "train.ema": "ema_decay model_ema",
     "train.label_smoothing": "smoothing",
     "train.mixup": "mixup_alpha",

@@ -140,8 +140,12 @@ KEYS = (
     Key("train.cutmix", 0.0, at_least(0), "alpha of cutmix, 0 = off"),
     Key("train.ema", 0.0, from_to_below(0, 1),
         "decay of the moving average of parameters and batch statistics that is evaluated; 0 = off"),
-    Key("train.precision", "float32", one_of("float32", "bfloat16"),
-        "of activations; parameters and sums stay float32"),
+    Key("train.precision", "float32", one_of("float32", "bfloat16", "auto"),
+        "of activations; parameters and sums stay float32; 'auto': bfloat16 on TPUs and on GPUs that have it, else"
+        " float32"),
+    Key("train.matmul_precision", "default", one_of("default", "high", "highest"),
+        "of products of float32; 'default': JAX's own, one pass of bfloat16 on a TPU, TF32 on a GPU; 'high': three"
+        " passes; 'highest': in full; a CPU has only that"),
     Key("train.remat", False, ANY,
         "keep less for the backward pass and compute it again: a larger batch fits, a step is slower"),
     Key("train.steps_per_call", 1, from_to(1, 1000),

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from jaxsft import cli, flags, recipes, storage, streams
 from jaxsft import config as config_module
-from jaxsft.run import processes
+from jaxsft.run import processes, profile
 from jaxsft.run import workdir as workdir_module
 from jaxsft.run.training import train
 
@@ -29,6 +29,7 @@ def main() -> None:
     options = {
         "workdir": "where the run lies; default runs/<config file>[-<variant>]",
         "checkpoint": "of a run given as config.model.weights: last, best or a step",
+        **profile.OPTIONS,
         **processes.OPTIONS,
     }
     assert __doc__ is not None
@@ -37,10 +38,11 @@ def main() -> None:
     if values["checkpoint"]:
         config.model.checkpoint = values["checkpoint"]
     config_module.check(config)
+    profile_steps = profile.steps_of(values["profile"])
     workdir_module.check(workdir, config)
     machine.keep_compilations()
     with streams.unbreakable_streams(), processes.join(values, config.parallel.timeout_seconds):
-        train(config, workdir)
+        train(config, workdir, profile_steps)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,8 @@ CASES: tuple[tuple[str, str], ...] = (
     (SAMPLE + " --config.lr=0.1", "the config has no key 'lr'; did you mean --config.optim.lr?"),
     (SAMPLE + " --config.learning_rate=0.1", "the config has no key 'learning_rate'; did you mean --config.optim.lr?"),
     (SAMPLE + " --output-dir=@/other", "there is no option --output-dir; did you mean --workdir?"),
+    (SAMPLE + " --profile=0", "--profile is '0'; give the number of steps to trace, such as 10"),
+    (SAMPLE + " --profile=all", "--profile is 'all'; give the number of steps to trace, such as 10"),
     (SAMPLE + " --zzz", "there is no option --zzz; see --help for all there are"),
     (SAMPLE + " optim.lr=0.1", "'optim.lr=0.1' is no option; did you mean --config.optim.lr?"),
     (SAMPLE + " --", "'--' is no option; give options as --name=value"),

@@ -186,7 +186,7 @@ CASES: tuple[tuple[str, str], ...] = (
     (SAMPLE + " --config.train.ema=1", "config.train.ema is 1.0; it must be 0 to below 1"),
     (
         SAMPLE + " --config.train.precision=float16",
-        "config.train.precision is 'float16'; it must be 'float32' or 'bfloat16'",
+        "config.train.precision is 'float16'; it must be 'float32', 'bfloat16' or 'auto'",
     ),
     (SAMPLE + " --config.train.on_nan=skip", "config.train.on_nan is 'skip'; it must be 'stop' or 'ignore'"),
     (SAMPLE + " --config.eval.every_epochs=0", "config.eval.every_epochs is 0.0; it must be above 0"),

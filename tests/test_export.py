@@ -16,13 +16,15 @@ from jaxsft.parity import oracle
 from jaxsft.run.saved import load_run
 from tests import small
 from tests.commands import run_command
+from tests.programs import precisions
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three steps."""
+    """A run of three steps, its products in full on any machine."""
     place = tmp_path_factory.mktemp("export")
-    status, said = run_command(f"train {' '.join(small.ARGUMENTS)} --config.train.steps=3 --workdir @/run", place)
+    arguments = (*small.ARGUMENTS, "--config.train.steps=3", "--config.train.matmul_precision=highest")
+    status, said = run_command(f"train {' '.join(arguments)} --workdir @/run", place)
     assert status == 0, said
     return place / "run"
 
@@ -53,6 +55,7 @@ def test_stablehlo_gives_the_same_logits(workdir: Path, tmp_path: Path) -> None:
     export(workdir, "stablehlo", path)
     tuned = load_run(workdir)
     exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    assert precisions(exported.mlir_module()) == {"HIGHEST"}
     logits = jax.jit(lambda x: tuned.model.apply(tuned.variables, preprocess(x, tuned.card.preprocessing), train=False))
     for count in (1, 5):
         images = np.random.default_rng(0).integers(256, size=(count, 32, 32, 3), dtype=np.uint8)

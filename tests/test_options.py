@@ -98,6 +98,7 @@ TESTS = {
     "train.cutmix": "test_mixing_as_torchvision",
     "train.ema": "test_the_moving_average_is_torchvisions",
     "train.precision": "test_the_model_is_the_configs",
+    "train.matmul_precision": "test_every_product_is_as_the_config_says",
     "train.remat": "test_remat_computes_the_same",
     "train.steps_per_call": "test_several_updates_a_call_are_bit_equal",
     "train.log_every_steps": "test_what_a_run_leaves_and_when",

@@ -133,7 +133,7 @@ def test_names_with_dollars_are_drawn_as_they_are(finished: Path) -> None:
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_a_report_says_how_images_are_resized(interpolation: str) -> None:
     card = ModelCard("resnet18", 2, preprocessing=Preprocessing(48, 40, interpolation=interpolation))
-    facts = dict(html.facts(card, [{"time": 0.0, "step": 1}]))
+    facts = dict(html.facts(card, "float32", [{"time": 0.0, "step": 1}]))
     assert facts["input"].startswith(f"short side 48 px ({interpolation}), middle 40 px, mean")
 
 

@@ -24,6 +24,7 @@ from jaxsft.parity import compare, networks, oracle, ours, table
 from jaxsft.parity.__main__ import main, precision
 from jaxsft.parity.compare import Options
 from tests import small
+from tests.programs import compiled_into, precisions
 
 SMALL = small.ARCH
 networks.NOT_IN_TORCHVISION[SMALL] = small.in_torch
@@ -47,12 +48,19 @@ def parity(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 def test_training_is_torchs(arch: str, dtype: str, size: str, steps: int, monkeypatch, capsys, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     arguments = ["--arch", arch, "--dtype", dtype, "--steps", steps, "--image-size", size, "--json", path]
-    status = parity(monkeypatch, *arguments)
+    with compiled_into(tmp_path / "programs"):
+        status = parity(monkeypatch, *arguments)
     printed = capsys.readouterr().out
     assert status == 0, printed
+    # Whatever the device would do by itself.
+    programs = [file.read_text() for file in (tmp_path / "programs").glob("*_compile.mlir")]
+    assert {"HIGHEST"} == set().union(*map(precisions, programs))
+    assert sum("stablehlo.convolution" in text or "stablehlo.dot_general" in text for text in programs) >= 5
     assert printed.splitlines()[-1].startswith("passed")
 
     result = json.loads(path.read_text())
+    assert result["precision"] == ("float32, products in full" if dtype == "float32" else dtype)
+    assert printed.splitlines()[0] == f"{arch} on 1 x cpu: {result['precision']}"
     assert result["passed"] is True
     rows = {row["name"]: row for row in result["rows"]}
     assert len(rows) == len(result["rows"]), "names are not unique"

@@ -45,7 +45,7 @@ def finished(run, tmp_path_factory: pytest.TempPathFactory):
     """A run of the sample, two epochs long: (workdir, what it printed)."""
     workdir = tmp_path_factory.mktemp("runs") / "sample"
     command = ("-m", "jaxsft.train", "--config", f"{CONFIG}:sample", "--workdir", workdir, "--config.train.epochs=2")
-    done = run(*command, optimised=True)
+    done = run(*command, "--profile=2", optimised=True)
     assert done.returncode == 0, done.stderr
     return workdir, done.stdout
 
@@ -56,6 +56,9 @@ def test_leaves_a_whole_workdir_and_says_where(finished) -> None:
     assert {"config", "model", "metrics", "checkpoints", "events"} <= names
     assert "its head of 7 classes replaced by one of 10" in said
     assert said.splitlines()[-1].startswith(f"{workdir}: accuracy 0.")
+    assert f"traced 2 steps: xprof --logdir {workdir}/profile --port 8791 (pip install xprof)" in said
+    assert "; float32 (auto), products in full\n" in said
+    assert "<th>computed in<td class=number>float32 (auto), products in full<" in (workdir / "report.html").read_text()
     lines = records(workdir)
     assert lines[-1]["final"] is True
     assert lines[-1]["count"] == 1000
@@ -95,6 +98,8 @@ def test_evaluate_repeats_the_last_line(finished, run, tmp_path: Path) -> None:
     done = run("-m", "jaxsft.evaluate", "--workdir", workdir, "--json", tmp_path / "result.json")
     assert done.returncode == 0, done.stderr
     result, last = json.loads((tmp_path / "result.json").read_text()), records(workdir)[-1]
+    assert done.stdout.endswith(f"; {result['precision']}\n")
+    assert result["precision"] == "float32 (auto), products in full"
     assert result["accuracy"] == last["accuracy"]
     assert result["top5"] == last["top5"]
     assert np.sum(result["confusion"]) == 1000

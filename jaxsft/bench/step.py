@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
         "--batch-size", type=whole, default=defaults["batch_size"], help="over all devices; default: %(default)s"
     )
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default=defaults["precision"])
+    parser.add_argument("--matmul-precision", choices=("default", "high", "highest"), default="default")
     parser.add_argument("--backend", choices=("pmap", "shard_map"), default="pmap")
     parser.add_argument("--batch-norm", choices=("local", "sync"), default="local", help="statistics of each device")
     parser.add_argument("--remat", action="store_true", help="train.remat: recompute instead of keep")
@@ -76,7 +77,7 @@ def config_of(args: argparse.Namespace) -> ConfigDict:
     c = config.default()
     c.model.arch, c.model.weights, c.model.num_classes = args.arch, "", CLASSES
     c.data.image_size, c.data.batch_size, c.data.augment = args.image_size, args.batch_size, ()
-    c.train.precision, c.train.remat = args.precision, args.remat
+    c.train.precision, c.train.matmul_precision, c.train.remat = args.precision, args.matmul_precision, args.remat
     c.parallel.backend, c.parallel.batch_norm = args.backend, args.batch_norm
     config.check(c)
     return c
@@ -89,7 +90,7 @@ def make_steps(c: ConfigDict, parallel: DataParallel, model: nn.Module | None = 
       UserError: the batch does not split over the devices, or the network can't take images of that size.
     """
     parallel.check_batch(c.data.batch_size)
-    model = model or make_model(c, CLASSES, parallel.statistics_axis(c.parallel.batch_norm))
+    model = model or make_model(c, CLASSES, parallel.statistics_axis(c.parallel.batch_norm), parallel.devices)
     shapes = checked_shapes(model, c.data.image_size)
     optimizer = make_optimizer(c, shapes["params"], make_schedule(c, 1000, 10_000))
     size = c.data.image_size

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxsft import cli
 from jaxsft.bench import step
 from jaxsft.bench.plain import plain_model
+from jaxsft.models.precision import said
 from jaxsft.run.parallel import AXIS, DataParallel
 
 
@@ -40,6 +41,8 @@ PRETENDED = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_ID": "0",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    # A TPU admits one process, and libtpu keeps others out by a lock file. To compile takes no TPU.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 COLLECTIVE = re.compile(
     r"= (?P<result>.*?) (?P<name>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
@@ -61,7 +64,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Returns:
       A chip's "flops_per_step", "bytes_per_step" (of its memory, read and written), "temp_bytes",
       "collective_bytes_per_step" and "collectives" (their number by kind), "gradient_bytes", "roofline_seconds" (the
-      larger of FLOPs and bytes over the chip's rates), "compile_seconds", and "largest_batch_size" of all chips.
+      larger of FLOPs and bytes over the chip's rates), "compile_seconds", and "largest_batch_size" of all chips;
+      and the "precision" of the numbers, for people.
 
     Raises:
       UserError: no libtpu, a topology that does not exist, a batch that does not split or does not fit.
@@ -73,9 +77,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise step.missing("libtpu", "tpu")
     config = step.config_of(args)
-    parallel = DataParallel(config.parallel.backend, topology(args.topology))
+    parallel = DataParallel(
+        config.parallel.backend, topology(args.topology), matmul_precision=config.train.matmul_precision
+    )
     model = plain_model(args.arch, step.CLASSES, jnp.dtype(args.precision)) if args.plain else None
     record = measure(config, parallel, chip, model)
+    record["precision"] = said(args.precision, args.matmul_precision, parallel.devices)
     if args.largest:
         record["largest_batch_size"] = largest(config, parallel, chip, record, model)
     tell(args, len(parallel.devices), record)
@@ -189,7 +196,8 @@ def largest(config: Any, parallel: DataParallel, chip: Chip, record: dict[str, A
 def tell(args: argparse.Namespace, chips: int, record: dict[str, Any]) -> None:
     """Print the table."""
     images = args.batch_size / chips
-    cli.say(f"{args.topology}: {args.arch}, {args.precision}, {args.image_size} px, {images:g} images; a chip, a step")
+    size = f"{args.image_size} px, {images:g} images"
+    cli.say(f"{args.topology}: {args.arch}, {size}; {record['precision']}; a chip, a step")
     gradients, collective = record["gradient_bytes"], record["collective_bytes_per_step"]
     rows = {
         "FLOPs": f"{record['flops_per_step'] / 1e12:.2f} T",

@@ -30,6 +30,7 @@ def page(
     title: str,
     card: ModelCard,
     config: ConfigDict,
+    precision: str,
     records: list[dict[str, Any]],
     result: Evaluation,
     batch: matplotlib.figure.Figure,
@@ -40,6 +41,7 @@ def page(
       title: what the run is called.
       card: of its model.
       config: of the run.
+      precision: what it was computed in, as `models.precision.said` puts it.
       records: the lines of its metrics.jsonl.
       result: its last evaluation.
       batch: a picture of a batch as the model sees it.
@@ -48,7 +50,7 @@ def page(
     parts = [
         f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>",
         f"<h1>{html.escape(title)}: {html.escape(result.summary())}</h1>",
-        table([(key, value) for key, value in facts(card, records)]),
+        table([(key, value) for key, value in facts(card, precision, records)]),
         picture(curves(records, training_loss(config))),
         "<h2>By class</h2>",
         table([(names[k], percent(value)) for k, value in by_accuracy(result)]),
@@ -62,7 +64,7 @@ def page(
     return "\n".join(parts)
 
 
-def facts(card: ModelCard, records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def facts(card: ModelCard, precision: str, records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """What was trained, from what, how long and how fast."""
     speeds = [r["images_per_sec"] for r in records if "images_per_sec" in r]
     seconds = records[-1]["time"] - records[0]["time"]
@@ -74,6 +76,7 @@ def facts(card: ModelCard, records: list[dict[str, Any]]) -> list[tuple[str, str
         ("sha256 of the weights", card.sha256 or "-"),
         ("input", f"{size}, middle {p.crop_size} px, mean {p.mean}, deviation {p.std}"),
         ("steps", str(records[-1]["step"])),
+        ("computed in", precision),
         ("speed", f"{np.median(speeds):.0f} images/s (median)" if speeds else "-"),
         ("from the first line of the log to the last", f"{seconds:.0f} s"),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +15,7 @@ from jaxsft.cli import UserError
 from jaxsft.models.families import ARCHITECTURES, family_of
 from jaxsft.models.family import ImageSizeError, init_variables, variable_shapes
 from jaxsft.models.layers import Linear
+from jaxsft.models.precision import resolved_precision
 from jaxsft.models.weights import ModelCard, Preprocessing
 
 TORCHVISION = Preprocessing()  # its weights' but for the V2 ones' 232 px
@@ -24,10 +25,16 @@ Pretrained = Callable[
 ]  # (weights, arch, checkpoint) -> variables, card
 
 
-def make_model(config: ConfigDict, num_classes: int, axis_name: str | None = None) -> nn.Module:
+def make_model(
+    config: ConfigDict, num_classes: int, axis_name: str | None = None, devices: Sequence[Any] | None = None
+) -> nn.Module:
     """The network to train, as the config wants it; parameters are float32 whatever its precision.
 
-    `axis_name` is that of the devices over which batch norm takes its statistics; None: each its own.
+    Args:
+      config: of the run.
+      num_classes: of its head.
+      axis_name: of the devices over which batch norm takes its statistics; None: each its own.
+      devices: that it is computed on, which decide on the precision 'auto'; None: `jax.devices()`.
 
     Raises:
       UserError: a rate of dropout or stochastic depth for a network that has none.
@@ -45,7 +52,7 @@ def make_model(config: ConfigDict, num_classes: int, axis_name: str | None = Non
     return architecture(
         num_classes=num_classes,
         head_init=config.model.head_init,
-        dtype=jnp.dtype(config.train.precision),
+        dtype=jnp.dtype(resolved_precision(config.train.precision, devices or jax.devices())),
         axis_name=axis_name,
         frozen=frozen,
         remat=config.train.remat,
@@ -76,7 +83,11 @@ def preprocessing(config: ConfigDict, of_weights: Preprocessing = TORCHVISION) -
 
 
 def initial(
-    config: ConfigDict, class_names: tuple[str, ...], pretrained: Pretrained, axis_name: str | None = None
+    config: ConfigDict,
+    class_names: tuple[str, ...],
+    pretrained: Pretrained,
+    axis_name: str | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> tuple[nn.Module, dict[str, Any], ModelCard, str]:
     """The model, its variables, the card of the run, and a line that says what was done with the head.
 
@@ -87,7 +98,7 @@ def initial(
       config: of the run.
       class_names: of the data.
       pretrained: how weights are had, as `run.pretrained.load_pretrained`.
-      axis_name: as for `make_model`.
+      axis_name, devices: as for `make_model`.
 
     Raises:
       UserError: weights that can't be had or do not fit, fewer classes asked for than the data has, or weighted, or a
@@ -101,7 +112,7 @@ def initial(
         raise UserError(
             f"config.train.class_weights has {count} numbers", f"give one for each of {num_classes} classes"
         )
-    model = make_model(config, num_classes, axis_name)
+    model = make_model(config, num_classes, axis_name, devices)
     checked_shapes(model, config.data.image_size)
     names = class_names if num_classes == len(class_names) else None
     order = config.data.class_order

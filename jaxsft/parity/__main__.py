@@ -21,6 +21,7 @@ from convert import checkpoints, files, names
 from jaxsft import cli, output
 from jaxsft.models.families import ARCHITECTURES, family_of
 from jaxsft.models.family import ImageSizeError, variable_shapes
+from jaxsft.models.precision import said
 from jaxsft.models.weights import shapes
 from jaxsft.parity import table
 
@@ -33,6 +34,7 @@ from jaxsft.parity import networks, oracle
 from jaxsft.parity.compare import Options, compare, model_for
 
 NUM_CLASSES = 10
+PRODUCTS = "highest"  # a TPU or GPU by itself rounds float32 before it multiplies, far more than the tolerances allow
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -53,8 +55,13 @@ def natural(text: str) -> int:
 @contextlib.contextmanager
 def precision(dtype: str) -> Iterator[None]:
     """Arithmetic that deserves a comparison: float32 products in full, and float64 where asked for."""
-    with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
+    with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision(PRODUCTS):
         yield
+
+
+def computed_in(dtype: str) -> str:
+    """The numbers of this side, and how they are multiplied, for people."""
+    return said(dtype, PRODUCTS, jax.devices()[:1]) if dtype == "float32" else dtype
 
 
 def run(options: Options, weights: str = "", every: bool = False) -> list[table.Row]:
@@ -88,6 +95,7 @@ def run(options: Options, weights: str = "", every: bool = False) -> list[table.
                 values = resized(values, height)
             fitting = names.to_torch(values, options.arch)
             oracle.load(torch_model, oracle.state(torch_model) | fitting)
+        cli.say(f"{options.arch} on 1 x {jax.devices()[0].device_kind}: {computed_in(options.dtype)}")
         cli.say(table.HEADER)
         for line in table.lines(remembered(), every):
             cli.say(line)
@@ -122,7 +130,8 @@ def main() -> int:
     rows = run(options, args.weights, args.all)
     worst = table.first_failure(rows)
     records = [row.record() for row in rows]
-    args.json({**dataclasses.asdict(options), "passed": worst is None, "rows": records})
+    record = {**dataclasses.asdict(options), "precision": computed_in(options.dtype)}
+    args.json({**record, "passed": worst is None, "rows": records})
     failed = sum(not row.passed for row in rows)
     what = f"{args.arch}, {args.dtype}, {args.steps} steps: {len(rows)} tensors and numbers compared"
     if worst is None:

@@ -32,6 +32,7 @@ from jaxsft.learn.steps import make_eval_step, make_several, make_train_step
 from jaxsft.models.family import variable_shapes
 from jaxsft.models.initial import checked_shapes, initial, make_model
 from jaxsft.models.layers import OneValueError
+from jaxsft.models.precision import said as precision_said
 from jaxsft.models.weights import ModelCard, Preprocessing
 from jaxsft.run.evaluation import evaluate, of_split
 from jaxsft.run.parallel import DataParallel, all_devices
@@ -57,6 +58,7 @@ class Job:
     train_loader: Loader
     eval_loader: Loader
     bad_files: BadFiles
+    precision: str  # what it is computed in, for people
 
     def epoch(self, step: int) -> float:
         """How many epochs `step` updates are."""
@@ -222,7 +224,9 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     tell(
         f"making {config.model.arch} of {config.model.weights} ..." if config.model.weights else "making the model ..."
     )
-    model, variables, card, said = initial(config, train_source.class_names, load_pretrained, statistics_axis)
+    model, variables, card, said = initial(
+        config, train_source.class_names, load_pretrained, statistics_axis, parallel.devices
+    )
     rate = make_schedule(config, order.steps_per_epoch, total_steps)
     optimizer = make_optimizer(config, variables["params"], rate)
     bad_files = BadFiles(config.data.on_error)
@@ -250,6 +254,7 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
         train_loader=train_loader,
         eval_loader=eval_loader,
         bad_files=bad_files,
+        precision=precision_said(config.train.precision, config.train.matmul_precision, parallel.devices),
     )
     images = f"{len(train_source)} images to train on{of_split(train_source)}, {len(eval_source)} to evaluate on"
-    return job, f"{said}; {images}{of_split(eval_source)}; {parallel}"
+    return job, f"{said}; {images}{of_split(eval_source)}; {parallel}; {job.precision}"

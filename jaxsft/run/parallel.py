@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from jaxsft.cli import UserError
 from jaxsft.data.threads import cores
+from jaxsft.models.precision import DEFAULT, with_products
 
 AXIS = "batch"
 MOST_CORES = 16  # as devices: each has the whole state
@@ -78,15 +79,20 @@ def all_devices(config: ConfigDict) -> DataParallel:
         rows = config.data.batch_size // config.optim.accumulate
         most = min(len(devices), rows // IMAGES_A_CORE) if config.data.last_batch == "drop" else 1
         devices = devices[: max((n for n in range(1, most + 1) if rows % n == 0), default=1)]
-    return DataParallel(config.parallel.backend, devices, are_cores)
+    return DataParallel(config.parallel.backend, devices, are_cores, config.train.matmul_precision)
 
 
 class DataParallel:
     """The devices of a run, and how a step body runs on them."""
 
-    def __init__(self, backend: str = "pmap", devices: Any = None, are_cores: bool = False):
-        """With `are_cores` the devices are the cores of one CPU: one device to whom only the numbers matter."""
-        self.backend = backend
+    def __init__(
+        self, backend: str = "pmap", devices: Any = None, are_cores: bool = False, matmul_precision: str = DEFAULT
+    ):
+        """With `are_cores` the devices are the cores of one CPU: one device to whom only the numbers matter.
+
+        `matmul_precision` is that of the float32 products of all that is compiled for them: train.matmul_precision.
+        """
+        self.backend, self.matmul_precision = backend, matmul_precision
         self.devices = list(jax.devices() if devices is None else devices)
         self.are_cores = are_cores
         self.mesh = Mesh(np.array(self.devices), (AXIS,))
@@ -167,7 +173,7 @@ class DataParallel:
         With `donate_first` the memory of the first argument is given to the first of the results. The host waits in a
         call while more than IN_FLIGHT earlier ones are on their way (see `BoundedDispatch`).
         """
-        donate = (0,) if donate_first else ()
+        donate, body = (0,) if donate_first else (), with_products(body, self.matmul_precision)
         if self.backend == "pmap":
             mapped = jax.pmap(
                 body, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=donate, devices=self.devices

@@ -11,11 +11,13 @@ import numpy as np
 import PIL.Image
 
 from jaxsft import cli, storage
+from jaxsft.buckets import BucketPath
 from jaxsft.data import decode, listing
 from jaxsft.data.augment import normalise
 from jaxsft.data.base import Image, Options
 from jaxsft.data.folder import EXTENSIONS, images
 from jaxsft.data.threads import in_order
+from jaxsft.models.precision import with_products
 from jaxsft.models.weights import Preprocessing
 from jaxsft.run.saved import Run
 from jaxsft.storage import Location
@@ -98,7 +100,7 @@ def batches(pictures: Sequence[Picture], to: Preprocessing, upright: bool) -> It
     batch = np.zeros((size, to.crop_size, to.crop_size, 3), np.float32)
     read = in_order(attempt, pictures, size)
     for number, (picture, image) in enumerate(zip(pictures, read, strict=True)):
-        name = str(picture) if isinstance(picture, Path) else f"image {number}"
+        name = str(picture) if isinstance(picture, Path | BucketPath) else f"image {number}"
         if isinstance(image, decode.Unreadable):
             cli.warn(f"left out {name}: {image}")
             continue
@@ -119,10 +121,10 @@ def predict(run: Run, pictures: Sequence[Picture], topk: int) -> Iterator[dict[s
     """
     to = run.card.preprocessing
 
-    @jax.jit
-    def probabilities(variables: Any, images: jax.Array) -> jax.Array:
+    def body(variables: Any, images: jax.Array) -> jax.Array:
         return jax.nn.softmax(run.model.apply(variables, normalise(images, to), train=False))
 
+    probabilities = jax.jit(with_products(body, run.config.train.matmul_precision))
     for names, batch in batches(pictures, to, run.config.data.exif_orientation):
         rows = np.asarray(probabilities(run.variables, batch))[: len(names)]
         if not np.isfinite(rows).all():

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from jaxsft import cli, storage
 from jaxsft.interpret.metrics import Evaluation
+from jaxsft.models.precision import continued
 from jaxsft.progress import progress
 from jaxsft.run import checkpoint
 from jaxsft.run import workdir as workdir_module
@@ -27,6 +28,7 @@ from jaxsft.run.checkpoint import Checkpoints, Unwritten
 from jaxsft.run.interrupts import Interrupted, Interrupts
 from jaxsft.run.job import Job, prepare
 from jaxsft.run.log import Log, Meter, NotFinite, Throughput, records
+from jaxsft.run.profile import Profile
 from jaxsft.run.working_copy import WorkingCopy
 from jaxsft.storage import Location
 
@@ -37,10 +39,18 @@ class Trainer:
     """The loop: updates, and between them lines of the log, evaluations, checkpoints, and an ear for signals."""
 
     def __init__(
-        self, job: Job, start: int, meter: Meter, best: Best, checkpoints: Checkpoints, interrupts: Interrupts, log: Log
+        self,
+        job: Job,
+        start: int,
+        meter: Meter,
+        best: Best,
+        checkpoints: Checkpoints,
+        interrupts: Interrupts,
+        log: Log,
+        profile: Profile,
     ):
         self.job, self.start, self.meter, self.best = job, start, meter, best
-        self.checkpoints, self.interrupts, self.log = checkpoints, interrupts, log
+        self.checkpoints, self.interrupts, self.log, self.profile = checkpoints, interrupts, log, profile
         self.speed = Throughput()
         self.began = self.epoch_began = time.perf_counter()
 
@@ -55,7 +65,8 @@ class Trainer:
             if 0 < self.start < total and job.is_evaluated(self.start) and not self.log.has_evaluation(self.start):
                 self.evaluate(self.start)  # a signal came before its end
             for steps in job.calls(self.start):
-                self.update(steps)
+                with self.profile.call(steps):
+                    self.update(steps)
                 self.bar.set_postfix_str(f"epoch {job.epoch(steps[-1]):.2f}, loss {self.meter.loss:.4f}", refresh=False)
                 self.bar.update(len(steps) * batch_size)
                 step = steps[-1]
@@ -122,7 +133,12 @@ class Trainer:
     def save(self, step: int) -> None:
         """Start writing the checkpoint of `step`."""
         card = dataclasses.asdict(self.job.card)
-        host = {"meter": self.meter.compute(), "config": self.job.config.to_dict(), "card": card}
+        host = {
+            "meter": self.meter.compute(),
+            "config": self.job.config.to_dict(),
+            "card": card,
+            "precision": self.job.precision,
+        }
         self.log.sync()
         self.checkpoints.save(self.job.state, step, host, best=self.best.step)
 
@@ -147,12 +163,13 @@ class Trainer:
         )
 
 
-def fit(job: Job, workdir: WorkingCopy, in_session: bool = False) -> Evaluation:
+def fit(job: Job, workdir: WorkingCopy, profile: int = 0, in_session: bool = False) -> Evaluation:
     """Train from the newest intact checkpoint (or the start) to the end, and leave the files of a finished run.
 
     Args:
       job: to do.
       workdir: where its files go.
+      profile: how many of its steps are traced.
       in_session: whether the process is a session of Python, which goes on afterwards (see `Interrupts`).
 
     Raises:
@@ -163,9 +180,10 @@ def fit(job: Job, workdir: WorkingCopy, in_session: bool = False) -> Evaluation:
     start, meter = resume(job, workdir)
     best = Best.of(workdir.path, config.checkpoint.best_metric, start)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.train.on_nan, writes=is_main)
+    traced = Profile(job, workdir, profile)  # is left last, after a signal once all is saved
     interrupts = Interrupts(job.parallel, in_session)
-    with checkpoints, Log(workdir.path, start, is_main) as log, interrupts:
-        trainer = Trainer(job, start, meter, best, checkpoints, interrupts, log)
+    with traced, checkpoints, Log(workdir.path, start, is_main) as log, interrupts:
+        trainer = Trainer(job, start, meter, best, checkpoints, interrupts, log, traced)
         try:
             with jax.transfer_guard("disallow"):
                 return trainer.run()
@@ -198,6 +216,10 @@ def resume(job: Job, workdir: WorkingCopy) -> tuple[int, Meter]:
         return 0, Meter(finite=finite)
     job.state = job.parallel.replicate(restored.state)
     say(job, f"resuming at step {restored.step} of {job.total_steps}")
+    before = restored.record.get("precision", job.precision)
+    job.precision = continued(before, job.precision, step)
+    if job.precision != before and job.parallel.is_main:
+        cli.warn(f"{workdir.place} is computed in other numbers from step {step + 1} on: {job.precision}")
     return restored.step, Meter(restored.record["meter"], finite)
 
 
@@ -243,12 +265,12 @@ def silent_orbax() -> Iterator[None]:
 
 
 @silent_orbax()
-def train(config: ConfigDict, workdir: Location, in_session: bool = False) -> None:
+def train(config: ConfigDict, workdir: Location, profile: int = 0, in_session: bool = False) -> None:
     """Fine-tune as `config` says, in `workdir`, and print where the run lies and its accuracy.
 
     Raises:
       UserError: the config, the data, the weights or the directory do not allow it; found before anything is written.
-      Preempted, Stop: as `fit`, whose `in_session` this is.
+      Preempted, Stop: as `fit`, whose `profile` and `in_session` these are.
     """
     began = time.perf_counter()
     finished = workdir_module.final_record(workdir)
@@ -262,7 +284,7 @@ def train(config: ConfigDict, workdir: Location, in_session: bool = False) -> No
         say(job, said)
         if job.parallel.is_main:
             job.bad_files.write_to(copy.path)
-        result = fit(job, copy, in_session)
+        result = fit(job, copy, profile, in_session)
         if job.parallel.is_main:
             write_report(job, copy, result)
     say(job, f"{workdir}: {result.summary()}, {time.perf_counter() - began:.0f} s")
@@ -276,7 +298,7 @@ def write_report(job: Job, workdir: WorkingCopy, result: Evaluation) -> None:
     try:
         images, labels = show.batch_of(job.config, job.train_source, job.card.preprocessing, IN_REPORT)
         batch = show.grid(images, labels, job.train_source.class_names)
-        page = html.page(workdir.place.name, job.card, job.config, records(workdir.path), result, batch)
+        page = html.page(workdir.place.name, job.card, job.config, job.precision, records(workdir.path), result, batch)
         storage.write_file(workdir.path / "report.html", page.encode(errors="replace"))
     except Exception as error:
         cli.warn(f"no report.html could be made: {type(error).__name__}: {error}")
