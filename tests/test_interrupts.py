@@ -29,9 +29,9 @@ for name in sys.argv[2:]:
         interrupts.defer()
         os.kill(os.getpid(), signal.Signals[name])
         try:
-            for step in range(500):
+            for _ in range(500):
                 time.sleep(0.01)
-                interrupts.poll(step)
+                interrupts.poll()
             print("never heard")
         except Interrupted as interrupted:
             print(interrupted)
@@ -61,7 +61,7 @@ def heard(number: int) -> int | None:
         try:
             for _ in range(20):
                 interrupts._thread.join(0.01)
-                interrupts.poll(0)
+                interrupts.poll()
         except Interrupted as interrupted:
             return interrupted.number
     return None
