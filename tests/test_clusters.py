@@ -14,9 +14,9 @@ import pytest
 from jax._src.clusters import cloud_tpu_cluster, k8s_cluster
 
 from jaxsft.cli import Stop, UserError
-from jaxsft.run import clusters, processes
+from jaxsft.run import clusters, processes, sockets
 from jaxsft.run.rendezvous import ProcessInfo
-from tests import launched, small
+from tests import launched, small, strangers
 from tests.conftest import ROOT
 
 ONE = ProcessInfo("", 0, 1, 0)
@@ -229,6 +229,49 @@ def test_jax_is_told_what_was_found_and_asks_nobody(monkeypatch) -> None:
                                   "coordinator_bind_address": "a:2"}  # fmt: skip
             assert told.pop() == ("a:1", 2, 1, (1,))
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+# Joins the other process, and parts from it when both are told to.
+JOIN = """
+import sys
+from jaxsft.run import processes
+with processes.join({}, 60):
+    print("joined", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_strangers_at_every_port_neither_block_nor_end_it(tmp_path: Path) -> None:
+    """Neither where we meet nor where JAX's own service listens; it does so only where the coordinator is named."""
+    port = sockets.free_port()
+    group: list[subprocess.Popen[str]] = []
+
+    def come(index: int) -> subprocess.Popen[str]:
+        environment = {**clusters.os.environ, **launched.slurm(index, 2), "JAX_COORDINATOR_PORT": str(port)}
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        command = [sys.executable, "-c", JOIN]
+        group.append(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes))  # type: ignore[call-overload]
+        return group[-1]
+
+    try:
+        with strangers.at(come(0).pid) as visited:
+            while port not in visited:
+                time.sleep(0.05)
+            come(1)
+            assert [process.stdout.readline() for process in group] == ["joined\n"] * 2  # type: ignore[union-attr]
+            while len(visited) < 2:
+                time.sleep(0.05)
+            for reached in visited:
+                with pytest.raises(ConnectionRefusedError):
+                    socket.create_connection(("127.0.0.2", reached), timeout=5)
+            for process in group:
+                process.stdin.write("\n")  # type: ignore[union-attr]
+                process.stdin.flush()  # type: ignore[union-attr]
+            ended = [process.communicate(timeout=60) for process in group]
+        assert [process.returncode for process in group] == [0, 0], ended
+    finally:
+        for process in group:
+            process.kill()
 
 
 def test_a_card_that_is_passed_through_is_no_cluster(namespace, cache: Path, tmp_path: Path) -> None:

@@ -94,6 +94,48 @@ def test_a_signal_of_the_program_around_is_no_reason_to_stop() -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
+# A notebook's, say: JAX is connected, and the loop runs in another thread, so that its handler of SIGTERM is JAX's.
+NOTICE = """
+import os, signal, threading, time
+import jax
+from jaxsft.run.interrupts import Interrupted, Interrupts
+from jaxsft.run.parallel import DataParallel
+from jaxsft.run.sockets import free_port
+
+jax.config.update("jax_enable_preemption_service", {enabled})
+jax.distributed.initialize(f"127.0.0.1:{{free_port()}}", 1, 0, cluster_detection_method="deactivate")
+
+def loop():
+    with Interrupts(DataParallel()) as interrupts:
+        interrupts.defer()
+        try:
+            for _ in range({polls}):
+                time.sleep(0.01)
+                interrupts.poll()
+            print("never")
+        except Interrupted as interrupted:
+            print(interrupted, time.monotonic() - interrupted.noticed < 5)
+
+thread = threading.Thread(target=loop)
+thread.start()
+{notice}
+thread.join()
+jax.distributed.shutdown()
+"""
+
+
+@pytest.mark.parametrize(
+    ("enabled", "notice", "polls", "said"),
+    [
+        (True, "os.kill(os.getpid(), signal.SIGTERM)", 3000, "SIGTERM True"),
+        (False, "", 3, "never"),
+    ],
+)
+def test_a_notice_of_jax_counts_in_one_process_too(run, enabled: bool, notice: str, polls: int, said: str) -> None:
+    done = run("-c", NOTICE.format(enabled=enabled, notice=notice, polls=polls), timeout=60)
+    assert done.stdout == f"{said}\n", done.stderr
+
+
 BEFORE = """
 import os, signal, time
 from jaxsft.run.interrupts import Interrupts
