@@ -124,6 +124,29 @@ jax.distributed.shutdown()
 """
 
 
+CONNECTED = """
+import time
+from types import SimpleNamespace
+from jaxsft.run import processes, sockets
+from jaxsft.run.rendezvous import ProcessInfo
+
+place = f"127.0.0.1:{sockets.free_port()}"
+processes.connect(SimpleNamespace(info=ProcessInfo("", 0, 1, 0), address=place, bind_address=place), 10)
+print("connected", flush=True)
+time.sleep(20)
+"""
+
+
+def test_before_the_loop_a_connected_process_ends_at_once() -> None:
+    """JAX's own handler would note a SIGTERM for the loop, which may begin minutes later."""
+    process = subprocess.Popen([sys.executable, "-c", CONNECTED], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "connected\n"
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM
+
+
 @pytest.mark.parametrize(
     ("enabled", "notice", "polls", "said"),
     [
@@ -140,14 +163,17 @@ BEFORE = """
 import os, signal, time
 from jaxsft.run.interrupts import Interrupts
 from jaxsft.run.parallel import DataParallel
-with Interrupts(DataParallel()):
+parallel = DataParallel()
+parallel.process_count = {}
+with Interrupts(parallel):
     print("ready", flush=True)
     time.sleep(60)
 """
 
 
-def test_before_the_first_step_the_end_of_the_terminal_ends_it_at_once() -> None:
-    process = subprocess.Popen([sys.executable, "-c", BEFORE], cwd=ROOT, stdout=subprocess.PIPE,
+@pytest.mark.parametrize("processes", [1, 2])
+def test_before_the_first_step_the_end_of_the_terminal_ends_it_at_once(processes: int) -> None:
+    process = subprocess.Popen([sys.executable, "-c", BEFORE.format(processes)], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

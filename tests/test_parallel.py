@@ -145,7 +145,8 @@ def test_all_processes_stop_at_the_same_step_and_resume(start, one_device: Path,
     assert "accuracy" in results[0][1]
     assert "accuracy" not in results[1][1]  # one speaks and writes
     assert len(list(tmp_path.glob("events.*"))) == 1
-    steps = [re.search(r"stopped: SIGTERM at step (\d+) of 16, saved in", err) for _, _, err in results]
+    stopped = r"stopped: SIGTERM at step (\d+) of 16, saved in \S+, \d+\.\d s after the notice; "
+    steps = [re.search(stopped, err) for _, _, err in results]
     assert len({match and match[1] for match in steps}) == 1, results
     results = ended(start([TRAIN], *SYNC, "--workdir", tmp_path))
     assert results[0][0] == 0, results

@@ -59,7 +59,7 @@ def connect(port: int) -> socket.socket:
 
 def assert_met(met: dict[int, Rendezvous | Stop]) -> None:
     assert {index: type(meeting) for index, meeting in met.items()} == {0: Rendezvous, 1: Rendezvous}, met
-    assert met[0].address == met[1].address  # type: ignore[union-attr]
+    assert met[0].address == met[0].bind_address == met[1].address  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
