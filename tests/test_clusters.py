@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 import subprocess
 import sys
@@ -222,13 +221,11 @@ def test_jax_is_told_what_was_found_and_asks_nobody(monkeypatch) -> None:
     monkeypatch.setattr(jax.distributed, "initialize", lambda *said, **named: told.extend([said, named]))
     for name, value in launched.slurm(1, 2).items():
         monkeypatch.setenv(name, value)
-    before = signal.getsignal(signal.SIGTERM)
     for values in ({}, {"coordinator": "b:1", "num-processes": "2", "process-id": "1"}):
         with processes.join(values, 7):
-            assert told.pop() == {"cluster_detection_method": "deactivate", "initialization_timeout": 7,
-                                  "coordinator_bind_address": "a:2"}  # fmt: skip
-            assert told.pop() == ("a:1", 2, 1, (1,))
-    assert signal.getsignal(signal.SIGTERM) == before
+            told.append("trains")
+    named = {"cluster_detection_method": "deactivate", "initialization_timeout": 7, "coordinator_bind_address": "a:2"}
+    assert told == [("a:1", 2, 1, (1,)), named, "trains"] * 2
 
 
 # Joins the other process, and parts from it when both are told to.
@@ -243,6 +240,11 @@ with processes.join({}, 60):
 
 def test_strangers_at_every_port_neither_block_nor_end_it(tmp_path: Path) -> None:
     """Neither where we meet nor where JAX's own service listens; it does so only where the coordinator is named."""
+
+    def assert_unreached(port: int) -> None:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", port), timeout=5)
+
     port = sockets.free_port()
     group: list[subprocess.Popen[str]] = []
 
@@ -257,13 +259,13 @@ def test_strangers_at_every_port_neither_block_nor_end_it(tmp_path: Path) -> Non
         with strangers.at(come(0).pid) as visited:
             while port not in visited:
                 time.sleep(0.05)
+            assert_unreached(port)
             come(1)
             assert [process.stdout.readline() for process in group] == ["joined\n"] * 2  # type: ignore[union-attr]
             while len(visited) < 2:
                 time.sleep(0.05)
-            for reached in visited:
-                with pytest.raises(ConnectionRefusedError):
-                    socket.create_connection(("127.0.0.2", reached), timeout=5)
+            for jaxs in visited - {port}:
+                assert_unreached(jaxs)
             for process in group:
                 process.stdin.write("\n")  # type: ignore[union-attr]
                 process.stdin.flush()  # type: ignore[union-attr]

@@ -81,7 +81,8 @@ def connect(rendezvous: Rendezvous, timeout: int) -> None:
         initialization_timeout=timeout,
         coordinator_bind_address=rendezvous.bind_address,
     )
-    if threading.current_thread() is threading.main_thread() and (handler := signal.getsignal(signal.SIGTERM)):
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None and threading.current_thread() is threading.main_thread():
         # Python's again: JAX's only takes a note, and until the loop runs there would be nobody who reads it.
         signal.signal(signal.SIGTERM, handler)
 
