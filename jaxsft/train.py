@@ -3,8 +3,8 @@
 python -m jaxsft.train --config configs/cifar10.py[:VARIANT] [--workdir DIR] [--config.KEY=VALUE ...]
 
 The same command again resumes; a finished run says so. --workdir defaults to runs/<config file>[-<variant>].
-Several machines, one process each: TPU pods and Slurm are recognised; elsewhere start the same command on each with
---coordinator HOST:PORT --num-processes N --process-id K (K from 0; HOST is the machine of process 0).
+Several machines: TPU pods, Slurm, MPI and Kubernetes are recognised (docs/clusters.md); elsewhere start the same
+command on each with --coordinator HOST:PORT --num-processes N --process-id K (K from 0; HOST is the machine of 0).
 """
 
 from __future__ import annotations

@@ -77,6 +77,15 @@ def run(cache: Path, pytestconfig: pytest.Config):
 
 
 @pytest.fixture(scope="session")
+def namespace() -> tuple[str, ...]:
+    """The command that runs a script of the shell in a mount namespace of its own, where any user is root."""
+    shell = ("unshare", "--user", "--map-root-user", "--mount", "bash", "-euc")
+    if subprocess.run([*shell, "mount -t tmpfs none /mnt"], check=False, capture_output=True).returncode:
+        pytest.skip("this user may not make a mount namespace")
+    return shell
+
+
+@pytest.fixture(scope="session")
 def realdata() -> Path:
     """The folder of the real CIFAR-10: bin/cifar-10-batches-bin/*.bin, and tfds/ to be passed as data_dir."""
     script = REAL_DATA / "get_cifar10.py"

@@ -29,9 +29,9 @@ for name in sys.argv[2:]:
         interrupts.defer()
         os.kill(os.getpid(), signal.Signals[name])
         try:
-            for step in range(500):
+            for _ in range(500):
                 time.sleep(0.01)
-                interrupts.poll(step)
+                interrupts.poll()
             print("never heard")
         except Interrupted as interrupted:
             print(interrupted)
@@ -61,7 +61,7 @@ def heard(number: int) -> int | None:
         try:
             for _ in range(20):
                 interrupts._thread.join(0.01)
-                interrupts.poll(0)
+                interrupts.poll()
         except Interrupted as interrupted:
             return interrupted.number
     return None
@@ -94,18 +94,86 @@ def test_a_signal_of_the_program_around_is_no_reason_to_stop() -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
+# A notebook's, say: JAX is connected, and the loop runs in another thread, so that its handler of SIGTERM is JAX's.
+NOTICE = """
+import os, signal, threading, time
+import jax
+from jaxsft.run.interrupts import Interrupted, Interrupts
+from jaxsft.run.parallel import DataParallel
+from jaxsft.run.sockets import free_port
+
+jax.config.update("jax_enable_preemption_service", {enabled})
+jax.distributed.initialize(f"127.0.0.1:{{free_port()}}", 1, 0, cluster_detection_method="deactivate")
+
+def loop():
+    with Interrupts(DataParallel()) as interrupts:
+        interrupts.defer()
+        try:
+            for _ in range({polls}):
+                time.sleep(0.01)
+                interrupts.poll()
+            print("never")
+        except Interrupted as interrupted:
+            print(interrupted, time.monotonic() - interrupted.noticed < 5)
+
+thread = threading.Thread(target=loop)
+thread.start()
+{notice}
+thread.join()
+jax.distributed.shutdown()
+"""
+
+
+CONNECTED = """
+import time
+from types import SimpleNamespace
+from jaxsft.run import processes, sockets
+from jaxsft.run.rendezvous import ProcessInfo
+
+place = f"127.0.0.1:{sockets.free_port()}"
+processes.connect(SimpleNamespace(info=ProcessInfo("", 0, 1, 0), address=place, bind_address=place), 10)
+print("connected", flush=True)
+time.sleep(20)
+"""
+
+
+def test_before_the_loop_a_connected_process_ends_at_once() -> None:
+    """JAX's own handler would note a SIGTERM for the loop, which may begin minutes later."""
+    process = subprocess.Popen([sys.executable, "-c", CONNECTED], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "connected\n"
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("enabled", "notice", "polls", "said"),
+    [
+        (True, "os.kill(os.getpid(), signal.SIGTERM)", 3000, "SIGTERM True"),
+        (False, "", 3, "never"),
+    ],
+)
+def test_a_notice_of_jax_counts_in_one_process_too(run, enabled: bool, notice: str, polls: int, said: str) -> None:
+    done = run("-c", NOTICE.format(enabled=enabled, notice=notice, polls=polls), timeout=60)
+    assert done.stdout == f"{said}\n", done.stderr
+
+
 BEFORE = """
 import os, signal, time
 from jaxsft.run.interrupts import Interrupts
 from jaxsft.run.parallel import DataParallel
-with Interrupts(DataParallel()):
+parallel = DataParallel()
+parallel.process_count = {}
+with Interrupts(parallel):
     print("ready", flush=True)
     time.sleep(60)
 """
 
 
-def test_before_the_first_step_the_end_of_the_terminal_ends_it_at_once() -> None:
-    process = subprocess.Popen([sys.executable, "-c", BEFORE], cwd=ROOT, stdout=subprocess.PIPE,
+@pytest.mark.parametrize("processes", [1, 2])
+def test_before_the_first_step_the_end_of_the_terminal_ends_it_at_once(processes: int) -> None:
+    process = subprocess.Popen([sys.executable, "-c", BEFORE.format(processes)], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

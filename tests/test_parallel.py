@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxsft.run import checkpoint, processes
-from jaxsft.run.rendezvous import ProcessInfo
+from jaxsft.run import checkpoint
 from jaxsft.run.saved import load_run
-from tests import small
+from tests import launched, small
 from tests.conftest import DEVICES, ROOT, compile_flags
 
 SYNC = (*small.ARGUMENTS, "--config.parallel.batch_norm=sync", "--config.checkpoint.keep=9")
@@ -34,21 +33,38 @@ def free_port() -> int:
 TRAIN = ("jaxsft.train",)
 
 
-@pytest.fixture(scope="module")
-def start(cache: Path, pytestconfig: pytest.Config):
-    """Start processes that are to meet: start(modules, *arguments, ids, count, devices) -> list of Popen."""
-    started: list[subprocess.Popen] = []
+def told(by: str, index: int, count: int, port: int) -> tuple[list[object], dict[str, str]]:
+    """The options and the environment that tell a process which of `count` it is."""
+    if by == "options":
+        address = f"127.0.0.1:{port}"
+        return ["--coordinator", address, "--num-processes", count, "--process-id", index], {}
+    environment = {"slurm": launched.slurm, "open_mpi": launched.open_mpi, "kubernetes": launched.kubernetes}[by]
+    return [], {**environment(index, count), "JAX_COORDINATOR_PORT": str(port)}
 
-    def start_(modules: list[tuple], *arguments: object, ids=None, count=None, devices: int = 1):
-        address = f"127.0.0.1:{free_port()}"
+
+@pytest.fixture(scope="module")
+def start(cache: Path, pytestconfig: pytest.Config, tmp_path_factory):
+    """Start processes that are to meet: start(modules, *arguments, ids, count, devices, by, shell) -> list of Popen."""
+    started: list[subprocess.Popen] = []
+    packages = tmp_path_factory.mktemp("packages")
+    launched.install(packages, "kubernetes")
+
+    def start_(
+        modules: list[tuple], *arguments: object, ids=None, count=None, devices: int = 1, by="options", shell=()
+    ):
+        port = free_port()
         flags = f"{DEVICES.format(devices)} {compile_flags(pytestconfig)}"
-        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache), "XLA_FLAGS": flags}
+        path = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache), "XLA_FLAGS": flags,
+               "PYTHONPATH": path}  # fmt: skip
+        before = [*shell, launched.AS_POD] if by == "kubernetes" else []
         group = []
         for index, module in zip(ids or range(len(modules)), modules, strict=True):
-            place = ("--coordinator", address, "--num-processes", count or len(modules), "--process-id", index)
-            command = [sys.executable, "-m", *map(str, (*module, *arguments, *place))]
-            group.append(subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdin=subprocess.DEVNULL,
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE))  # fmt: skip
+            place, environment = told(by, index, count or len(modules), port)
+            command = [*before, sys.executable, "-m", *map(str, (*module, *arguments, *place))]
+            group.append(subprocess.Popen(command, cwd=ROOT, env={**env, **environment}, text=True,
+                                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                          stderr=subprocess.PIPE))  # fmt: skip
         started.extend(group)
         return group
 
@@ -121,15 +137,16 @@ def test_processes(start, one_device: Path, tmp_path: Path, count: int, devices:
 
 
 def test_all_processes_stop_at_the_same_step_and_resume(start, one_device: Path, tmp_path: Path) -> None:
-    """Only the second is told to stop; then one process resumes what two have begun."""
+    """Only the second is told to stop; then one process resumes what two have begun. Here Open MPI starts them."""
     calm, victim = (("tests.victim", "step", at, 0, "SIGTERM") for at in (99, 5))
-    results = ended(start([calm, victim], *SYNC, "--workdir", tmp_path))
+    results = ended(start([calm, victim], *SYNC, "--workdir", tmp_path, by="open_mpi"))
     assert [status for status, _, _ in results] == [143, 143], results
     assert "2 x cpu in 2 processes, pmap" in results[0][1]
     assert "accuracy" in results[0][1]
     assert "accuracy" not in results[1][1]  # one speaks and writes
     assert len(list(tmp_path.glob("events/*"))) == 1
-    steps = [re.search(r"stopped: SIGTERM at step (\d+) of 16, saved in", err) for _, _, err in results]
+    stopped = r"stopped: SIGTERM at step (\d+) of 16, saved in \S+, \d+\.\d s after the notice; "
+    steps = [re.search(stopped, err) for _, _, err in results]
     assert len({match and match[1] for match in steps}) == 1, results
     results = ended(start([TRAIN], *SYNC, "--workdir", tmp_path))
     assert results[0][0] == 0, results
@@ -137,22 +154,35 @@ def test_all_processes_stop_at_the_same_step_and_resume(start, one_device: Path,
     assert_same_run(one_device, tmp_path)
 
 
+@pytest.mark.full
+def test_processes_of_kubernetes(start, namespace, one_device: Path, tmp_path: Path) -> None:
+    results = ended(start([TRAIN] * 2, *SYNC, "--workdir", tmp_path, by="kubernetes", shell=namespace))
+    assert [status for status, _, _ in results] == [0, 0], results
+    assert "2 x cpu in 2 processes, pmap" in results[0][1]
+    assert_same_run(one_device, tmp_path)
+
+
 def test_a_process_that_dies_ends_the_others_at_once(start, tmp_path: Path) -> None:
+    """Here Slurm starts them."""
     calm, victim = (("tests.victim", "step", at, 0, "SIGKILL") for at in (99, 3))
-    results = ended(start([calm, victim, calm], *SYNC[:-2], "--config.data.batch_size=18", "--workdir", tmp_path))
+    results = ended(
+        start([calm, victim, calm], *SYNC[:-2], "--config.data.batch_size=18", "--workdir", tmp_path, by="slurm")
+    )
     assert [status for status, _, _ in results] == [1, -signal.SIGKILL, 1], results
     for _, _, err in (results[0], results[2]):
         assert err.splitlines()[-1] == "error: process 1 of 3 is gone; start all again: the same command resumes"
 
 
-def test_a_process_that_does_not_come_is_named(start, tmp_path: Path) -> None:
+def test_a_process_that_does_not_come_is_named(start, namespace, tmp_path: Path) -> None:
+    """Here Kubernetes starts them, and two of four pods are not there yet."""
     limit = "--config.parallel.timeout_seconds=8"
-    results = ended(start([TRAIN] * 2, *SYNC, limit, "--workdir", tmp_path / "run", ids=(0, 2), count=4), timeout=60)
+    arguments = (*SYNC, limit, "--workdir", tmp_path / "run")
+    results = ended(start([TRAIN] * 2, *arguments, ids=(0, 2), count=4, by="kubernetes", shell=namespace), timeout=60)
     assert [status for status, _, _ in results] == [1, 1]
     for _, _, err in results:
         assert re.fullmatch(
-            r"error: of 4 processes 1, 3 did not come within 8 s; start them with --process-id 1, 3 and see that they"
-            r" can reach 127.0.0.1:\d+\n",
+            r"error: of 4 processes 1, 3 did not come within 8 s; start them, and see that they can reach"
+            r" train-0.pods:\d+\n",
             err,
         )
     assert not (tmp_path / "run").exists()
@@ -165,14 +195,3 @@ def test_a_coordinator_that_does_not_answer_is_named(start, tmp_path: Path) -> N
     assert re.match(
         r"error: process 0 did not answer at 127.0.0.1:\d+ within 2 s \(.*refused\); start it, and see", err
     )
-
-
-@pytest.mark.parametrize(
-    ("hosts", "host"),
-    [("node001", "node001"), ("node001,host2", "node001"), ("node[001-0015],host2", "node001"), ("n[01,07-9]", "n01")],
-)
-def test_slurm_says_where_we_are(hosts: str, host: str) -> None:
-    environment = {"SLURM_JOB_ID": "4099", "SLURM_STEP_NODELIST": hosts, "SLURM_NTASKS": "4", "SLURM_PROCID": "3",
-                   "SLURM_LOCALID": "1"}  # fmt: skip
-    assert processes.from_slurm(environment) == ProcessInfo(host, 61440 + 3, 4, 3)
-    assert processes.from_slurm({"SLURM_JOB_ID": "1"}) is None

@@ -67,10 +67,12 @@ def test_a_signal_is_answered_with_a_checkpoint_of_the_step(run, undisturbed, tm
         if moment == "compilation":
             assert said.startswith("stopped: SIGTERM before the first step; there was nothing to save")
             continue
-        match = re.fullmatch(rf"stopped: {name} at step (\d+) of 16, saved in (\S+); the same command resumes", said)
+        saved = rf"stopped: {name} at step (\d+) of 16, saved in (\S+), (\d+\.\d) s after the notice"
+        match = re.fullmatch(f"{saved}; the same command resumes", said)
         assert match, done.stderr
         before, at = at, int(match[1])
         assert f"resuming at step {before} " in done.stdout or before == 0
+        assert float(match[3]) < 30
         assert at > before  # no step made is lost
         assert checkpoint.steps(tmp_path)[-1] == at
         assert Path(match[2]) == tmp_path / "checkpoints" / str(at)

@@ -59,7 +59,7 @@ def connect(port: int) -> socket.socket:
 
 def assert_met(met: dict[int, Rendezvous | Stop]) -> None:
     assert {index: type(meeting) for index, meeting in met.items()} == {0: Rendezvous, 1: Rendezvous}, met
-    assert met[0].address == met[1].address  # type: ignore[union-attr]
+    assert met[0].address == met[0].bind_address == met[1].address  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_where_no_descriptor_is_left_the_first_silent_one_goes() -> None:
         last = stack.enter_context(connect(port))
         last.sendall(b'{"index": 1, "count": 2}\n')
         deadline = time.monotonic() + 5
-        arrivals = messages.accept_handshakes(server, 64, deadline)  # type: ignore[arg-type]
+        arrivals = messages.accept_handshakes([server], 64, deadline)  # type: ignore[arg-type]
         connection, index, count = next(arrivals)
         assert (index, count) == (1, 2)
         assert server.calls >= 5
@@ -171,7 +171,7 @@ def test_who_does_not_come_is_named_in_time() -> None:
         assert idle.recv(1) == b""
         assert time.monotonic() - began < 3
         time.sleep(0.1)
-        assert str(met[0]).startswith("of 2 processes 1 did not come within 1 s; start them with --process-id 1")
+        assert str(met[0]).startswith("of 2 processes 1 did not come within 1 s; start them, and see")
 
 
 @pytest.mark.parametrize(
@@ -247,9 +247,10 @@ def test_a_broken_collective_is_laid_to_the_process_that_broke_it(monkeypatch, w
     told: list[str] = []
 
     class Peers:
-        address = "127.0.0.1:1"
+        address = bind_address = "127.0.0.1:1"
 
-        def __init__(self, *_: object) -> None: ...
+        def __init__(self, info: ProcessInfo, timeout: float):
+            self.info = info
 
         def watch(self) -> None:
             threading.Timer(0.1, told.append, ["process 1 is gone"]).start()

@@ -7,12 +7,15 @@ a minute. So the signal wakes a thread of our own, through the descriptor that t
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -26,24 +29,28 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 class Interrupted(Exception):
     """A signal asks the run to stop, in all its processes at the same step."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, noticed: float):
+        """`noticed` is when this process heard of it, of time.monotonic()."""
         super().__init__(signal.Signals(number).name)
-        self.number = number
+        self.number, self.noticed = number, noticed
 
 
 class Interrupts:
     """To be entered around a loop that calls `poll` at every step, and `defer` once there is something to save.
 
-    Before `defer` a signal ends a run of one process at once, also in the middle of a compilation. After it, the next
-    `poll` raises Interrupted; a second SIGINT leaves at once, wherever we are. In a run of several processes, `poll`
-    raises in all of them at the same call, one call late: the answer to one call's question is read at the next, so
-    that no device waits. JAX's own notice of preemption (`reached_preemption_sync_point`) counts as a SIGTERM. Where
-    the end of the terminal (SIGHUP) was ignored before, as under nohup, it stays so.
+    Before `defer` a signal ends the process at once, also in the middle of a compilation. After it, the next `poll`
+    raises Interrupted; a second SIGINT leaves at once, wherever we are. In a run of several processes, `poll` raises in
+    all of them at the same call, one call late: the answer to one call's question is read at the next, so that no
+    device waits. JAX's own notice of preemption (`reached_preemption_sync_point`) counts as a SIGTERM, wherever
+    `jax.distributed` is initialized. Where the end of the terminal (SIGHUP) was ignored before, as under nohup, it
+    stays so.
 
     In a session of Python (`in_session`) the process is not ours to end. Where a command would end at once, the signal
     goes to whoever answered it before, as if we were not there: Ctrl-C then raises KeyboardInterrupt, in a compilation
     at its end.
     """
+
+    _calls: ClassVar[Iterator[int]] = itertools.count(1)  # of `poll`, in this process
 
     def __init__(self, parallel: DataParallel, in_session: bool = False):
         self._parallel = parallel
@@ -51,6 +58,7 @@ class Interrupts:
         self._deferring = False
         self._received: list[int] = []
         self._before: dict[int, Any] = {}
+        self._noticed = float("inf")
         self._asked: jax.Array | None = None
 
     def __enter__(self) -> Interrupts:
@@ -86,19 +94,26 @@ class Interrupts:
         """From now on the next `poll` answers a signal, for there is something to save."""
         self._deferring = True
 
-    def poll(self, step: int) -> None:
+    def poll(self) -> None:
         """Raise Interrupted where this process (of several: any) has been told to stop.
 
         Every process must call it equally often.
         """
-        if self._parallel.process_count == 1:
-            stop = bool(self._received)
-        else:
-            mine = bool(self._received) or multihost_utils.reached_preemption_sync_point(step)
-            before, self._asked = self._asked, self._parallel.any(mine)
+        stop = self._has_notice(next(self._calls)) or bool(self._received)
+        if self._parallel.process_count > 1:
+            before, self._asked = self._asked, self._parallel.any(stop)
             stop = before is not None and bool(jax.device_get(before))
         if stop:
-            raise Interrupted(self._received[0] if self._received else signal.SIGTERM)
+            noticed = min(self._noticed, time.monotonic())
+            raise Interrupted(self._received[0] if self._received else signal.SIGTERM, noticed)
+
+    def _has_notice(self, call: int) -> bool:
+        """Whether JAX says so. It does at one call, that after the latest of any process: no number may be left out."""
+        if not jax.config.values["jax_enable_preemption_service"]:
+            return False
+        if has_notice := multihost_utils.reached_preemption_sync_point(call):
+            self._noticed = min(self._noticed, time.monotonic())
+        return has_notice
 
     def _listen(self) -> None:
         """The thread: take note of signals as they come."""
@@ -110,8 +125,9 @@ class Interrupts:
         if number not in self._before:
             return  # one that the program around us answers
         before = list(self._received)
+        self._noticed = min(self._noticed, time.monotonic())
         self._received.append(number)  # before anything is said: there may be nobody left who hears it
-        if not self._deferring and self._parallel.process_count == 1:
+        if not self._deferring:
             self._leave(
                 Preempted(number, "before the first step", "there was nothing to save, the same command resumes")
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -57,7 +57,7 @@ def is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**31
 
 
-def accept_handshakes(server: socket.socket, most: int, deadline: float) -> Handshakes:
+def accept_handshakes(servers: Sequence[socket.socket], most: int, deadline: float) -> Handshakes:
     """Accept connections until `deadline` (of time.monotonic); yield those of processes that say which one they are.
 
     A process's first message gives its index and the number of processes. Connections are read side by side, so that a
@@ -66,7 +66,8 @@ def accept_handshakes(server: socket.socket, most: int, deadline: float) -> Hand
     closed.
     """
     silent: dict[socket.socket, tuple[float, bytearray]] = {}  # until when, and what it has said so far
-    server.setblocking(False)
+    for server in servers:
+        server.setblocking(False)
 
     def reject(connection: socket.socket) -> None:
         del silent[connection]
@@ -77,11 +78,11 @@ def accept_handshakes(server: socket.socket, most: int, deadline: float) -> Hand
             for connection in [known for known, (until, _) in silent.items() if until <= now]:
                 reject(connection)
             ends = min([deadline, *(until for until, _ in silent.values())])
-            for connection in wait([*silent, server], ends - now):  # type: ignore[assignment]
-                if connection is server:
+            for connection in wait([*silent, *servers], ends - now):  # type: ignore[assignment]
+                if connection in servers:
                     try:
                         for _ in range(most // 2):  # those who came last are still here when they are heard
-                            silent[server.accept()[0]] = (time.monotonic() + HANDSHAKE_SECONDS, bytearray())
+                            silent[connection.accept()[0]] = (time.monotonic() + HANDSHAKE_SECONDS, bytearray())
                             if len(silent) > most:
                                 reject(next(iter(silent)))
                     except BlockingIOError:

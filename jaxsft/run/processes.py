@@ -1,18 +1,20 @@
-"""Which processes a run has, told by options or by the machine's scheduler, and how they begin and end together."""
+"""Which processes a run has, told by options or found by JAX, and how they begin and end together."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import signal
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import jax
 
-from jaxsft.cli import Preempted, Stop, UserError, exit_process
+from jaxsft.cli import Preempted, Stop, UserError, exit_process, say
+from jaxsft.run import clusters
 from jaxsft.run.rendezvous import ProcessInfo, Rendezvous
 
 OPTIONS = {
@@ -21,28 +23,30 @@ OPTIONS = {
     "process-id": "which of them this is, from 0",
 }
 GRACE = 5  # seconds in which the end of a process is heard of by all others
-SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
 @contextlib.contextmanager
 def join(values: Mapping[str, str], timeout: int) -> Iterator[None]:
-    """Be one of the processes that `values` (of OPTIONS) or the machine's scheduler name; else run alone.
+    """Be one of the processes that `values` (of OPTIONS) or the cluster around us name; else run alone.
 
     Raises:
       UserError: the options are incomplete or impossible.
       Stop: a process did not come within `timeout` seconds. Inside: ends this process where another one has ended.
     """
-    info = from_options(values) or from_slurm(os.environ)
-    if info is None:
-        if on_tpu():
+    try:
+        info = from_options(values) or clusters.find(timeout)
+    except clusters.Unknown:  # then JAX finds the cluster and connects by itself, and names nobody who is missing
+        with contextlib.suppress(ValueError):  # there is none
             jax.distributed.initialize(initialization_timeout=timeout)
         yield
         return
-    if info.count == 1:
+    if info is None and clusters.on_tpu():
+        say("one process, no cluster found: training alone on this machine's devices")
+    if info is None or info.count == 1:
         yield
         return
     rendezvous = Rendezvous(info, timeout)
-    jax.distributed.initialize(rendezvous.address, info.count, info.index, initialization_timeout=timeout)
+    connect(rendezvous, timeout)
     rendezvous.watch()
     try:
         yield
@@ -63,6 +67,24 @@ def join(values: Mapping[str, str], timeout: int) -> Iterator[None]:
             traceback.print_exc()
         finally:
             os._exit(1)
+
+
+def connect(rendezvous: Rendezvous, timeout: int) -> None:
+    """Connect JAX with the processes that have met."""
+    info = rendezvous.info
+    jax.distributed.initialize(
+        rendezvous.address,
+        info.count,
+        info.index,
+        info.devices,
+        cluster_detection_method="deactivate",  # what it would find is known, or not to be asked
+        initialization_timeout=timeout,
+        coordinator_bind_address=rendezvous.bind_address,
+    )
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        # Python's again: JAX's only takes a note, and until the loop runs there would be nobody who reads it.
+        signal.signal(signal.SIGTERM, handler)
 
 
 def wait_for_news(error: BaseException) -> None:
@@ -91,23 +113,6 @@ def from_options(values: Mapping[str, str]) -> ProcessInfo | None:
         raise UserError(
             f"--process-id is {numbers['process-id']} of {numbers['num-processes']} processes", "they count from 0"
         )
-    return ProcessInfo(match[1], int(match[2]), numbers["num-processes"], numbers["process-id"])
-
-
-def from_slurm(environment: Mapping[str, str]) -> ProcessInfo | None:
-    """What `srun` says of the processes; None outside of it. Process 0 is on the first host of the step."""
-    if not all(name in environment for name in SLURM):
-        return None
-    hosts = environment["SLURM_STEP_NODELIST"]  # 'node1', 'node1,node2', 'node[01-04,7],other'
-    match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", hosts)
-    if match is None:
-        return None
-    port = 61440 + int(environment["SLURM_JOB_ID"]) % 4096  # the same for all, another for each job
-    host = match[1] + (match[2] or "")
-    return ProcessInfo(host, port, int(environment["SLURM_NTASKS"]), int(environment["SLURM_PROCID"]))
-
-
-def on_tpu() -> bool:
-    """Whether this is a TPU VM and JAX may use it: there JAX finds the other hosts of the slice by itself."""
-    wanted = os.environ.get("JAX_PLATFORMS", "") or "tpu"
-    return "tpu" in wanted and any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
+    kind = clusters.launcher()
+    devices = kind and clusters.local_devices(kind)
+    return ProcessInfo(match[1], int(match[2]), numbers["num-processes"], numbers["process-id"], devices)

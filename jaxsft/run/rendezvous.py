@@ -15,6 +15,7 @@ import time
 
 from jaxsft.cli import Stop, UserError, exit_process
 from jaxsft.run.messages import MOST_CHARACTERS, accept_handshakes, is_count, receive, send
+from jaxsft.run.sockets import EVERYWHERE, address, free_port, keep_alive, listen, named_addresses
 
 PENDING = 64  # connections that have not said yet who they are, besides one for each process
 
@@ -27,6 +28,7 @@ class ProcessInfo:
     port: int
     count: int
     index: int
+    devices: tuple[int, ...] | None = None  # of this machine that this process may see; None: all
 
 
 class Rendezvous:
@@ -42,21 +44,26 @@ class Rendezvous:
         self._deadline = time.monotonic() + timeout
         self._timeout = timeout
         self._connections: dict[int, socket.socket] = {}
+        self.bind_address: str | None = None  # where JAX's own service listens, in process 0
         port = self._accept_all() if info.index == 0 else self._connect()
-        self.address = f"{info.host}:{port}"
+        self.address = address(info.host, port)
         for connection in self._connections.values():
             connection.settimeout(None)
             keep_alive(connection)
 
     def _accept_all(self) -> int:
         """Process 0: accept all other processes, then tell them the port of JAX's own service."""
-        info, reached = self.info, f"{self.info.host}:{self.info.port}"
+        info, reached, most = self.info, address(self.info.host, self.info.port), self.info.count + PENDING
+        told = named_addresses(info.host)
         try:
-            server = socket.create_server(("", info.port), backlog=info.count + PENDING)
+            servers = listen(told or EVERYWHERE, info.port, most)
         except OSError as error:
             raise UserError(f"port {info.port} can't be listened on: {error.strerror}", "name another port") from None
         missing = set(range(1, info.count))
-        with server, contextlib.closing(accept_handshakes(server, info.count + PENDING, self._deadline)) as arrivals:
+        with contextlib.ExitStack() as stack:
+            for server in servers:
+                stack.enter_context(server)
+            arrivals = stack.enter_context(contextlib.closing(accept_handshakes(servers, most, self._deadline)))
             for connection, index, count in arrivals:
                 self._connections[index if index in missing else -1] = connection
                 if count != info.count or index not in missing:
@@ -72,9 +79,10 @@ class Rendezvous:
             names = ", ".join(map(str, sorted(missing)))
             self._fail(
                 f"of {info.count} processes {names} did not come within {self._timeout:.0f} s",
-                f"start them with --process-id {names} and see that they can reach {reached}",
+                f"start them, and see that they can reach {reached}",
             )
         port = free_port()
+        self.bind_address = address(info.host if told else "::", port)
         for index, connection in self._connections.items():
             try:
                 send(connection, {"port": port})
@@ -90,7 +98,7 @@ class Rendezvous:
 
     def _connect(self) -> int:
         """The other processes: connect to process 0 and wait until all have."""
-        info = self.info
+        info, reached = self.info, address(self.info.host, self.info.port)
         while True:
             left = self._deadline - time.monotonic()
             try:
@@ -99,7 +107,7 @@ class Rendezvous:
             except OSError as error:
                 if left <= 0:
                     raise Stop(
-                        f"process 0 did not answer at {info.host}:{info.port} within {self._timeout:.0f} s ({error})",
+                        f"process 0 did not answer at {reached} within {self._timeout:.0f} s ({error})",
                         "start it, and see that this machine can reach it",
                     ) from None
                 time.sleep(min(0.2, left))
@@ -108,7 +116,7 @@ class Rendezvous:
             # Process 0 gives up first, and says for whom it waited.
             answer = receive(connection, time.monotonic() + self._timeout + 10)
         except OSError as error:
-            raise Stop(f"process 0 at {info.host}:{info.port} is gone ({error})", "see its messages") from None
+            raise Stop(f"process 0 at {reached} is gone ({error})", "see its messages") from None
         except ValueError:
             answer = {}
         match answer:
@@ -118,7 +126,7 @@ class Rendezvous:
                 self._connections[0] = connection
                 return port
         raise Stop(
-            f"what answers at {info.host}:{info.port} is not process 0 of a run",
+            f"what answers at {reached} is not process 0 of a run",
             "see that --coordinator names a port that nothing else uses",
         )
 
@@ -150,17 +158,3 @@ class Rendezvous:
                 with contextlib.suppress(OSError):
                     send(other, {"from": index, "word": word})
         exit_process(Stop(f"process {index} of {self.info.count} {word}", "start all again: the same command resumes"))
-
-
-def keep_alive(connection: socket.socket) -> None:
-    """Notice within half a minute that the other machine is gone without a word."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, option):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-
-def free_port() -> int:
-    """A port that nobody listens on just now."""
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]

@@ -91,7 +91,7 @@ class Trainer:
             self.epoch_began = time.perf_counter()
         if step % self.job.config.train.log_every_steps == 0 or step == self.job.total_steps:
             self.write_train_line(step, self.meter.compute_and_reset(), self.speed.compute_and_reset())
-        self.interrupts.poll(step)
+        self.interrupts.poll()
 
     def tell(self, text: str) -> None:
         """Print a line above the bar, once a run."""
@@ -112,7 +112,7 @@ class Trainer:
 
     def evaluate(self, step: int) -> Evaluation:
         """Evaluate, write the line of the log, and note whether this is the best so far."""
-        result = self.job.evaluate(between=lambda: self.interrupts.poll(step))
+        result = self.job.evaluate(between=self.interrupts.poll)
         self.log.write("eval", step, epoch=self.job.epoch(step), **result.scalars())
         self.best.update(step, result.scalars())
         self.speed.reset()
@@ -120,7 +120,7 @@ class Trainer:
 
     def finish(self, total: int) -> Evaluation:
         """The last evaluation, the last checkpoint, and only then the line that says that the run is finished."""
-        result = self.job.evaluate(between=lambda: self.interrupts.poll(total))
+        result = self.job.evaluate(between=self.interrupts.poll)
         self.best.update(total, result.scalars())
         self.tell_epoch(total, result)
         self.save(total)
@@ -189,7 +189,8 @@ def fit(job: Job, workdir: WorkingCopy, profile: int = 0, in_session: bool = Fal
                 return trainer.run()
         except Interrupted as interrupted:
             step = trainer.save_now()
-            where = f"at step {step} of {job.total_steps}, saved in {checkpoints.path(step)}"
+            seconds = f"{time.monotonic() - interrupted.noticed:.1f} s after the notice"
+            where = f"at step {step} of {job.total_steps}, saved in {checkpoints.path(step)}, {seconds}"
             again = "the same call resumes" if in_session else "the same command resumes"
             raise cli.Preempted(interrupted.number, where, again) from None
         except NotFinite as found:
