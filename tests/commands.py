@@ -20,6 +20,12 @@ PACKAGES = ("parity", "bench")
 
 def run_command(command: str, place: Path) -> tuple[int, str]:
     """The exit status and what stderr got."""
+    status, _, said = hear_command(command, place)
+    return status, said
+
+
+def hear_command(command: str, place: Path) -> tuple[int, str, str]:
+    """The exit status, what stdout got and what stderr did."""
     name, *arguments = shlex.split(command.replace("@", str(place)))
     module = importlib.import_module(
         {"convert": "convert.__main__"}.get(name, f"jaxsft.{name}" + (".__main__" if name in PACKAGES else ""))
@@ -30,7 +36,8 @@ def run_command(command: str, place: Path) -> tuple[int, str]:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
             cli.run(module.main)
     except SystemExit as end:
-        return int(end.code or 0), said.buffer.getvalue().decode()  # type: ignore[attr-defined]
+        heard = (stream.buffer.getvalue().decode() for stream in (printed, said))  # type: ignore[attr-defined]
+        return int(end.code or 0), *heard
     finally:
         sys.argv = before
 

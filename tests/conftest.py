@@ -16,8 +16,12 @@ ROOT = Path(__file__).parent.parent
 REAL_DATA = ROOT.parent / "shared" / "realdata"
 
 DEVICES = "--xla_force_host_platform_device_count={}"
-# Code that LLVM has not optimised computes the same sums, and most of the tests' time is compilation.
-UNOPTIMISED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Most of the tests' time is compilation. Code that LLVM has not optimised computes the same sums; so do the loops that
+# XLA emits without MLIR, in a quarter of the time; and one piece of code a program spares LLVM many small beginnings.
+UNOPTIMISED = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:

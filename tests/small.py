@@ -66,6 +66,16 @@ def config(*overrides: str) -> ConfigDict:
     return parse_flags([*ARGUMENTS, *overrides], "", {})[0]
 
 
+def run_here(workdir: Path, *overrides: str) -> None:
+    """The small run in this process, where commands need no new start."""
+    from jaxsft.run import training  # here: this file is a config file too, which no command should wait for
+    from jaxsft.run.workdir import check
+
+    changed = config(*overrides)
+    check(workdir, changed)
+    training.train(changed, workdir)
+
+
 def outcome(workdir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What a finished run computed: the checksum of every array of its last step, and its log without the times."""
     (last,) = checkpoint.steps(workdir)[-1:]

@@ -176,15 +176,9 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_others_stay(tmp_pat
             checkpoints.save(make_state(2), 2, {})
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "backend"),
-    [
-        (1, 8, "shard_map"),
-        pytest.param(8, 1, "pmap", marks=pytest.mark.full),
-        pytest.param(1, 8, "pmap", marks=pytest.mark.full),
-        pytest.param(8, 1, "shard_map", marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full  # all; of one to eight devices by default: test_parallel's test_goes_on_on_other_devices
+@pytest.mark.parametrize("backend", ["pmap", "shard_map"])
+@pytest.mark.parametrize(("before", "after"), [(1, 8), (8, 1)])
 def test_resumes_on_other_devices_and_another_back_end(run, tmp_path: Path, before: int, after: int, backend: str):
     """Eight devices sum in another order than one: equal to float32 rounding that 16 steps have carried on."""
     other = {"pmap": "shard_map", "shard_map": "pmap"}[backend]

@@ -18,17 +18,11 @@ import pytest
 
 from jaxsft.cli import Stop, UserError
 from jaxsft.models import weights
-from jaxsft.run import checkpoint, saved, training, workdir
+from jaxsft.run import checkpoint, saved, workdir
 from jaxsft.run.best import Best
 from jaxsft.run.log import EventsWriter, records
 from tests import small
-
-
-def run_here(path: Path, *overrides: str) -> None:
-    """The small run in this process."""
-    config = small.config(*overrides)
-    workdir.check(path, config)
-    training.train(config, path)
+from tests.small import run_here
 
 
 @pytest.fixture(scope="module")

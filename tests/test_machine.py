@@ -64,11 +64,10 @@ def test_who_says_how_many_devices_has_them_as_devices(cache: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "2 x cpu, pmap None\n"), done.stderr
 
 
-def test_a_run_on_cores_is_the_run_on_one_device(run, cache: Path, pytestconfig, tmp_path: Path) -> None:
+def test_a_run_on_cores_is_the_run_on_one_device(cache: Path, pytestconfig, tmp_path: Path) -> None:
     """With batch norm 'local': to it the cores are one device."""
     one, split = tmp_path / "one", tmp_path / "split"
-    done = run("-m", "jaxsft.train", *small.ARGUMENTS, "--config.checkpoint.keep=9", "--workdir", one)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    small.run_here(one, "--config.checkpoint.keep=9")
     program = OF_SO_MANY_CORES.format(2) + TRAIN
     done = python("-c", program, *small.ARGUMENTS, "--config.checkpoint.keep=9", "--workdir", split,
                   cache=cache, XLA_FLAGS=compile_flags(pytestconfig))  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -85,10 +86,10 @@ def ended(group: list[subprocess.Popen], timeout: float = 200) -> list[tuple[int
 
 
 @pytest.fixture(scope="module")
-def one_device(run, tmp_path_factory) -> Path:
+def one_device(tmp_path_factory) -> Path:
+    """By the back end that the others are not of."""
     workdir = tmp_path_factory.mktemp("one") / "run"
-    done = run("-m", "jaxsft.train", *SYNC, "--workdir", workdir)
-    assert done.returncode == 0, done.stderr
+    small.run_here(workdir, *SYNC, "--config.parallel.backend=shard_map")
     return workdir
 
 
@@ -121,6 +122,21 @@ def test_eight_devices(run, one_device: Path, tmp_path: Path, backend: str) -> N
     assert done.returncode == 0, done.stderr
     assert f"8 x cpu, {backend}" in done.stdout
     assert_same_run(one_device, tmp_path)
+
+
+def test_goes_on_on_other_devices(run, one_device: Path, tmp_path: Path) -> None:
+    """From the middle of the run of one device to its end on eight, by the other back end."""
+    workdir = shutil.copytree(one_device, tmp_path / "run")
+    for step in checkpoint.steps(workdir):
+        if step > 9:
+            shutil.rmtree(workdir / "checkpoints" / str(step))
+    log = workdir / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))  # without the line that says it is over
+    done = run("-m", "jaxsft.train", *SYNC, "--config.parallel.backend=pmap", "--workdir", workdir, devices=8)
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 9 of 16" in done.stdout
+    assert "8 x cpu, pmap" in done.stdout
+    assert_same_run(one_device, workdir)
 
 
 @pytest.mark.full

@@ -14,7 +14,7 @@ ROUNDING = 1e-10
 
 
 def cases(run, backends: str, counts: str) -> dict[str, float]:
-    done = run("-m", "tests.parallel_case", backends, counts, devices=8, optimised=True)
+    done = run("-m", "tests.parallel_case", backends, counts, devices=8)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
