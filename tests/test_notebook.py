@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
-from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from traitlets.config import Config
 
 from tests.conftest import ROOT
 
 NOTEBOOK = ROOT / "docs" / "finetune.ipynb"
-FEW = "EPOCHS = 0.1"  # 2 steps
-NO_WIDGETS = "\nimport sys; sys.modules['ipywidgets'] = None"  # as where they are not installed
+WIDGET = "application/vnd.jupyter.widget-view+json"
+# The same cells on the one-block network, for two steps, and as where ipywidgets are not installed.
+FEW = f"""
+import sys
+import convert.make_sample
+from tests import small
+
+RECIPE, EPOCHS = "{ROOT}/tests/small.py", 0.1
+sys.modules["ipywidgets"] = None
+whole = convert.make_sample.resnet10_w16
+def resnet10_w16(num_classes):
+    convert.make_sample.resnet10_w16 = whole  # of which the small one is made
+    return small.in_torch(num_classes)
+convert.make_sample.resnet10_w16 = resnet10_w16
+"""
 
 
 @pytest.fixture
@@ -28,7 +40,8 @@ def client(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    return lambda notebook: NotebookClient(notebook, timeout=600, km=AsyncKernelManager(transport="ipc"))
+    options = Config({"KernelManager": {"transport": "ipc"}})
+    return lambda notebook: NotebookClient(notebook, timeout=600, config=options)
 
 
 def read(first: str = "") -> Any:
@@ -52,7 +65,7 @@ def check(notebook: Any) -> dict[str, Any]:
     assert cells["mistakes"].outputs[-1].data["text/html"].count("<img ") == 12
     assert "image 4" in printed(cells["predict"])
     assert float(printed(cells["torch"]).split()[-4]) < 1e-5  # float32, as in parity
-    assert printed(cells["load"]) == "310746 parameters\n(4, 10)\n"
+    assert printed(cells["load"]).endswith(" parameters\nShapeDtypeStruct(shape=(4, 10), dtype=float32)\n")
     warnings = [out.text for cell in notebook.cells for out in cell.get("outputs", ()) if out.get("name") == "stderr"]
     assert not warnings
     return cells
@@ -64,7 +77,7 @@ def test_its_outputs_are_stripped() -> None:
 
 
 def test_it_runs_and_shows_bars_without_widgets(client) -> None:
-    notebook = read(FEW + NO_WIDGETS)
+    notebook = read(FEW)
     client(notebook).execute()
     shown = printed(check(notebook)["finetune"])
     assert "looking at pictures train: " in shown and "img/s" in shown
@@ -72,15 +85,14 @@ def test_it_runs_and_shows_bars_without_widgets(client) -> None:
 
 @pytest.mark.full
 def test_it_tunes_in_two_minutes(client) -> None:
+    """Counted in the time of processors, for the machine may have other things to do."""
     notebook = read()
-    began = time.monotonic()
+    notebook.cells.append(nbformat.v4.new_code_cell("import os; print(sum(os.times()[:4]))", id="seconds"))
     client(notebook).execute()
-    assert time.monotonic() - began < 120
     cells = check(notebook)
+    assert float(printed(cells["seconds"])) < 120
     assert 0.69 < float(printed(cells["evaluate"]).split()[1]) < 0.77
-    bars = [
-        out for out in cells["finetune"].outputs if "application/vnd.jupyter.widget-view+json" in out.get("data", {})
-    ]
+    bars = [out for out in cells["finetune"].outputs if WIDGET in out.get("data", {})]
     assert len(bars) == 5  # of two splits that are indexed and decoded, and of training
 
 
@@ -135,4 +147,4 @@ def test_the_stop_button_saves_and_an_error_leaves_the_kernel_usable(client, tmp
         "error: configs/cifar10.py has no variant 'smaple'; did you mean 'sample'?"
     ]
     assert cells["early"].outputs[-1].ename == "KeyboardInterrupt"
-    assert printed(cells["again"]) == "(True, True)" or printed(cells["again"]).endswith("(True, True)")
+    assert printed(cells["again"]).endswith("(True, True)")

@@ -39,7 +39,7 @@ SOURCES: dict[str, Opener] = {
 
 
 def register(kind: str, opener: Opener) -> None:
-    """Let `data.source="KIND:NAME"` be opened by `opener(NAME, split, options)`; to be called from a config file.
+    """Let `data.source="KIND:NAME"` be opened by `opener(NAME, split, options)`; for config files and programs.
 
     `opener` returns a `base.Source`, such as `base.Arrays` for images in memory. The split '' stands for the one to
     evaluate on.
