@@ -154,8 +154,10 @@ def test_what_fits_is_held_in_memory():
 
 WORKERS = """
 import sys
-import torch, tensorflow  # the parent may hold what it likes
 from pathlib import Path
+from types import ModuleType
+for name in ("torch", "tensorflow"):  # the parent may hold what it likes
+    sys.modules[name] = ModuleType(name)
 sys.path.insert(0, "tests")
 from jaxsft.data.base import Options
 from jaxsft.data.folder import open_folder

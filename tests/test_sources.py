@@ -17,7 +17,7 @@ from jaxsft.data.base import Arrays, Options
 from jaxsft.data.sources import open_source, open_splits, with_classes
 from jaxsft.data.splits import resolved, slices
 from tests import small
-from tests.commands import run_command
+from tests.commands import hear_command, run_command
 
 SIZES = {"train": 100, "validation": 20, "test": 50}
 SLICES = [
@@ -132,19 +132,26 @@ def get_config(variant=""):
 """
 
 
-def test_a_source_of_a_config_file_is_trained_and_evaluated(run, tmp_path: Path) -> None:
+def test_a_source_of_a_config_file_is_trained_and_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text(MINE)
-    done = run("-m", "jaxsft.train", f"--config={tmp_path}/mine.py", "--workdir", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
+    shipped = dict(sources.SOURCES)
+
+    def start(command: str) -> tuple[int, str, str]:
+        """As in a new process, which knows the sources that come with the package."""
+        monkeypatch.setattr(sources, "SOURCES", dict(shipped))
+        return hear_command(f"{command} --workdir @/run", tmp_path)
+
+    status, _, said = start("train --config=@/mine.py")
+    assert status == 0, said
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert list(last["per_class"]) == ["ash", "birch", "cedar"]
     report = (tmp_path / "run" / "report.html").read_text()
     assert report.count("<img ") == 3  # curves, confusions, a batch
-    unknown = run("-m", "jaxsft.evaluate", "--workdir", tmp_path / "run", "--config=tests/small.py")
-    assert unknown.returncode == 2
-    assert "unknown data source 'mine:x'" in unknown.stderr
-    done = run("-m", "jaxsft.evaluate", "--workdir", tmp_path / "run", f"--config={tmp_path}/mine.py")
-    assert f"accuracy {last['accuracy']:.4f}" in done.stdout, done.stderr
+    status, _, said = start("evaluate --config=tests/small.py")
+    assert status == 2
+    assert "unknown data source 'mine:x'" in said
+    status, printed, said = start("evaluate --config=@/mine.py")
+    assert f"accuracy {last['accuracy']:.4f}" in printed, said
 
 
 MADE = {

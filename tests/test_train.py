@@ -20,7 +20,7 @@ from jaxsft.models.weights import ModelCard, save
 from jaxsft.run.pretrained import load_pretrained
 from jaxsft.run.saved import load_run
 from tests import small
-from tests.commands import run_command
+from tests.commands import hear_command, run_command
 
 CONFIG = "configs/cifar10.py"
 # What a run must never import, said by the run itself as it ends.
@@ -69,16 +69,16 @@ def test_leaves_a_whole_workdir_and_says_where(finished) -> None:
     assert {"lr", "images_per_sec"} <= lines[0].keys()
 
 
-def test_the_same_command_again_says_it_is_finished(finished, run) -> None:
+def test_the_same_command_again_says_it_is_finished(finished, tmp_path: Path) -> None:
     workdir, _ = finished
     before = (workdir / "metrics.jsonl").read_bytes()
-    command = ("-m", "jaxsft.train", "--config", f"{CONFIG}:sample", "--workdir", workdir)
-    done = run(*command, "--config.train.epochs=2")
-    assert (done.returncode, "finished at step 40" in done.stdout) == (0, True)
+    command = f"train --config {CONFIG}:sample --workdir {workdir} --config.train.epochs=2"
+    status, printed, said = hear_command(command, tmp_path)
+    assert (status, "finished at step 40" in printed) == (0, True), said
     assert (workdir / "metrics.jsonl").read_bytes() == before
-    other = run(*command, "--config.train.epochs=2", "--config.optim.lr=0.5")
-    assert other.returncode == 2
-    assert "optim.lr (0.03 there, 0.5 here)" in other.stderr
+    status, said = run_command(f"{command} --config.optim.lr=0.5", tmp_path)
+    assert status == 2
+    assert "optim.lr (0.03 there, 0.5 here)" in said
 
 
 @pytest.mark.full
@@ -93,10 +93,10 @@ def test_pretrained_beats_scratch(finished, run, tmp_path: Path) -> None:
     assert records(workdir)[-1]["accuracy"] >= records(tmp_path / "scratch")[-1]["accuracy"] + 0.1
 
 
-def test_evaluate_repeats_the_last_line(finished, run, tmp_path: Path) -> None:
+def test_evaluate_repeats_the_last_line(finished, tmp_path: Path) -> None:
     workdir, _ = finished
-    done = run("-m", "jaxsft.evaluate", "--workdir", workdir, "--json", tmp_path / "result.json")
-    assert done.returncode == 0, done.stderr
+    status, said = run_command(f"evaluate --workdir {workdir} --json @/result.json", tmp_path)
+    assert status == 0, said
     result, last = json.loads((tmp_path / "result.json").read_text()), records(workdir)[-1]
     assert done.stdout.endswith(f"; {result['precision']}\n")
     assert result["precision"] == "float32 (auto), products in full"
@@ -107,14 +107,11 @@ def test_evaluate_repeats_the_last_line(finished, run, tmp_path: Path) -> None:
 
 
 def test_two_runs_are_bit_equal(run, tmp_path: Path) -> None:
-    found = []
-    for name in ("one", "two"):
-        done = run(
-            "-m", "jaxsft.train", *small.ARGUMENTS, "--config.train.steps=4", "--workdir", tmp_path / name
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        found.append(load_run(tmp_path / name).variables)
-    first, second = (config_module.flatten(variables) for variables in found)
+    """One in this process, which has done other things before, and one in its own."""
+    small.run_here(tmp_path / "one", "--config.train.steps=4")
+    done = run("-m", "jaxsft.train", *small.ARGUMENTS, "--config.train.steps=4", "--workdir", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    first, second = (config_module.flatten(load_run(tmp_path / name).variables) for name in ("one", "two"))
     assert first.keys() == second.keys()
     for path, leaf in first.items():
         assert np.asarray(leaf).tobytes() == np.asarray(second[path]).tobytes(), path
@@ -241,16 +238,13 @@ def test_class_weights_are_one_a_class() -> None:
 
 
 @pytest.mark.parametrize("backend", ["pmap", pytest.param("shard_map", marks=pytest.mark.full)])
-def test_several_steps_a_call_are_the_same_steps(run, tmp_path: Path, backend: str) -> None:
+def test_several_steps_a_call_are_the_same_steps(tmp_path: Path, backend: str) -> None:
     """Three at a call where nothing falls between: 1, 2-4, 5, 6-8, ..., for a line is due at every fourth."""
     options = ("--config.train.log_every_steps=4", "--config.checkpoint.every_steps=8")
     found = []
     for several in (1, 3):
-        done = run(
-            "-m", "jaxsft.train", *small.ARGUMENTS, *options, "--workdir", tmp_path / str(several),
-            f"--config.parallel.backend={backend}", f"--config.train.steps_per_call={several}"
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        how = (f"--config.parallel.backend={backend}", f"--config.train.steps_per_call={several}")
+        small.run_here(tmp_path / str(several), *options, *how)
         found.append(records(tmp_path / str(several)))
     assert [line["step"] for line in found[0]] == [line["step"] for line in found[1]]
     for one, three in zip(*found, strict=True):
