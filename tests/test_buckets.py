@@ -201,6 +201,8 @@ def test_a_run_in_a_bucket_is_the_same_and_resumes_from_there_alone(google, plac
     assert status == 0, said
     assert (place / "a.safetensors").is_file() and COMMITTED in {p.rpartition("/")[2] for p in place.walk()}
     assert saved.load_run(place).step == 8
+    variables, card = pretrained.load_pretrained(str(place), small.ARCH)  # another run begins from there
+    assert card.source == f"{place.name} at step 8" and "fc" in variables["params"]
     leftovers = list(Path(working_copy.tempfile.gettempdir()).glob(f"{working_copy.SCRATCH}*"))
     assert all((left / working_copy.IN_USE).exists() for left in leftovers)
 
