@@ -95,10 +95,10 @@ def test_pretrained_beats_scratch(finished, run, tmp_path: Path) -> None:
 
 def test_evaluate_repeats_the_last_line(finished, tmp_path: Path) -> None:
     workdir, _ = finished
-    status, said = run_command(f"evaluate --workdir {workdir} --json @/result.json", tmp_path)
+    status, printed, said = hear_command(f"evaluate --workdir {workdir} --json @/result.json", tmp_path)
     assert status == 0, said
     result, last = json.loads((tmp_path / "result.json").read_text()), records(workdir)[-1]
-    assert done.stdout.endswith(f"; {result['precision']}\n")
+    assert printed.endswith(f"; {result['precision']}\n")
     assert result["precision"] == "float32 (auto), products in full"
     assert result["accuracy"] == last["accuracy"]
     assert result["top5"] == last["top5"]
