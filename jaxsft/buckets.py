@@ -8,6 +8,7 @@ whose strerror is a line for the user, as the system's are, so that files and ob
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import errno
 import functools
@@ -24,7 +25,7 @@ from jaxsft import cli
 
 # scheme -> (the package that speaks it, which is also the name of the loggers to be kept quiet; the extra that has it)
 SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
-PATIENCE = 600.0  # seconds over which a request is made again
+PATIENCE = 600.0  # seconds from the first request that fails, over which it and all others are made again
 FIRST_PATIENCE = 90.0  # of a bucket that has not answered yet: its name, or the network, may be wrong
 SAID_AFTER = 5.0  # seconds without an answer, after which the user is told
 LONGEST_PAUSE = 15.0  # seconds between two tries
@@ -200,7 +201,30 @@ def parse(url: str) -> BucketPath:
     return BucketPath(f"{scheme}://{'/'.join(parts)}")
 
 
-ANSWERED: set[BucketPath] = set()  # the buckets that have
+@dataclasses.dataclass
+class Health:
+    """How a bucket does, over all requests of this process."""
+
+    has_answered: bool = False
+    failing_since: float | None = None  # of time.monotonic; None where the last request was answered
+    is_told: bool = False  # the user knows
+
+    def answered(self) -> None:
+        """Note an answer, be it that something is not there."""
+        self.has_answered, self.failing_since, self.is_told = True, None, False
+
+    def failed(self, began: float, what: str) -> bool:
+        """Note that a request, begun then, was not answered; whether to ask again. `what` is told after a while."""
+        self.failing_since = began if self.failing_since is None else self.failing_since
+        waited = time.monotonic() - self.failing_since
+        patience = PATIENCE if self.has_answered else FIRST_PATIENCE
+        if waited > SAID_AFTER and not self.is_told:
+            cli.warn(f"{what}; asked again for {patience:.0f} s")
+            self.is_told = True
+        return waited <= patience
+
+
+HEALTH: collections.defaultdict[BucketPath, Health] = collections.defaultdict(Health)
 
 
 @functools.cache
@@ -219,22 +243,18 @@ def request(path: BucketPath, method: str, *args: Any, **kwargs: Any) -> Any:
     Raises:
       OSError: FileNotFoundError, FileExistsError, PermissionError or another, with a strerror of one line.
     """
-    began, pause, said = time.monotonic(), 0.5, False
+    began, pause, health = time.monotonic(), 0.5, HEALTH[path.bucket]
+    places = (*args, path.url) if method == "put_file" else (path.url, *args)
     while True:
         try:
-            operation = getattr(file_system(path.scheme), method)
-            names = (*args, path.url) if method == "put_file" else (path.url, *args)
-            answer = operation(*names, **kwargs)
-            ANSWERED.add(path.bucket)
+            answer = getattr(file_system(path.scheme), method)(*places, **kwargs)
+            health.answered()
             return answer
         except Exception as error:
-            waited, patience = time.monotonic() - began, PATIENCE if path.bucket in ANSWERED else FIRST_PATIENCE
             if not is_passing(error):
-                ANSWERED.add(path.bucket)
-            elif waited > SAID_AFTER and not said:
-                cli.warn(f"{path.bucket}: {one_line(error)}; asked again for {patience:.0f} s")
-                said = True
-            if not is_passing(error) or waited > patience:
+                health.answered()
+                raise as_os_error(error, path) from error
+            if not health.failed(began, f"{path.bucket}: {one_line(error)}"):
                 raise as_os_error(error, path) from error
         time.sleep(pause * random.uniform(0.5, 1))  # several machines do not come back at the same moment
         pause = min(2 * pause, LONGEST_PAUSE)

@@ -64,7 +64,8 @@ def start(bucket, home: Path, workdir: str, flags: str) -> subprocess.Popen:
     """The job on a machine that has nothing but the bucket."""
     home.mkdir(parents=True)
     env = {**os.environ, **bucket.environment, "JAX_PLATFORMS": "cpu", "HOME": str(home), "XDG_CACHE_HOME": str(home),
-           "JAXSFT_CACHE": "gs://bucket/cache", "XLA_FLAGS": flags}  # fmt: skip
+           "JAXSFT_CACHE": "gs://bucket/cache", "XLA_FLAGS": flags,
+           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1"}  # fmt: skip
     command = [sys.executable, "-m", "jaxsft.train", *SAMPLE, *BUCKETS, "--workdir", workdir]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

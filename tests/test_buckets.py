@@ -126,6 +126,26 @@ def test_requests_that_fail_for_a_while_are_made_again(google, place) -> None:
     assert place.read_bytes() == b"x" and not google.refusing
 
 
+def test_a_bucket_that_is_gone_is_given_up_once_for_all_requests(google, place, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(buckets, "PATIENCE", 3.0)
+    monkeypatch.setattr(buckets, "SAID_AFTER", 0.0)
+    monkeypatch.setattr("gcsfs.core.GCSFileSystem._request", away)
+    began = time.monotonic()
+    for _ in range(3):
+        with pytest.raises(OSError, match="there is nobody"):
+            place.read_bytes()
+    assert 3 < time.monotonic() - began < 9  # not three times
+    assert capsys.readouterr().err == "warning: gs://bucket: there is nobody; asked again for 3 s\n"
+    monkeypatch.undo()
+    place.write_bytes(b"x")
+    assert buckets.HEALTH[place.bucket] == buckets.Health(has_answered=True)
+
+
+async def away(*args: object, **kwargs: object) -> None:
+    """What the connection to a server that is gone raises."""
+    raise ConnectionRefusedError("there is nobody")
+
+
 def fill(path: Path, step: int, keep: int) -> None:
     """What a run writes until the checkpoint of `step`, of which it keeps the last ones."""
     folder = path / "checkpoints" / str(step)
