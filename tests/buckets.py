@@ -191,11 +191,11 @@ def amazon() -> Iterator[Bucket]:
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
     """These variables for a while, and file systems that know them."""
-    from jaxsft import buckets as ours
+    from jaxsft import patience
 
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
-    ours.file_system.cache_clear()
+    patience.file_system.cache_clear()
     try:
         yield
     finally:
@@ -204,4 +204,4 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-        ours.file_system.cache_clear()
+        patience.file_system.cache_clear()

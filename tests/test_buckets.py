@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from jaxsft import buckets, cli, storage
+from jaxsft import buckets, cli, patience, storage
 from jaxsft.data import listing, prepare
 from jaxsft.data.base import Options
 from jaxsft.data.sources import open_source
@@ -127,8 +127,8 @@ def test_requests_that_fail_for_a_while_are_made_again(google, place) -> None:
 
 
 def test_a_bucket_that_is_gone_is_given_up_once_for_all_requests(google, place, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(buckets, "PATIENCE", 3.0)
-    monkeypatch.setattr(buckets, "SAID_AFTER", 0.0)
+    monkeypatch.setattr(patience, "PATIENCE", 3.0)
+    monkeypatch.setattr(patience, "SAID_AFTER", 0.0)
     monkeypatch.setattr("gcsfs.core.GCSFileSystem._request", away)
     began = time.monotonic()
     for _ in range(3):
@@ -138,7 +138,7 @@ def test_a_bucket_that_is_gone_is_given_up_once_for_all_requests(google, place, 
     assert capsys.readouterr().err == "warning: gs://bucket: there is nobody; asked again for 3 s\n"
     monkeypatch.undo()
     place.write_bytes(b"x")
-    assert buckets.HEALTH[place.bucket] == buckets.Health(has_answered=True)
+    assert patience.HEALTH["gs://bucket"] == patience.Health(has_answered=True)
 
 
 async def away(*args: object, **kwargs: object) -> None:

@@ -15,6 +15,7 @@ from tests.conftest import ROOT
 LAYERS = (
     ("jaxsft.streams", "jaxsft.progress"),
     ("jaxsft.cli",),
+    ("jaxsft.patience",),
     ("jaxsft.buckets",),
     ("jaxsft.storage",),
     ("jaxsft.output",),
