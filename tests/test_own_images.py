@@ -37,8 +37,8 @@ def images(tmp_path_factory) -> Path:
     return root
 
 
-def run_here(path: Path, images: Path, *overrides: str) -> None:
-    """A run of four steps of four pictures."""
+def run_here(path: Path, images: Path, *overrides: str, report: bool = False) -> None:
+    """A run of six steps of four pictures."""
     config, _, _ = parse_flags(
         [
             "--config=configs/folder.py", f"--config.model.arch={small.ARCH}", "--config.model.weights=",
@@ -48,14 +48,17 @@ def run_here(path: Path, images: Path, *overrides: str) -> None:
             f"--config.data.source=folder:{images}", *overrides,
         ], "", {},
     )  # fmt: skip
-    workdir.check(path, config)
-    training.train(config, path)
+    if report:
+        workdir.check(path, config)
+        training.train(config, path)
+    else:
+        small.train_here(config, path)
 
 
 @pytest.fixture(scope="module")
 def finished(images: Path, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("finished") / "run"
-    run_here(path, images)
+    run_here(path, images, report=True)
     return path
 
 
@@ -142,7 +145,7 @@ def test_a_report_that_fails_costs_no_run(images: Path, tmp_path: Path, monkeypa
         raise RuntimeError("no font")
 
     monkeypatch.setattr(html, "page", fail)
-    run_here(tmp_path / "run", images)
+    run_here(tmp_path / "run", images, report=True)
     said = capsys.readouterr()
     assert "no report.html could be made: RuntimeError: no font" in said.err
     assert records(tmp_path / "run")[-1]["final"]
