@@ -24,6 +24,7 @@ SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 PATIENCE = 600.0  # seconds from the first request that fails, over which it and all others are made again
 FIRST_PATIENCE = 90.0  # of a bucket that has not answered yet: its name, or the network, may be wrong
 SAID_AFTER = 5.0  # seconds without an answer, after which the user is told
+REQUEST_SECONDS = 120.0  # for an answer, before a request counts as failed
 LONGEST_PAUSE = 15.0  # seconds between two tries
 # Words for exceptions that another try does not mend, by the names of their classes in google.auth and botocore.
 NO_CREDENTIALS = ("DefaultCredentialsError", "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
@@ -70,7 +71,10 @@ def file_system(scheme: str) -> Any:
 
     for name in (SCHEMES[scheme][0], "google", "google.auth", "botocore", "aiobotocore", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what they log they also raise, and that is ours to tell
-    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
+    options = (
+        {"requests_timeout": REQUEST_SECONDS} if scheme == "gs" else {}
+    )  # else gcsfs waits for ever; s3fs does not
+    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)
 
 
 def request(url: str, method: str, *args: Any, **kwargs: Any) -> Any:
