@@ -71,9 +71,8 @@ def file_system(scheme: str) -> Any:
 
     for name in (SCHEMES[scheme][0], "google", "google.auth", "botocore", "aiobotocore", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what they log they also raise, and that is ours to tell
-    options = (
-        {"requests_timeout": REQUEST_SECONDS} if scheme == "gs" else {}
-    )  # else gcsfs waits for ever; s3fs does not
+    # gcsfs by itself waits for ever; s3fs does not.
+    options = {"requests_timeout": REQUEST_SECONDS} if scheme == "gs" else {}
     return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)
 
 
