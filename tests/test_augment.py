@@ -134,44 +134,54 @@ ALL = (
     "trivial_augment",
     "random_erasing",
 )  # each kind of operation
-DEVICES = f"""
-import jax, numpy as np, hashlib
+PROGRAM = f"""
+import sys, jax, numpy as np
 from jaxsft.data.augment import train_images
 from jaxsft.data.mix import mix
 from jaxsft.run.parallel import DataParallel
 from jaxsft.models.weights import Preprocessing
 images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
 examples = np.arange(100, 116, dtype=np.int32)
+order = np.random.default_rng(1).permutation(16)
+batches = {{"first": (7, images, examples), "in another order": (7, images[order], examples[order]),
+            "by another key": (8, images, examples), "of one image": (7, np.repeat(images[:1], 16, 0), examples)}}
+made = {{"order": order}}
 for count in (1, 8):
     parallel = DataParallel(devices=jax.devices()[:count])
     def body(seed, _, batch):
         x = train_images(batch["image"], {ALL!r}, Preprocessing(48, 40), jax.random.key(seed), batch["example"])
         mixed, share = mix(jax.random.key(seed), batch["float"], batch["partner"], 0.4, 0.6)
         return jax.lax.all_gather(x, "batch").reshape(16, 40, 40, 3), jax.lax.all_gather(mixed, "batch").reshape(images.shape), share
-    floats = images / np.float32(255)
-    batch = parallel.split({{"image": images, "float": floats, "partner": floats[::-1], "example": examples}})
-    for out in parallel.compile(body)(np.int32(7), {{"none": np.zeros(1)}}, batch):
-        print(hashlib.sha256(np.asarray(out).tobytes()).hexdigest())
+    step = parallel.compile(body)
+    for name, (seed, image, example) in batches.items():
+        floats = image / np.float32(255)
+        batch = parallel.split({{"image": image, "float": floats, "partner": floats[::-1], "example": example}})
+        for kind, out in zip(("augmented", "mixed", "share"), step(np.int32(seed), {{"none": np.zeros(1)}}, batch)):
+            made[f"{{count}} {{kind}} {{name}}"] = out
+np.savez(sys.argv[1], **made)
 """
 
 
-def test_the_same_pictures_on_any_number_of_devices(run):
-    """Augmented and mixed images, and the share of each in the mixture."""
-    done = run("-c", DEVICES, devices=8)
+@pytest.fixture(scope="module")
+def made(run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """Batches of pictures by the devices that made them, what they are, and how they were asked for."""
+    file = tmp_path_factory.mktemp("made") / "pictures.npz"
+    done = run("-c", PROGRAM, file, devices=8)
     assert done.returncode == 0, done.stderr
-    hashes = done.stdout.split()
-    assert len(set(hashes)) == 3
-    assert hashes[:3] == hashes[3:]  # on one and on eight devices
+    return dict(np.load(file))
 
 
-def test_a_picture_depends_on_key_and_example_alone():
+def test_the_same_pictures_on_any_number_of_devices(made: dict[str, np.ndarray]):
+    """Augmented and mixed images, and the share of each in the mixture."""
+    on_one = {name.removeprefix("1 "): value for name, value in made.items() if name.startswith("1 ")}
+    assert len(on_one) == 3 * 4
+    for name, value in on_one.items():
+        np.testing.assert_array_equal(made[f"8 {name}"], value, err_msg=name)
+
+
+def test_a_picture_depends_on_key_and_example_alone(made: dict[str, np.ndarray]):
     """Its place in the batch and its neighbours do not matter; step and example do."""
-    images = np.stack([picture(32, 32, seed) for seed in range(4)])
-    f = jax.jit(lambda images, key, examples: train_images(images, ALL, TO, key, examples))
-    key, examples = jax.random.key(0), np.arange(4)
-    first = np.asarray(f(images, key, examples))
-    order = np.array([2, 0, 3, 1])
-    np.testing.assert_array_equal(f(images[order], key, examples[order]), first[order])
-    assert not np.array_equal(f(images, jax.random.key(1), examples), first)
-    same = np.repeat(images[:1], 4, 0)
-    assert len({x.tobytes() for x in np.asarray(f(same, key, examples))}) == 4
+    first = made["1 augmented first"]
+    np.testing.assert_array_equal(made["1 augmented in another order"], first[made["order"]])
+    assert not np.array_equal(made["1 augmented by another key"], first)
+    assert len({x.tobytes() for x in made["1 augmented of one image"]}) == 16
