@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxsft.run import machine
@@ -113,6 +114,16 @@ def test_compiled_programs_are_kept_where_they_can_be(tmp_path: Path, cache: Pat
     for place, said in ((tmp_path, f"{tmp_path}/jaxsft/compiled"), (Path("/proc/nowhere"), "None")):
         done = python("-W", "error", "-c", ask, cache=cache, XDG_CACHE_HOME=str(place))
         assert (done.returncode, done.stdout.strip()) == (0, said), done.stderr
+
+
+def test_a_place_for_compiled_programs_that_is_there_stays(tmp_path: Path) -> None:
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        machine.keep_compilations()
+        assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_a_command_says_at_once_that_it_has_begun(cache: Path) -> None:

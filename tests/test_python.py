@@ -20,11 +20,13 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import jaxsft
+from jaxsft import cli
 from jaxsft.data.base import Options
 from jaxsft.data.embedded import open_sample
 from jaxsft.interface import default_workdir
+from jaxsft.interpret.mistakes import rank
 from jaxsft.run import checkpoint
-from jaxsft.run.log import records
+from jaxsft.run.log import NotHere, records
 from jaxsft.run.training import Trainer
 from tests import small
 from tests.commands import run_command
@@ -282,3 +284,35 @@ def test_a_program_on_stdin_with_a_source_of_its_own_and_workers(cache: Path, tm
     assert (done.stdout.count("begins"), done.stdout.count("forks")) == (1, 0)
     assert done.stdout.splitlines()[-1] == "2 True <stdin>"
     assert "warning" not in done.stderr
+
+
+def test_a_process_of_its_own_imports_what_this_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what the folder holds that a notebook lies in."""
+    for place, program in (("here", "raise SystemExit(0)"), ("notebooks", "raise SystemExit(1)")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "of_ours.py").write_text(program)
+    monkeypatch.syspath_prepend(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "notebooks")
+    cli.run_module("of_ours")
+
+
+def test_a_module_that_one_thread_does_without_is_there_for_others(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "costly.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [NotHere("costly"), *sys.meta_path])
+    with pytest.raises(ImportError):
+        importlib.import_module("costly")
+    thread = threading.Thread(target=importlib.import_module, args=["costly"])
+    thread.start()
+    thread.join()
+    assert "costly" in sys.modules
+
+
+def test_the_surest_mistakes_come_first() -> None:
+    answers = {
+        "label": np.array([0, 1, 2, 1, 0, 2]),
+        "predicted": np.array([1, 1, 0, 0, 2, 1]),
+        "probability": np.array([0.5, 0.9, 0.7, np.nan, 0.7, 0.6]),
+    }
+    assert rank(answers, 3).tolist() == [2, 4, 5]
+    assert rank(answers, 9).tolist() == [2, 4, 5, 0]

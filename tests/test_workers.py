@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxsft import recipes
 from jaxsft.cli import Stop
 from jaxsft.data import handover, loader, pipeline
 from jaxsft.data.order import Order
@@ -108,6 +109,31 @@ def test_a_source_that_cant_be_sent_to_workers_is_read_here(open_loader, capsys)
         "warning: a Locked can't be pickled (cannot pickle '_thread.lock' object), so that no worker process can read"
         " it; this one does, more slowly\n"
     )
+
+
+OF_A_CONFIG = """
+from tests.pictures import Pictures
+from tests import small
+
+class Own(Pictures):
+    def __getitem__(self, index):
+        return super().__getitem__(index).rotate({angle})
+
+def get_config():
+    return small.get_config()
+"""
+
+
+def test_workers_read_the_sources_of_config_files(open_loader, tmp_path: Path) -> None:
+    """Of several, each its own: none takes another's place."""
+    for angle in (90, 180):
+        (tmp_path / f"by{angle}.py").write_text(OF_A_CONFIG.replace("{angle}", str(angle)))
+        recipes.load(f"{tmp_path}/by{angle}.py")
+    modules = [module for name, module in sys.modules.items() if name.startswith("config_")]
+    classes = [module.Own for module in modules if hasattr(module, "Own")]
+    assert len({own.__module__ for own in classes}) == 2
+    for own in classes:
+        assert_same(open_loader(own(LABELS), workers=1).batch(0), open_loader(own(LABELS), workers=0).batch(0))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
