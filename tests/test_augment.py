@@ -14,7 +14,7 @@ from torchvision.transforms import autoaugment, v2
 from torchvision.transforms import functional as F  # noqa: N812  (as torchvision's users write it)
 
 from jaxsft.data import augment, color, mix, policy
-from jaxsft.data.augment import Amounts, train_images
+from jaxsft.data.augment import Amounts
 from jaxsft.models.weights import Preprocessing
 from tests.tensors import from_torch, picture, to_torch
 
