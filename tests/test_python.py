@@ -111,6 +111,7 @@ INTERRUPTIONS: tuple[tuple[int, tuple[int, ...], int | None], ...] = (
 def test_signals_end_the_run_and_never_the_interpreter(run: jaxsft.Run, tmp_path: Path, monkeypatch, capsys) -> None:
     heard: list[tuple[int, list[int]]] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append((number, checkpoint.steps(tmp_path))))
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         for step, numbers, saved in INTERRUPTIONS:
             with monkeypatch.context() as patch:
@@ -130,6 +131,7 @@ def test_signals_end_the_run_and_never_the_interpreter(run: jaxsft.Run, tmp_path
             assert re.fullmatch(rf"{re.escape(stopped_at)}\d+\.\d s after the notice; the same call resumes", said[1])
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, ctrl_c)
     ((number, steps),) = heard  # the program's own, once all was saved
     assert number == signal.SIGTERM and steps[-1] == 4
     found: list[jaxsft.Run] = []
