@@ -21,10 +21,9 @@ from tests.commands import run_command
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps."""
-    place = tmp_path_factory.mktemp("export")
-    status, said = run_command(f"train {' '.join(small.ARGUMENTS)} --config.train.steps=3 --workdir @/run", place)
-    assert status == 0, said
-    return place / "run"
+    path = tmp_path_factory.mktemp("export") / "run"
+    small.run_here(path, "--config.train.steps=3")
+    return path
 
 
 def export(workdir: Path, form: str, out: Path) -> None:
