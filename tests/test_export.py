@@ -22,11 +22,9 @@ from tests.programs import precisions
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps, its products in full on any machine."""
-    place = tmp_path_factory.mktemp("export")
-    arguments = (*small.ARGUMENTS, "--config.train.steps=3", "--config.train.matmul_precision=highest")
-    status, said = run_command(f"train {' '.join(arguments)} --workdir @/run", place)
-    assert status == 0, said
-    return place / "run"
+    path = tmp_path_factory.mktemp("export") / "run"
+    small.run_here(path, "--config.train.steps=3", "--config.train.matmul_precision=highest")
+    return path
 
 
 def export(workdir: Path, form: str, out: Path) -> None:

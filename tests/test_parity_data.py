@@ -154,7 +154,7 @@ def check_reference(config: ConfigDict, model: nn.Module) -> None:
 
 
 def test_the_reference_recipe_is_the_plain_script() -> None:
-    small = ("model.arch=resnet10_w16", "model.weights=sample", "data.source=sample", "data.image_size=64")
+    small = ("model.arch=resnet10_w16", "model.weights=sample", "data.source=sample", "data.image_size=40")
     config = reference(*small, "data.batch_size=20", "train.steps=20")
     check_reference(config, resnet10_w16(10))
 
