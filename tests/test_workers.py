@@ -130,7 +130,7 @@ def test_workers_read_the_sources_of_config_files(open_loader, tmp_path: Path) -
         (tmp_path / f"by{angle}.py").write_text(OF_A_CONFIG.replace("{angle}", str(angle)))
         recipes.load(f"{tmp_path}/by{angle}.py")
     modules = [module for name, module in sys.modules.items() if name.startswith("config_")]
-    classes = [module.Own for module in modules if hasattr(module, "Own")]
+    classes = [module.Own for module in modules if str(module.__file__).startswith(str(tmp_path))]
     assert len({own.__module__ for own in classes}) == 2
     for own in classes:
         assert_same(open_loader(own(LABELS), workers=1).batch(0), open_loader(own(LABELS), workers=0).batch(0))
