@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -225,6 +227,34 @@ def test_a_run_in_a_bucket_is_the_same_and_resumes_from_there_alone(google, plac
     assert card.source == f"{place.name} at step 8" and "fc" in variables["params"]
     leftovers = list(Path(working_copy.tempfile.gettempdir()).glob(f"{working_copy.SCRATCH}*"))
     assert all((left / working_copy.IN_USE).exists() for left in leftovers)
+
+
+def test_a_copy_stays_for_as_long_as_it_is_held(google, place, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(working_copy.tempfile, "tempdir", str(tmp_path))
+    held: list[bool] = []
+
+    def flush(self: WorkingCopy) -> None:  # the last, when the run is over
+        WorkingCopy(place)
+        held.append(self.path.exists())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkingCopy, "flush", flush)
+        with WorkingCopy(place) as copy:
+            pass
+    assert held[0] and not copy.path.exists()
+    killed = WorkingCopy(place)
+    killed._in_use.close()
+    WorkingCopy(place)
+    assert not killed.path.exists()
+
+
+def test_no_room_for_a_copy_is_one_line(google, place, monkeypatch) -> None:
+    def full(**options: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(working_copy.tempfile, "mkdtemp", full)
+    with pytest.raises(cli.UserError, match="can't be copied to this machine: No space left on device; make room"):
+        WorkingCopy(place)
 
 
 def make_folder(root: Path) -> None:

@@ -290,12 +290,14 @@ def test_a_program_on_stdin_with_a_source_of_its_own_and_workers(cache: Path, tm
 
 def test_a_process_of_its_own_imports_what_this_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not what the folder holds that a notebook lies in."""
-    for place, program in (("here", "raise SystemExit(0)"), ("notebooks", "raise SystemExit(1)")):
+    for place, program in (("here", "open('ran', 'w')"), ("notebooks", "raise SystemExit(1)")):
         (tmp_path / place).mkdir()
         (tmp_path / place / "of_ours.py").write_text(program)
     monkeypatch.syspath_prepend(tmp_path / "here")
     monkeypatch.chdir(tmp_path / "notebooks")
     cli.run_module("of_ours")
+    assert (tmp_path / "notebooks" / "ran").exists()  # by the first of them, in this folder
+    assert (tmp_path / "notebooks" / "ran").exists()  # by the first of them, in this folder
 
 
 def test_a_module_that_one_thread_does_without_is_there_for_others(tmp_path: Path, monkeypatch) -> None:

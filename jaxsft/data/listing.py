@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxsft import storage
+from jaxsft import buckets, storage
 from jaxsft.buckets import BucketPath
 from jaxsft.cli import UserError
 from jaxsft.data import hosts
@@ -101,8 +101,10 @@ def stamp(path: str) -> Stamp:
     """(bytes, time of the last change in ns) of a file; (-1, 0) where that can't be told."""
     try:
         if storage.is_remote(path):
-            found = known(path)
-            return found.files.get(path, (-1, 0)) if found else tuple(storage.location(path).stat())  # type: ignore
+            if found := known(path):
+                return found.files.get(path, (-1, 0))
+            entry = buckets.parse(path).stat()
+            return entry.size, entry.changed_ns
         status = os.stat(path)
     except (OSError, ValueError):
         return -1, 0

@@ -39,25 +39,28 @@ class WorkingCopy:
         """Of a workdir. One process of a run `sends`, and holds the `lease`; the others only read.
 
         Raises:
-          UserError: a bucket can't be read.
+          UserError: a bucket can't be read, or there is no room for a copy.
         """
         self.place = place
         self._lease = lease
         if isinstance(place, Path):
             self.path = place
             return
-        self._scratch, self._in_use = scratch()
-        self.path = self._scratch / place.name
-        self.path.mkdir()
         self._sends = sends
         self._sent: dict[str, tuple[int, int]] = {}  # name -> (bytes, ns) of the file as it was sent
         self._there: set[int] = set()  # the steps whose checkpoints are in the bucket
         self._lock, self._ended = threading.Lock(), threading.Event()
-        try:
-            self._fetch(place)
-        except OSError as error:
-            shutil.rmtree(self._scratch)
-            raise UserError(f"{place} can't be read: {error.strerror}", "give another --workdir") from None
+        with contextlib.ExitStack() as undo:
+            try:
+                self._scratch, self._in_use = scratch()
+                undo.callback(shutil.rmtree, self._scratch, ignore_errors=True)
+                self.path = self._scratch / place.name
+                self.path.mkdir()
+                self._fetch(place)
+            except OSError as error:
+                what = f"{place} can't be copied to this machine: {error.strerror}"
+                raise UserError(what, "make room in the temporary folder, or give another --workdir") from None
+            undo.pop_all()
 
     def _fetch(self, place: BucketPath) -> None:
         """Bring here what a run needs of its past; what a send that was cut off has left is removed."""
@@ -144,20 +147,20 @@ class WorkingCopy:
     ) -> None:
         if isinstance(self.place, Path):
             return
-        self._in_use.close()
-        if self._sends:
-            self._ended.set()
-            self._thread.join()
-            try:
-                self.flush()
-            except Stop as stop:
-                (self._scratch / IN_USE).unlink()  # no later run takes it for one to be removed
-                if kind is None:
-                    raise
-                if str(stop) != str(error):
-                    warn(stop)
-                return
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        with self._in_use:  # to the end: a copy that nobody holds is removed by the next run that starts
+            if self._sends:
+                self._ended.set()
+                self._thread.join()
+                try:
+                    self.flush()
+                except Stop as stop:
+                    (self._scratch / IN_USE).unlink()  # what is not in the bucket stays
+                    if kind is None:
+                        raise
+                    if str(stop) != str(error):
+                        warn(stop)
+                    return
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 def steps(workdir: Location) -> list[int]:
