@@ -297,7 +297,6 @@ def test_a_process_of_its_own_imports_what_this_one_does(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path / "notebooks")
     cli.run_module("of_ours")
     assert (tmp_path / "notebooks" / "ran").exists()  # by the first of them, in this folder
-    assert (tmp_path / "notebooks" / "ran").exists()  # by the first of them, in this folder
 
 
 def test_a_module_that_one_thread_does_without_is_there_for_others(tmp_path: Path, monkeypatch) -> None:
