@@ -35,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("XLA_FLAGS", f"{DEVICES.format(1)} {compile_flags(config)}")
     # The processes of a test run share the cores; torch's threads, more than cores, would spin for one another.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.pop("JAXSFT_CACHE", None)  # the user's own
     # Keep every program, so that the next test has it: JAX by itself keeps those that took a second and more.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 

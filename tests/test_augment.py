@@ -15,11 +15,7 @@ from torchvision.transforms import functional as F  # noqa: N812  (as torchvisio
 
 from jaxsft.data import augment, color, mix, policy
 from jaxsft.data.augment import Amounts
-from jaxsft.models.weights import Preprocessing
 from tests.tensors import from_torch, picture, to_torch
-
-TO = Preprocessing(64, 64)
-
 
 COLOURS = {
     "brightness": (color.brightness, F.adjust_brightness, (0.3, 1.7)),

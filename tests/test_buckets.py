@@ -20,11 +20,13 @@ from jaxsft.data.base import Options
 from jaxsft.data.sources import open_source
 from jaxsft.models import weights
 from jaxsft.run import checkpoint, lease, pretrained, saved, training, working_copy
+from jaxsft.run.checkpoint import Checkpoints
 from jaxsft.run.lease import Lease
 from jaxsft.run.working_copy import COMMITTED, WorkingCopy
 from tests import buckets as servers
 from tests import small
 from tests.commands import assert_refused, run_command
+from tests.test_checkpoint import make_state
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +257,21 @@ def test_no_room_for_a_copy_is_one_line(google, place, monkeypatch) -> None:
     monkeypatch.setattr(working_copy.tempfile, "mkdtemp", full)
     with pytest.raises(cli.UserError, match="can't be copied to this machine: No space left on device; make room"):
         WorkingCopy(place)
+
+
+def test_a_damaged_checkpoint_is_set_aside_in_the_bucket_too(google, place, capsys) -> None:
+    with WorkingCopy(place) as copy, Checkpoints(copy, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(make_state(step), step, {})
+    (place / "checkpoints" / "2" / "host" / "metadata").write_bytes(b"{}")
+    with WorkingCopy(place) as copy:
+        found = checkpoint.newest(copy.path, lambda _: make_state(0), set_aside=True, place=place)
+    assert found is not None and found.step == 1
+    said = capsys.readouterr().err
+    assert f"warning: the checkpoint {place}/checkpoints/2 is damaged (its record can't be read" in said
+    assert f" and now lies in {place}/damaged/2; the one before it is used" in said
+    assert checkpoint.steps(place) == [1]
+    assert (place / "damaged" / "2" / "host" / "metadata").read_bytes() == b"{}"
 
 
 def make_folder(root: Path) -> None:

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def first_step_seconds(flags: list[str], place: Path, name: str) -> float:
     """From the start of the command to the line of the log about its first step."""
-    environment = {**os.environ, "XDG_CACHE_HOME": str(place / "cache")}
+    environment = {**os.environ, "JAXSFT_CACHE": str(place / "cache")}
     workdir = place / name
     one_step = ["--config.train.steps=1", "--config.optim.warmup_epochs=0", f"--workdir={workdir}"]
     command = [sys.executable, "-m", "jaxsft.train", *flags, *one_step]

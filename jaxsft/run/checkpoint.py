@@ -166,7 +166,12 @@ class Checkpoints:
 
 
 def newest(
-    workdir: Location, like: Callable[[dict[str, Any]], Any], *, set_aside: bool, only: int | None = None
+    workdir: Location,
+    like: Callable[[dict[str, Any]], Any],
+    *,
+    set_aside: bool,
+    only: int | None = None,
+    place: Location | None = None,
 ) -> Restored | None:
     """The newest intact checkpoint, or `only` that of one step; None where there is none.
 
@@ -176,6 +181,8 @@ def newest(
       workdir: of the run.
       like: from a checkpoint's record to the (part of the) state to read, its leaves with shape and dtype.
       set_aside: whether this process may move things.
+      only: see above.
+      place: what to call `workdir` in messages, where it is a copy.
 
     Raises:
       UserError: it was written by versions of this program or its libraries that keep something else.
@@ -188,9 +195,10 @@ def newest(
             record = read_record(path)
             return Restored(step, read_arrays(path, record, like(record)), record)
         except Damaged as damage:
-            said = f"the checkpoint {path} is damaged ({damage})"
+            said = f"the checkpoint {(place or workdir) / FOLDER / str(step)} is damaged ({damage})"
         if set_aside and isinstance(workdir, Path):
-            said += f" and now lies in {move_aside(workdir, workdir / FOLDER / str(step))}"
+            moved = move_aside(workdir, workdir / FOLDER / str(step))
+            said += f" and now lies in {(place or workdir) / SET_ASIDE / moved.name}"
         warn(f"{said}; the one before it is used")
     return None
 

@@ -210,7 +210,8 @@ def fit(job: Job, workdir: WorkingCopy, profile: int = 0, in_session: bool = Fal
 def resume(job: Job, workdir: WorkingCopy) -> tuple[int, Meter]:
     """Put the newest intact checkpoint into `job.state`; its step (0: none) and the sums of the metrics."""
     finite = job.config.train.on_nan == "stop"
-    restored = checkpoint.newest(workdir.path, lambda record: job.state, set_aside=job.parallel.is_main)
+    may_move = job.parallel.is_main
+    restored = checkpoint.newest(workdir.path, lambda _: job.state, set_aside=may_move, place=workdir.place)
     step = restored.step if restored else 0
     require_agreement(job, step, "the processes see different checkpoints", "let all of them see one --workdir")
     if restored is None:
