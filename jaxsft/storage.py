@@ -13,7 +13,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jaxsft import buckets
@@ -21,6 +22,7 @@ from jaxsft.buckets import BucketPath
 from jaxsft.cli import Stop, UserError
 
 Location = Path | BucketPath
+REQUESTS = 16  # to a bucket at the same time
 
 
 def location(text: str | Path | BucketPath) -> Location:
@@ -76,10 +78,27 @@ def speaking_of(path: Location, copy: Path) -> Iterator[None]:
 
 def download(source: BucketPath, target: Path, names: Iterable[str]) -> None:
     """Copy objects below `source` to files below `target`. Raises OSError."""
-    for name in names:
+
+    def fetch(name: str) -> None:
         file = target / name
         file.parent.mkdir(parents=True, exist_ok=True)
         (source / name).download(file)
+
+    at_once(fetch, names)
+
+
+def at_once(function: Callable[[str], None], names: Iterable[str]) -> None:
+    """Call `function` for each name, several at the same time: a request waits for most of its time.
+
+    Raises:
+      OSError: one of them did; no other is begun then.
+    """
+    pool = ThreadPoolExecutor(REQUESTS)
+    try:
+        for done in [pool.submit(function, name) for name in names]:
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def mirror(source: BucketPath, target: Path) -> None:
@@ -88,19 +107,24 @@ def mirror(source: BucketPath, target: Path) -> None:
     Raises:
       OSError: it can't be.
     """
-    for name, entry in source.walk().items():
-        file = target / name
-        if not file.is_file() or file.stat().st_size != entry.size:
+    entries = source.walk()
+
+    def fetch(name: str) -> None:
+        file, changed = target / name, entries[name].changed_ns
+        if not file.is_file() or file.stat().st_size != entries[name].size:
             with replacing(file) as partial:
                 (source / name).download(partial)
-            os.utime(file, ns=(entry.changed_ns, entry.changed_ns))  # the same on every machine
+            os.utime(file, ns=(changed, changed))  # the same on every machine
+
+    at_once(fetch, entries)
 
 
 def upload(source: Path, target: BucketPath, last: str = "") -> None:
     """Copy all files below `source` to objects below `target`, those called `last` as the last. Raises OSError."""
     names = [file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()]
-    for name in sorted(names, key=lambda name: (name.split("/")[-1] == last, name)):
-        (target / name).upload(source / name)
+    for are_last in (False, True):
+        now = [name for name in sorted(names) if (name.split("/")[-1] == last) == are_last]
+        at_once(lambda name: (target / name).upload(source / name), now)
 
 
 @contextlib.contextmanager
@@ -188,8 +212,7 @@ def remove_directory(path: Location) -> None:
         shutil.rmtree(path, ignore_errors=True)
         return
     with contextlib.suppress(OSError):
-        for name in path.walk():
-            (path / name).unlink(missing_ok=True)
+        at_once(lambda name: (path / name).unlink(missing_ok=True), path.walk())
 
 
 def write_file(path: Location, content: bytes) -> None:

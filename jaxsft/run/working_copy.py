@@ -67,15 +67,13 @@ class WorkingCopy:
         found = place.walk()
         steps_found = {name.split("/")[1] for name in found if name.startswith(f"{FOLDER}/")}
         whole = {step for step in steps_found if f"{FOLDER}/{step}/{COMMITTED}" in found}
-        for name in found:
-            top, *rest = name.split("/")
-            if top == FOLDER and rest[0] not in whole:
-                if self._sends:
-                    (place / name).unlink(missing_ok=True)
-            elif (top == FOLDER and rest[-1] != COMMITTED) or (not rest and not name.startswith((".", LOCK))):
-                storage.download(place, self.path, [name])
-                if not rest:
-                    self._sent[name] = stamp(self.path / name)
+        files = [name for name in found if "/" not in name and not name.startswith((".", LOCK))]
+        parts = [name for name in found if name.startswith(f"{FOLDER}/") and not name.endswith(COMMITTED)]
+        wanted = [name for name in parts if name.split("/")[1] in whole]
+        storage.download(place, self.path, [*files, *wanted])
+        self._sent = {name: stamp(self.path / name) for name in files}
+        if self._sends:
+            storage.at_once(lambda name: (place / name).unlink(missing_ok=True), set(parts).difference(wanted))
         self._there = {int(step) for step in whole if step.isdecimal()}
 
     def flush(self) -> None:
@@ -123,8 +121,7 @@ class WorkingCopy:
     def _remove(self, checkpoint: BucketPath) -> None:
         """Remove a checkpoint from the bucket; from the first object on it is none."""
         (checkpoint / COMMITTED).unlink(missing_ok=True)
-        for name in checkpoint.walk():
-            (checkpoint / name).unlink(missing_ok=True)
+        storage.at_once(lambda name: (checkpoint / name).unlink(missing_ok=True), checkpoint.walk())
 
     def _send_now_and_then(self) -> None:
         """The thread: a new checkpoint is sent at once, all else every INTERVAL seconds."""
