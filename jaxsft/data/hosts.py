@@ -5,14 +5,13 @@ In a run of one process these functions do nothing.
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
 
-from jaxsft.cli import Stop, UserError
+from jaxsft.cli import UserError
 
 Value = TypeVar("Value")
 
@@ -25,7 +24,7 @@ def share() -> tuple[int, int]:
 
 
 def once(make: Callable[[], Value]) -> Value:
-    """What `make` returns in the first process, a value of JSON, in all of them; each must call it.
+    """What `make` returns in the first process, anything that can be pickled, in all of them; each must call it.
 
     Raises:
       UserError: the first process's `make` did, in all of them.
@@ -33,28 +32,17 @@ def once(make: Callable[[], Value]) -> Value:
     process, processes = share()
     if processes == 1:
         return make()
-    message: dict[str, Any] = {}
+    made: tuple[Any, str, str] = (None, "", "")
     if process == 0:
         try:
-            message = {"value": make()}
-        except Stop as stop:
-            message = {"stop": str(stop)}
-    message = json.loads(gather(json.dumps(message).encode())[0])
-    if "stop" in message:
-        what, _, what_to_do = message["stop"].rpartition("; ")
+            made = make(), "", ""
+        except UserError as error:
+            what, _, what_to_do = str(error).rpartition("; ")
+            made = None, what, what_to_do
+    value, what, what_to_do = pickle.loads(broadcast(pickle.dumps(made)))
+    if what:
         raise UserError(what, what_to_do)
-    return message["value"]
-
-
-def gather(content: bytes) -> list[bytes]:
-    """The `content` of every process, in their order, in all of them; each must call it."""
-    from jax.experimental import multihost_utils
-
-    lengths = multihost_utils.process_allgather(np.array([len(content)], np.int32)).reshape(-1)
-    padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
-    padded[: len(content)] = np.frombuffer(content, np.uint8)
-    found = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
-    return [row[:length].tobytes() for row, length in zip(np.asarray(found, np.uint8), lengths, strict=True)]
+    return value
 
 
 def together(part: Value) -> list[Value]:
@@ -62,3 +50,25 @@ def together(part: Value) -> list[Value]:
     if share()[1] == 1:
         return [part]
     return [pickle.loads(content) for content in gather(pickle.dumps(part))]
+
+
+def broadcast(content: bytes) -> bytes:
+    """The `content` of the first process, in all of them."""
+    from jax.experimental import multihost_utils
+
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    own = np.zeros(length, np.uint8)
+    if share()[0] == 0:
+        own[:] = np.frombuffer(content, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(own), np.uint8).tobytes()
+
+
+def gather(content: bytes) -> list[bytes]:
+    """The `content` of every process, in their order, in all of them."""
+    from jax.experimental import multihost_utils
+
+    lengths = multihost_utils.process_allgather(np.array([len(content)], np.int32)).reshape(-1)
+    padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
+    padded[: len(content)] = np.frombuffer(content, np.uint8)
+    found = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
+    return [row[:length].tobytes() for row, length in zip(np.asarray(found, np.uint8), lengths, strict=True)]

@@ -23,8 +23,6 @@ from jaxsft.data.threads import in_order
 from jaxsft.progress import progress
 from jaxsft.storage import Location
 
-REQUESTS = 32  # of a bucket at the same time: each waits for most of its time
-
 
 class Index(NamedTuple):
     """One row a file."""
@@ -56,14 +54,13 @@ def index(root: Location, part: str, paths: Sequence[str], upright: bool) -> Ind
     # Another Pillow may read what this one can't.
     key = hashlib.sha256(f"decoded\0{where}\0{upright}\0{PIL.__version__}".encode(errors="surrogateescape"))
     cached = cache_dir() / "index" / f"{root.name}-{key.hexdigest()[:16]}.npz"
-    rows = load(cached)
-    process, processes = (0, 1) if isinstance(root, Path) else hosts.share()
-    if processes > 1:  # each looks at its share of what the first does not know yet
-        rows = hosts.together(rows if process == 0 else {})[0]
+    is_shared = not isinstance(root, Path)  # then each process looks at its share of what the first does not know yet
+    process, processes = hosts.share() if is_shared else (0, 1)
+    rows = hosts.once(lambda: load(cached)) if is_shared else load(cached)
     stamps = {path: listing.stamp(path) for path in paths}
     fresh = [path for path, mark in stamps.items() if path not in rows or rows[path].stamp != mark]
     mine = fresh[process::processes]
-    threads = None if isinstance(root, Path) else REQUESTS
+    threads = storage.REQUESTS if is_shared else None
     measured = in_order(lambda path: measure(path, upright), mine, threads=threads)
     bar = progress(measured, desc=f"looking at {root.name} {part}", total=len(mine), unit="image")
     passing: dict[str, str] = {}  # file -> what kept it from being read this time
