@@ -125,6 +125,13 @@ def exists(storage: Storage, name: str) -> bool:
     return True
 
 
+class Memory(Storage):
+    """The emulator's, which lasts as long as the process: its list of all objects is kept on no disk, at no write."""
+
+    def _write_config_to_file(self) -> None:
+        pass
+
+
 class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     """One thread a connection."""
 
@@ -137,7 +144,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 @contextmanager
 def google() -> Iterator[Bucket]:
     """gs://bucket, empty."""
-    storage = Storage(use_memory_fs=True)
+    storage = Memory(use_memory_fs=True)
     buckets.create_bucket(BUCKET, storage)
     bucket = Bucket({})
     server = Server(("127.0.0.1", 0), partial(Handler, bucket, storage))

@@ -25,6 +25,7 @@ from tests.test_parallel import SYNC, TRAIN, assert_same_run, ended, free_port
 pytestmark = pytest.mark.full  # minutes
 
 KILLS, MOST_STARTS = 20, 60
+LONGEST = 1500  # seconds of a run
 SAMPLE = (
     "--config=configs/cifar10.py:sample",
     "--config.data.source=tfds:cifar10",
@@ -114,7 +115,7 @@ def test_killed_at_twenty_random_moments_it_ends_bit_equal(bucket, undisturbed, 
         if killed >= KILLS:  # the next is left alone
             bucket.on_write = lambda: None
             process = start(bucket, tmp_path / "last", workdir, flags_of(pytestconfig))
-            said, _ = process.communicate(timeout=600)
+            said, _ = process.communicate(timeout=LONGEST)
             assert process.returncode == 0, said
             assert result(workdir) == undisturbed
             break
@@ -130,7 +131,7 @@ def test_with_a_third_of_the_requests_failing_for_a_minute_it_ends_bit_equal(
     timer.start()
     try:
         process = start(bucket, tmp_path / "home", "gs://bucket/failing", flags_of(pytestconfig))
-        said, _ = process.communicate(timeout=600)
+        said, _ = process.communicate(timeout=LONGEST)
     finally:
         timer.cancel()
         bucket.failing = 0.0
@@ -148,7 +149,7 @@ def test_a_bucket_that_is_away_for_a_minute_delays_a_run(bucket, undisturbed, tm
             bucket.away_until = time.monotonic() + 60
 
     bucket.on_write = on_write
-    said, _ = process.communicate(timeout=600)
+    said, _ = process.communicate(timeout=LONGEST)
     bucket.on_write = lambda: None
     assert process.returncode == 0, said
     assert writes[0] > 30
@@ -168,7 +169,7 @@ def test_two_runs_in_one_workdir(bucket, tmp_path: Path, pytestconfig) -> None:
     first.kill()
     first.communicate()
     third = start(bucket, tmp_path / "third", "gs://bucket/shared", flags_of(pytestconfig))
-    said, _ = third.communicate(timeout=600)
+    said, _ = third.communicate(timeout=LONGEST)
     assert third.returncode == 0, said
 
 
@@ -202,7 +203,7 @@ def test_the_page_about_tpu_vms_is_true(bucket, realdata: Path, cifar7: Path, tm
                 while process.poll() is None and not steps(storage.location("gs://bucket/run")):
                     time.sleep(0.1)
                 process.kill()
-            said, _ = process.communicate(timeout=600)
+            said, _ = process.communicate(timeout=LONGEST)
             assert process.returncode == 0 or (module == "jaxsft.train" and not attempt), said
         ran.append(module)
         if module == "jaxsft.train":
