@@ -28,6 +28,8 @@ from tests import small
 from tests.commands import assert_refused, run_command
 from tests.test_checkpoint import make_state
 
+SCHEME = {"google": "gs", "amazon": "s3"}
+
 
 @pytest.fixture(scope="module")
 def google():
@@ -42,10 +44,36 @@ def place(google, request) -> buckets.BucketPath:
 
 
 @pytest.mark.parametrize("kind", ["google", "amazon"])
-def test_objects_are_written_whole_and_made_once(kind: str, tmp_path: Path) -> None:
-    scheme = {"google": "gs", "amazon": "s3"}[kind]
+def test_any_bytes_arrive(kind: str, tmp_path: Path) -> None:
+    """Also those that the lines between the parts of an upload end in, or are made of."""
+    contents = [
+        b"",
+        b"\r",
+        b"ends in\r",
+        b"in\n",
+        b"in\r\n",
+        b"\r\nbegins",
+        b"has\n--==0==--\nit",
+        b"\0",
+        bytes(range(256)),
+    ]
     with getattr(servers, kind)() as server, servers.environment(server.environment):
-        folder = storage.location(f"{scheme}://bucket/folder")
+        for number, content in enumerate(contents):
+            place = storage.location(f"{SCHEME[kind]}://bucket/{number}")
+            assert place.create(content) and place.read_bytes() == content
+            place.write_bytes(content)
+            assert place.read_bytes() == content
+            (tmp_path / "file").write_bytes(content)
+            place.upload(tmp_path / "file")
+            assert place.read_bytes() == content
+            place.download(tmp_path / "file")
+            assert (tmp_path / "file").read_bytes() == content
+
+
+@pytest.mark.parametrize("kind", ["google", "amazon"])
+def test_objects_are_written_whole_and_made_once(kind: str, tmp_path: Path) -> None:
+    with getattr(servers, kind)() as server, servers.environment(server.environment):
+        folder = storage.location(f"{SCHEME[kind]}://bucket/folder")
         assert not folder.exists() and not folder.is_dir() and folder.walk() == {}
         assert (folder / "lock").create(b"mine")
         assert not (folder / "lock").create(b"yours")
