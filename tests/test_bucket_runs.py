@@ -104,6 +104,7 @@ def test_killed_at_twenty_random_moments_it_ends_bit_equal(bucket, undisturbed, 
             process.send_signal(signal.SIGKILL)
         said, _ = process.communicate(timeout=300)
         bucket.on_write = lambda: None
+        assert "damaged" not in said
         if process.returncode == -signal.SIGKILL:
             killed, during = killed + 1, during + in_a_write
         else:
@@ -207,7 +208,7 @@ def test_the_page_about_tpu_vms_is_true(bucket, realdata: Path, cifar7: Path, tm
             assert process.returncode == 0 or (module == "jaxsft.train" and not attempt), said
         ran.append(module)
         if module == "jaxsft.train":
-            assert "resuming at step" in said
+            assert "resuming at step" in said and "damaged" not in said
     assert ran == ["convert", "jaxsft.train", "jaxsft.evaluate", "jaxsft.predict", "jaxsft.export"]
     assert (tmp_path / "tuned.pth").stat().st_size > 4e7  # float32 of 11 million parameters
 

@@ -182,7 +182,7 @@ def fill(path: Path, step: int, keep: int) -> None:
     """What a run writes until the checkpoint of `step`, of which it keeps the last ones."""
     folder = path / "checkpoints" / str(step)
     (folder / "state").mkdir(parents=True)
-    for name in ("state/a", "state/b", "host"):
+    for name in ("state/a", "state/b", "host", COMMITTED, f"state/{COMMITTED}"):  # the last two as Orbax does on a disk
         (folder / name).write_text(f"{name} of {step}")
     with (path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, "split": "train"}) + "\n")

@@ -68,7 +68,7 @@ class WorkingCopy:
         steps_found = {name.split("/")[1] for name in found if name.startswith(f"{FOLDER}/")}
         whole = {step for step in steps_found if f"{FOLDER}/{step}/{COMMITTED}" in found}
         files = [name for name in found if "/" not in name and not name.startswith((".", LOCK))]
-        parts = [name for name in found if name.startswith(f"{FOLDER}/") and not name.endswith(COMMITTED)]
+        parts = [name for name in found if name.startswith(f"{FOLDER}/")]
         wanted = [name for name in parts if name.split("/")[1] in whole]
         storage.download(place, self.path, [*files, *wanted])
         self._sent = {name: stamp(self.path / name) for name in files}
@@ -103,8 +103,8 @@ class WorkingCopy:
         for step in here:
             if step not in self._there:
                 folder = Path(FOLDER) / str(step)
-                storage.upload(self.path / folder, place / folder.as_posix())
-                (place / folder.as_posix() / COMMITTED).write_bytes(b"")
+                (self.path / folder / COMMITTED).touch()  # on a disk only some versions of Orbax write it
+                storage.upload(self.path / folder, place / folder.as_posix(), last=COMMITTED)
                 self._there.add(step)
         for step in sorted(self._there - set(steps(self.path))):
             self._remove(place / FOLDER / str(step))
