@@ -136,7 +136,7 @@ CASES: tuple[tuple[str, str], ...] = (
     ),
     (
         SAMPLE + " --config.model.weights=@/empty",
-        "@/empty/model.json can't be read; make the directory with `python -m convert to-flax`",
+        "@/empty/model.json can't be read: No such file or directory; make the directory with...",
     ),
     (SAMPLE + " --config.model.num_classes=0", "config.model.num_classes is 0; it must be None or 1 and more"),
     (SAMPLE + " --config.model.num_classes=5", "config.model.num_classes is 5; the data has 10 classes"),
@@ -316,12 +316,12 @@ CASES: tuple[tuple[str, str], ...] = (
     ),
     (
         "convert to-torch @/empty --out @/out.pth",
-        "@/empty/model.json can't be read; make the directory with `python -m convert to-flax`",
+        "@/empty/model.json can't be read: No such file or directory; make the directory with...",
     ),
     ("convert to-torch @/no_checkpoint --out @/out.onnx", "the weights in @/no_checkpoint can't be read: ..."),
     (
         "convert verify @/empty --against @/few.safetensors",
-        "@/empty/model.json can't be read; make the directory with `python -m convert to-flax`",
+        "@/empty/model.json can't be read: No such file or directory; make the directory with...",
     ),
     ("parity --arch resnet19", "unknown arch 'resnet19'; did you mean 'resnet18'?"),
     ("parity --arch resnet18 --batch-size 1", "--batch-size is 1; batch norm trains on 2 images and more"),

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ import PIL.Image
 import pytest
 
 from jaxsft import buckets, cli, patience, storage
-from jaxsft.data import listing, prepare
+from jaxsft.data import embedded, listing, prepare
 from jaxsft.data.base import Options
 from jaxsft.data.sources import open_source
 from jaxsft.models import weights
@@ -127,7 +128,7 @@ REFUSALS = (
     ("evaluate --workdir=gs://bucket/none", "gs://bucket/none holds no run; give the --workdir of..."),
     ("predict --workdir=gs://bucket/none gs://bucket/a.png", "gs://bucket/a.png can't be read: it is not there, or..."),
     ("convert to-flax gs://bucket/a.pth --arch resnet18 --out @/a", "gs://bucket/a.pth can't be read: it is not..."),
-    ("convert to-torch gs://bucket/a --out @/a.pth", "gs://bucket/a/model.json can't be read; make the directory..."),
+    ("convert to-torch gs://bucket/a --out @/a.pth", "gs://bucket/a/model.json can't be read: it is not there, or..."),
 )
 
 
@@ -135,6 +136,41 @@ REFUSALS = (
 def test_what_is_not_there_is_one_line(google, tmp_path: Path, command: str, expected: str) -> None:
     assert_refused(command, expected, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+ANY_PLACE = (  # all that a command may be given a place in a bucket for
+    "train --config=tests/small.py --workdir=gs://bucket/run",
+    "train --config=tests/small.py --workdir=@/run --config.data.source=folder:gs://bucket/pictures",
+    "train --config=tests/small.py --workdir=@/run --config.data.source=csv:gs://bucket/list.csv",
+    "train --config=tests/small.py --workdir=@/run --config.data.source=tfds:cifar10 --config.data.data_dir=gs://bucket/a",
+    "train --config=tests/small.py --workdir=@/run --config.model.weights=gs://bucket/ported",
+    "evaluate --workdir=gs://bucket/run",
+    "predict --workdir=@/none gs://bucket/a.png",
+    "export --workdir=gs://bucket/run --format torch --out @/a.pth",
+    "convert to-flax gs://bucket/a.pth --arch resnet18 --out @/a",
+    f"convert to-flax {embedded.WEIGHTS} --arch resnet10_w16 --out gs://bucket/a",
+    "convert to-torch gs://bucket/a --out @/a.pth",
+    f"convert verify gs://bucket/a --against {embedded.WEIGHTS}",
+    "parity --arch resnet18 --weights gs://bucket/a.pth",
+    "parity --arch resnet18 --json gs://bucket/a.json",
+    "data.show --config=tests/small.py --out=gs://bucket/a.png",
+)
+
+
+@pytest.mark.parametrize("command", ANY_PLACE)
+@pytest.mark.parametrize("why", ["there is nobody", "the bucket does not permit it"])
+def test_a_bucket_that_gives_nothing_is_one_line(google, tmp_path: Path, monkeypatch, why: str, command: str) -> None:
+    monkeypatch.setattr(patience, "FIRST_PATIENCE", 0.1)
+    monkeypatch.setattr(patience, "PATIENCE", 0.1)
+    if why == "there is nobody":
+        monkeypatch.setattr("gcsfs.core.GCSFileSystem._request", away)
+    else:
+        monkeypatch.setattr(google, "answer", lambda method, address: 403)
+    status, said = run_command(command, tmp_path)
+    assert status == 2, said
+    assert re.search(f"^error: gs://bucket.*: {why}; .*\\n$", said, re.MULTILINE), said
+    assert not any(tmp_path.iterdir())
+    patience.HEALTH.clear()
 
 
 def test_a_bucket_that_can_only_be_read_is_one_line(google, tmp_path: Path, monkeypatch) -> None:

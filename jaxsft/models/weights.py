@@ -82,8 +82,9 @@ class ModelCard:
         path = directory / CARD
         try:
             return cls.of(json.loads(path.read_text()))
-        except OSError:
-            raise UserError(f"{path} can't be read", "make the directory with `python -m convert to-flax`") from None
+        except OSError as error:
+            what = f"{path} can't be read: {error.strerror}"
+            raise UserError(what, "make the directory with `python -m convert to-flax`") from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             what = f"{path} is not a model card: {str(error)[:MOST_SAID]}"
             raise UserError(what, "port the weights again") from None

@@ -33,8 +33,15 @@ class SavedRun(NamedTuple):
 
 
 def is_run(directory: Location) -> bool:
-    """Whether `directory` holds a run, finished or not."""
-    return (directory / CONFIG).exists() or (directory / checkpoint.FOLDER).is_dir()
+    """Whether `directory` holds a run, finished or not.
+
+    Raises:
+      UserError: it does not say.
+    """
+    try:
+        return (directory / CONFIG).exists() or (directory / checkpoint.FOLDER).is_dir()
+    except OSError as error:
+        raise UserError(f"{directory} can't be read: {error.strerror}", "name the workdir of a run") from None
 
 
 def read(workdir: Location, which: str = "last") -> SavedRun:
