@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from jaxsft import cli
 from jaxsft.patience import SCHEMES, bucket_of, request, scheme_of
 
-# gcsfs sends an object of fewer bytes than this in one request, between lines that end in a bare newline: "\\r" at its
+# gcsfs sends an object of fewer bytes than this in one request, between lines that end in a bare newline: "\r" at its
 # end is then taken for a part of the last of them, and where it has this line itself, it ends there.
 ONE_REQUEST, BOUNDARY = 5 * 2**20, b"--==0=="
 

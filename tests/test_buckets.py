@@ -11,6 +11,7 @@ import shutil
 import time
 from pathlib import Path
 
+import gcsfs.core
 import numpy as np
 import PIL.Image
 import pytest
@@ -255,6 +256,24 @@ def test_cut_off_between_any_two_writes_a_run_can_be_resumed(google, place) -> N
         if done:
             assert found == [3] and writes > 10
             return
+
+
+def test_a_file_that_grows_while_it_is_sent_arrives_as_it_was(google, place, monkeypatch) -> None:
+    copy = WorkingCopy(place)
+    (copy.path / "metrics.jsonl").write_bytes(b"x" * 6_000_000)  # more than goes in one request
+    begin = gcsfs.core.initiate_upload
+
+    async def grow(*args: object, **kwargs: object) -> object:
+        with (copy.path / "metrics.jsonl").open("ab") as file:
+            file.write(b"y" * 1000)
+        return await begin(*args, **kwargs)
+
+    monkeypatch.setattr(gcsfs.core, "initiate_upload", grow)
+    monkeypatch.setattr(patience, "PATIENCE", 1.0)
+    copy.flush()
+    assert (place / "metrics.jsonl").read_bytes() == b"x" * 6_000_000
+    copy.flush()
+    assert (place / "metrics.jsonl").stat().size == 6_001_000
 
 
 def test_a_run_in_a_bucket_is_the_same_and_resumes_from_there_alone(google, place, tmp_path: Path) -> None:

@@ -54,8 +54,9 @@ class WorkingCopy:
             try:
                 self._scratch, self._in_use = scratch()
                 undo.callback(shutil.rmtree, self._scratch, ignore_errors=True)
-                self.path = self._scratch / place.name
-                self.path.mkdir()
+                self.path, self._outgoing = self._scratch / "copy" / place.name, self._scratch / "outgoing"
+                self.path.mkdir(parents=True)
+                self._outgoing.mkdir()
                 self._fetch(place)
             except OSError as error:
                 what = f"{place} can't be copied to this machine: {error.strerror}"
@@ -98,7 +99,9 @@ class WorkingCopy:
         for name in sorted(files, key=lambda name: (name in LATER, name)):
             mark = stamp(self.path / name)
             if self._sent.get(name) != mark:
-                (place / name).upload(self.path / name)
+                as_it_is = Path(shutil.copy(self.path / name, self._outgoing))  # it may grow while it is sent
+                (place / name).upload(as_it_is)
+                as_it_is.unlink()
                 self._sent[name] = mark
         for step in here:
             if step not in self._there:
