@@ -122,7 +122,8 @@ class BucketPath:
 
     def upload(self, file: Any) -> None:
         """Write an object from a file of this machine."""
-        if os.path.getsize(file) < ONE_REQUEST and "chunksize" in self._care(content := Path(file).read_bytes()):
+        by_gcsfs_at_once = scheme_of(self.url) == "gs" and os.path.getsize(file) < ONE_REQUEST
+        if by_gcsfs_at_once and is_spoilt(content := Path(file).read_bytes()):
             self.write_bytes(content)
         else:
             request(self.url, "put_file", str(file), **self._care())
@@ -131,8 +132,7 @@ class BucketPath:
         """What makes gcsfs compare what arrived, and send what its boundaries would spoil as a chunk, without them."""
         if scheme_of(self.url) != "gs":
             return {}
-        is_spoilt = content.endswith(b"\r") or BOUNDARY in content
-        return {"consistency": "md5", **({"chunksize": len(content)} if is_spoilt else {})}
+        return {"consistency": "md5", **({"chunksize": len(content)} if is_spoilt(content) else {})}
 
     def download(self, file: Any) -> None:
         """Write a file of this machine from an object."""
@@ -159,6 +159,11 @@ class BucketPath:
         start = f"{self.url.partition('://')[2]}/"
         names = (name for name in sorted(found) if name.startswith(start) and not name.endswith("/"))
         return {name.removeprefix(start): entry_of(found[name]) for name in names}
+
+
+def is_spoilt(content: bytes) -> bool:
+    """Whether it is not what arrives if gcsfs sends it in one request."""
+    return content.endswith(b"\r") or BOUNDARY in content
 
 
 def entry_of(info: dict[str, Any]) -> Entry:

@@ -119,3 +119,20 @@ def cifar7() -> Path:
     if not path.exists():
         pytest.skip("the trained ResNet-18 is not beside this checkout")
     return path
+
+
+@pytest.fixture(scope="module")
+def google():
+    """A server of gs://bucket, and the environment that leads there."""
+    from tests import buckets  # here: what speaks the protocol takes seconds to import
+
+    with buckets.google() as bucket, buckets.environment(bucket.environment):
+        yield bucket
+
+
+@pytest.fixture
+def place(google, request: pytest.FixtureRequest):
+    """A folder of gs://bucket for one test."""
+    from jaxsft import storage
+
+    return storage.location(f"gs://bucket/{request.node.name}")
