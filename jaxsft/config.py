@@ -142,6 +142,16 @@ def conflicts(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
             "warm up for less, or train longer",
         ),
         (
+            bool(train.ema and train.swa_epochs),
+            "config.train.ema and config.train.swa_epochs are two averages",
+            "set one of them",
+        ),
+        (
+            train.steps is None and train.swa_epochs > train.epochs,
+            f"config.train.swa_epochs {train.swa_epochs} is more than the {train.epochs:g} of config.train.epochs",
+            "average over fewer, or train longer",
+        ),
+        (
             data.per_class is not None and data.fraction < 1,
             "config.data.per_class and config.data.fraction both say how much to train on",
             "set one of them",

@@ -87,6 +87,11 @@ KEYS = (
         "px, the short side before the middle is cut out; None: image_size"),
     Key("data.interpolation", "bilinear", one_of("bilinear", "bicubic"),
         "of resizing, antialiased; with preset 'weights' theirs"),
+    Key("data.unlabelled", "", allowed.SOURCE_OR_NONE,
+        "images without labels, or whose labels are not looked at, to learn from by FixMatch (arXiv:2001.07685); a"
+        " folder may hold them without folders of classes"),
+    Key("data.unlabelled_split", "train", allowed.SPLIT, "of data.unlabelled"),
+    Key("data.unlabelled_ratio", 7, at_least(1), "unlabelled images in a batch for each labelled one"),
     Key("data.batch_size", 128, at_least(1), "global: over all devices of all processes"),
     Key("data.last_batch", "drop", one_of("drop", "keep"),
         "what to do with the last, partial batch of an epoch; 'keep': train on it as it is"),
@@ -127,6 +132,8 @@ KEYS = (
         "every stage nearer the image has its rate multiplied by this once more"),
     Key("optim.lr_multipliers", (), allowed.MULTIPLIERS,
         "of the rate; the first whose regular expression is found in a parameter's path counts"),
+    Key("optim.sam", 0.0, at_least(0),
+        "rho of sharpness-aware minimisation (arXiv:2010.01412), 0 = off: two gradients an update"),
     Key("optim.clip_norm", 0.0, at_least(0), "0 = off; torch.nn.utils.clip_grad_norm_ before weight decay"),
     Key("optim.accumulate", 1, at_least(1), "micro-batches an update: as many examples, less memory"),
 
@@ -139,10 +146,21 @@ KEYS = (
         "alpha of mixup, 0 = off; with cutmix too a coin decides at each step"),
     Key("train.cutmix", 0.0, at_least(0), "alpha of cutmix, 0 = off"),
     Key("train.ema", 0.0, from_to_below(0, 1),
-        "decay of the moving average of parameters and batch statistics that is evaluated; 0 = off"),
-    Key("train.precision", "float32", one_of("float32", "bfloat16", "auto"),
-        "of activations; parameters and sums stay float32; 'auto': bfloat16 on TPUs and on GPUs that have it, else"
-        " float32"),
+        "decay of the moving average of parameters and batch statistics that is evaluated and kept; 0 = off"),
+    Key("train.ema_warmup", False, ANY, "let that decay begin at 0.1 and rise, (1 + t) / (10 + t) of update t"),
+    Key("train.swa_epochs", 0, at_least(0),
+        "mean of the parameters at the ends of the last so many epochs (SWA, arXiv:1803.05407), evaluated and kept with"
+        " batch statistics estimated anew; 0 = off"),
+    Key("train.teacher", "", ANY,
+        "the workdir of a finished run that teaches this one (distillation, arXiv:1503.02531); '' = none"),
+    Key("train.distill_weight", 0.5, from_to(0, 1), "share of the teacher's answers in the loss, beside the labels"),
+    Key("train.temperature", 2.0, above(0), "of distillation: both networks' logits are divided by it"),
+    Key("train.fixmatch_threshold", 0.95, from_to(0, 1),
+        "how sure of an unlabelled image the network must be to learn from it"),
+    Key("train.fixmatch_weight", 1.0, at_least(0), "of the loss of unlabelled images"),
+    Key("train.precision", "float32", one_of("float32", "bfloat16", "float16", "auto"),
+        "of activations; parameters and sums stay float32; 'float16', for GPUs before Ampere, scales the loss"
+        " dynamically; 'auto': bfloat16 on TPUs and on GPUs that have it, else float32"),
     Key("train.matmul_precision", "default", one_of("default", "high", "highest"),
         "of products of float32; 'default': JAX's own, one pass of bfloat16 on a TPU, TF32 on a GPU; 'high': three"
         " passes; 'highest': in full; a CPU has only that"),

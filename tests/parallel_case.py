@@ -20,6 +20,7 @@ import torch
 from convert import names
 from jaxsft import config as config_module
 from jaxsft.learn.losses import make_loss
+from jaxsft.learn.objective import Inputs, Objective
 from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.schedule import make_schedule
 from jaxsft.learn.state import TrainState
@@ -51,11 +52,10 @@ def train(parallel: DataParallel, tensors: oracle.Arrays, sync: bool, weights: t
     config = config_module.default()
     config.optim.update({"lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY, "schedule": "constant"})
     optimizer = make_optimizer(config, values["params"], make_schedule(config, 1, STEPS))
-    body = make_train_step(
-        model, optimizer, None, loss=make_loss(SMOOTHING, weights, parallel.axis_name), axis_name=parallel.axis_name
-    )
+    objective = Objective(model, Inputs(None), make_loss(SMOOTHING, weights, parallel.axis_name))
+    body = make_train_step(objective, optimizer, axis_name=parallel.axis_name)
     step = parallel.compile(body)
-    state = parallel.replicate(TrainState.create(values, optimizer, with_average=False))
+    state = parallel.replicate(TrainState.create(values, optimizer))
     result = {}
     for number in range(STEPS):
         batch = inputs(OPTIONS, CLASSES, number)
@@ -75,8 +75,8 @@ def dropping(parallel: DataParallel) -> dict[str, Any]:
     """The parameters of a small network that drops values and images, after STEPS updates."""
     optimizer = optax.sgd(LR, MOMENTUM)
     model = tiny.Tiny(dropout=0.5, axis_name=parallel.axis_name)
-    step = parallel.compile(make_train_step(model, optimizer, None, axis_name=parallel.axis_name))
-    state = parallel.replicate(TrainState.create(tiny.variables(), optimizer, with_average=False))
+    step = parallel.compile(make_train_step(Objective(model, Inputs(None)), optimizer, axis_name=parallel.axis_name))
+    state = parallel.replicate(TrainState.create(tiny.variables(), optimizer))
     for number in range(STEPS):
         images, labels = tiny.batch(number)
         example = np.arange(len(labels), dtype=np.int32)

@@ -25,6 +25,8 @@ from jaxsft.data.base import Options
 from jaxsft.data.sources import open_splits
 from jaxsft.interpret import metrics
 from jaxsft.learn import losses
+from jaxsft.learn.fixmatch import FixMatch
+from jaxsft.learn.objective import Inputs, Objective
 from jaxsft.models import families, initial, layers, resnet
 from jaxsft.models.family import variable_shapes
 from jaxsft.models.resnet import BasicBlock, ResNet
@@ -60,6 +62,9 @@ TESTS = {
     "data.check_overlap": "test_a_registered_source",
     "data.resident_mb": "test_what_fits_is_held_in_memory",
     "data.workers": "test_worker_processes_change_nothing",
+    "data.unlabelled": "test_the_gradient_of_fixmatch_is_torchs",
+    "data.unlabelled_split": "test_unlabelled_images_come_in_an_order_of_their_own",
+    "data.unlabelled_ratio": "test_unlabelled_images_come_in_an_order_of_their_own",
     "data.image_size": "test_preprocessing_is_torchvisions",
     "data.resize_size": "test_preprocessing_is_torchvisions",
     "data.interpolation": "test_preprocessing_is_torchvisions",
@@ -88,6 +93,7 @@ TESTS = {
     "optim.step_factor": "test_steps_fall_at_whole_epochs",
     "optim.layer_decay": "test_updates_are_torchs",
     "optim.lr_multipliers": "test_updates_are_torchs",
+    "optim.sam": "test_the_two_gradients_of_sam_are_the_papers",
     "optim.clip_norm": "test_updates_are_torchs",
     "optim.accumulate": "test_gradient_accumulation_is_torchs",
     "train.epochs": "test_a_run_is_as_long_and_as_wide_as_its_config",
@@ -96,6 +102,13 @@ TESTS = {
     "train.class_weights": "test_gradient_accumulation_is_torchs",
     "train.mixup": "test_the_loss_of_mixed_images_is_torchs",
     "train.cutmix": "test_mixing_as_torchvision",
+    "train.ema_warmup": "test_the_decay_of_a_moving_average_warms_up",
+    "train.swa_epochs": "test_the_mean_over_epochs_is_torchs",
+    "train.teacher": "test_teachers_are_known_by_their_classes",
+    "train.distill_weight": "test_the_gradient_of_distillation_is_torchs",
+    "train.temperature": "test_the_gradient_of_distillation_is_torchs",
+    "train.fixmatch_threshold": "test_the_gradient_of_fixmatch_is_torchs",
+    "train.fixmatch_weight": "test_the_gradient_of_fixmatch_is_torchs",
     "train.ema": "test_the_moving_average_is_torchvisions",
     "train.precision": "test_the_model_is_the_configs",
     "train.matmul_precision": "test_every_product_is_as_the_config_says",
@@ -269,18 +282,23 @@ def test_remat_computes_the_same() -> None:
 def test_the_step_is_told_what_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it makes of it has tests of its own."""
     told: dict[str, Any] = {}
-    monkeypatch.setattr(job, "make_train_step", lambda *_, **options: told.update(options))
+    monkeypatch.setattr(job, "make_train_step", lambda _, __, **options: told.update(options))
     monkeypatch.setattr(losses, "make_loss", lambda *arguments: arguments)
     config = config_of(
         optim__accumulate=4, train__label_smoothing=0.1, train__class_weights=(1.0, 2.0), train__mixup=0.2,
-        train__cutmix=0.3, train__ema=0.9, data__augment=("flip",), data__erasing=0.7,
+        train__cutmix=0.3, data__augment=("flip",), data__erasing=0.7, data__unlabelled="sample", optim__sam=0.05,
+        train__fixmatch_threshold=0.8, train__fixmatch_weight=2.0,
     )  # fmt: skip
     config.seed = 5
-    job.train_step_of(config, None, None, None, "batch")
+    job.train_step_of(config, None, None, "batch", frozen={"a"}, average=None)
     assert told == {
-        "augmentations": ("flip",), "amounts": Amounts(erasing=0.7), "mixup": 0.2, "cutmix": 0.3, "seed": 5,
-        "loss": (0.1, (1.0, 2.0), "batch"), "accumulate": 4, "ema": 0.9, "axis_name": "batch",
+        "seed": 5, "accumulate": 4, "sam": 0.05, "frozen": {"a"}, "average": None, "axis_name": "batch",
     }  # fmt: skip
+    found = Objective.of(config, None, OF_WEIGHTS, "batch", None, Preprocessing())
+    inputs = Inputs(OF_WEIGHTS, ("flip",), Amounts(erasing=0.7))
+    unlabelled = dataclasses.replace(inputs, preprocessing=Preprocessing())
+    loss = (0.1, (1.0, 2.0), "batch")
+    assert found == Objective(None, inputs, loss, 0.2, 0.3, None, FixMatch(0.8, 2.0), unlabelled)
 
 
 # settings -> updates of the run, of an epoch, of 100 images

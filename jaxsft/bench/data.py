@@ -27,6 +27,7 @@ from jaxsft.data.folder import open_folder
 from jaxsft.data.loader import Loader, make_loader
 from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, Plan, TrainPlan
+from jaxsft.learn.objective import Objective
 from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.state import TrainState
 from jaxsft.models.families import ARCHITECTURES
@@ -148,8 +149,9 @@ def with_step(source: Source, args: argparse.Namespace) -> dict[str, float]:
     model = make_model(config, len(source.class_names))
     variables = init_variables(model, 0, args.image_size)
     optimizer = make_optimizer(config, variables["params"], lambda step: 1e-3)
-    update = parallel.compile(train_step_of(config, model, optimizer, loader.preprocessing, None), donate_first=True)
-    state = parallel.replicate(TrainState.create(variables, optimizer, with_average=False))
+    objective = Objective.of(config, model, loader.preprocessing)
+    update = parallel.compile(train_step_of(config, objective, optimizer, None), donate_first=True)
+    state = parallel.replicate(TrainState.create(variables, optimizer))
     count = min(len(source) // args.batch_size - WARM_UP, MOST_STEPS)
     fixed = loader.batch(0)
     for step in range(WARM_UP):

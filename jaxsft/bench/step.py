@@ -13,6 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from jaxsft import cli, config
+from jaxsft.learn.objective import Objective
 from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.schedule import make_schedule
 from jaxsft.learn.state import TrainState
@@ -100,12 +101,16 @@ def make_steps(c: ConfigDict, parallel: DataParallel, model: nn.Module | None = 
         "example": jax.ShapeDtypeStruct((c.data.batch_size,), jnp.int32),
     }
     to = preprocessing(c)
+    objective = Objective.of(c, model, to, parallel.axis_name)
     return Steps(
         model,
         optimizer,
-        parallel.compile(train_step_of(c, model, optimizer, to, parallel.axis_name), donate_first=True),
+        parallel.compile(
+            train_step_of(c, objective, optimizer, parallel.axis_name),
+            donate_first=True,
+        ),
         parallel.compile(make_eval_step(model, to, axis_name=parallel.axis_name)),
-        jax.eval_shape(lambda variables: TrainState.create(variables, optimizer, with_average=False), shapes),
+        jax.eval_shape(lambda variables: TrainState.create(variables, optimizer), shapes),
         batch,
     )
 

@@ -28,6 +28,7 @@ class Options:
     upright: bool = True  # turn pictures as their EXIF orientation says
     resident_mb: int = 1024  # sets of one image size up to this are held as an array
     class_order: str = "text"  # 'text', torchvision's | 'numeric'
+    labelled: bool = True  # False: pictures may lie in a folder without folders of classes
     divide: bool = True  # data without splits is divided into 'train' and 'val'; else it is one split, 'all'
 
     def __post_init__(self) -> None:

@@ -126,6 +126,29 @@ class Resident:
         """See Loader."""
 
 
+class WithUnlabelled:
+    """A training set, and beside each of its batches one of unlabelled images, whose names begin with "unlabelled_"."""
+
+    def __init__(self, labelled: Loader, unlabelled: Loader):
+        self.labelled, self.unlabelled, self.preprocessing = labelled, unlabelled, labelled.preprocessing
+        images = {name: value for name, value in unlabelled.dataset.items() if name == "images"}
+        self.dataset = {**labelled.dataset, **{f"unlabelled_{name}": value for name, value in images.items()}}
+
+    def batch(self, step: int) -> dict[str, jax.Array]:
+        """See Loader."""
+        more = self.unlabelled.batch(step).items()
+        return {**self.labelled.batch(step), **{f"unlabelled_{name}": value for name, value in more}}
+
+    def batches(self) -> Iterator[dict[str, jax.Array]]:
+        """See Loader; there is no end to the unlabelled ones."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """See Loader."""
+        self.labelled.close()
+        self.unlabelled.close()
+
+
 class Stream:
     """A set that is decoded as it is needed.
 

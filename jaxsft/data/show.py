@@ -23,7 +23,7 @@ from jaxsft.data.order import Order
 from jaxsft.data.reading import TrainPlan
 from jaxsft.data.sources import open_splits
 from jaxsft.flags import parse_flags
-from jaxsft.learn.steps import gather
+from jaxsft.learn.objective import gather
 from jaxsft.models.initial import preprocessing
 from jaxsft.models.weights import Preprocessing
 from jaxsft.run.parallel import DataParallel

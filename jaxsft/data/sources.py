@@ -9,6 +9,7 @@ A config file adds its own with `register`.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -104,6 +105,19 @@ def open_splits(config: Any) -> tuple[Source, Source]:
     if data.fraction < 1 or data.per_class is not None:
         train = train.select(subset(train.labels, data.fraction, data.per_class, config.seed))
     return in_memory(train, options), in_memory(evaluated, options)
+
+
+def open_unlabelled(config: Any) -> Source | None:
+    """The images of data.unlabelled, whose labels mean nothing; None where there are none to be.
+
+    Raises:
+      UserError: as `open_source`.
+    """
+    data = config.data
+    if not data.unlabelled:
+        return None
+    options = dataclasses.replace(Options.of(config), labelled=False)
+    return in_memory(open_source(data.unlabelled, data.unlabelled_split, options), options)
 
 
 def with_classes(source: Source, class_names: Sequence[str], what: str, whose: str) -> Source:

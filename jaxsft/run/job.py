@@ -4,39 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from fractions import Fraction
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from jaxsft import cli
-from jaxsft.data.augment import Amounts
 from jaxsft.data.base import Source
 from jaxsft.data.fingerprint import fingerprint
-from jaxsft.data.loader import BadFiles, Loader, make_loader
+from jaxsft.data.loader import BadFiles, Loader, WithUnlabelled, make_loader
 from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, TrainPlan
-from jaxsft.data.sources import open_splits
+from jaxsft.data.sources import open_splits, open_unlabelled
 from jaxsft.interpret.metrics import Evaluation
 from jaxsft.learn import trainable
-from jaxsft.learn.losses import loss_of
+from jaxsft.learn.average import Move, average_of, swa_start
+from jaxsft.learn.objective import Objective
 from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.schedule import make_schedule
 from jaxsft.learn.state import TrainState
-from jaxsft.learn.steps import make_eval_step, make_several, make_train_step
+from jaxsft.learn.steps import make_eval_step, make_several, make_statistics_step, make_train_step
 from jaxsft.models.family import variable_shapes
 from jaxsft.models.initial import checked_shapes, initial, make_model
 from jaxsft.models.layers import OneValueError
+from jaxsft.models.precision import resolved_precision
 from jaxsft.models.precision import said as precision_said
-from jaxsft.models.weights import ModelCard, Preprocessing
+from jaxsft.models.weights import ModelCard
 from jaxsft.run.evaluation import evaluate, of_split
 from jaxsft.run.parallel import DataParallel, all_devices
 from jaxsft.run.pretrained import load_pretrained
+from jaxsft.run.teacher import load_teacher
+
+UNLABELLED = 2**62  # added to the seed, so that both streams are in orders of their own
 
 
 @dataclasses.dataclass
@@ -55,6 +58,7 @@ class Job:
     train_step: Callable[..., Any]
     several_steps: Callable[..., Any]  # `train_step` for a list of batches in one call
     eval_step: Callable[..., Any]
+    statistics_step: Callable[..., Any] | None  # for an average whose batch statistics are estimated anew
     train_loader: Loader
     eval_loader: Loader
     bad_files: BadFiles
@@ -94,9 +98,28 @@ class Job:
         self.state, counts = update(self.state, self.train_loader.dataset, argument)
         return counts
 
-    def evaluate(self, between: Callable[[], None] = lambda: None) -> Evaluation:
-        """The current state on the whole eval split; `between` is called after each batch and may raise."""
-        return evaluate(self.eval_step, self.state.evaluated(), self.eval_loader, between)
+    def estimate_statistics(self, step: int, between: Callable[[], None] = lambda: None) -> None:
+        """Where the average after `step` updates needs it, its batch statistics anew, over an epoch of training images.
+
+        `between` is called after each batch and may raise; then nothing has changed.
+        """
+        every, epochs = self.order.steps_per_epoch, self.config.train.swa_epochs
+        if self.statistics_step is None or step < swa_start(self.total_steps, every, epochs):
+            return
+        average = {**self.state.average, "seen": self.parallel.replicate(np.int32(0))}
+        for number in range(step, step + every):
+            average = self.statistics_step(average, self.train_loader.dataset, self.train_loader.batch(number))
+            between()
+        del average["seen"]
+        self.state = self.state.replace(average=average)
+
+    def evaluate(self, between: Callable[[], None] = lambda: None, averaged: bool = True) -> Evaluation:
+        """The current state on the whole eval split, its average where it has one and `averaged`.
+
+        `between` is called after each batch and may raise.
+        """
+        variables = self.state.evaluated() if averaged else self.state.variables()
+        return evaluate(self.eval_step, variables, self.eval_loader, between)
 
     def close(self) -> None:
         """End the loaders' worker processes."""
@@ -155,6 +178,21 @@ def order_of(config: ConfigDict, source: Source, parallel: DataParallel) -> Orde
     return Order(len(source), data.batch_size, config.seed, keep_last, labels)
 
 
+def unlabelled_order(config: ConfigDict, source: Source) -> Order:
+    """Which unlabelled images make up each step: data.unlabelled_ratio for each labelled one, by a seed of their own.
+
+    Raises:
+      UserError: there are fewer than one batch takes.
+    """
+    data, count = config.data, config.data.batch_size * config.data.unlabelled_ratio
+    if len(source) < count:
+        raise cli.UserError(
+            f"a batch takes {count} unlabelled images, and {data.unlabelled} has {len(source)}",
+            f"set --config.data.unlabelled_ratio={max(len(source) // data.batch_size, 1)} or a smaller data.batch_size",
+        )
+    return Order(len(source), count, (config.seed + UNLABELLED) % 2**63)
+
+
 def check_batch_norm(config: ConfigDict, parallel: DataParallel, order: Order) -> None:
     """Find out whether batch norm has more than one value a channel to train on, in the last batch too.
 
@@ -181,25 +219,22 @@ def check_batch_norm(config: ConfigDict, parallel: DataParallel, order: Order) -
 
 def train_step_of(
     config: ConfigDict,
-    model: nn.Module,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
-    preprocessing: Preprocessing | None,
     axis_name: str | None,
+    *,
+    frozen: Collection[str] = (),
+    average: Move | None = None,
 ) -> Callable[..., Any]:
-    """The body of the update that the config asks for."""
-    train = config.train
+    """The body of the update that the config asks for; `frozen` and `average` as for `make_train_step`."""
     return make_train_step(
-        model,
+        objective,
         optimizer,
-        preprocessing,
-        augmentations=tuple(config.data.augment),
-        amounts=Amounts.of(config),
-        mixup=train.mixup,
-        cutmix=train.cutmix,
         seed=config.seed,
-        loss=loss_of(config, axis_name),
         accumulate=config.optim.accumulate,
-        ema=train.ema,
+        sam=config.optim.sam,
+        frozen=frozen,
+        average=average,
         axis_name=axis_name,
     )
 
@@ -213,12 +248,14 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     parallel = all_devices(config)
     parallel.check_batch(config.data.batch_size, config.optim.accumulate)
     shapes = checked_shapes(make_model(config, 2), config.data.image_size)
-    trainable.frozen_parameters(config, shapes["params"])  # its patterns, before anything is fetched
+    frozen = trainable.frozen_parameters(config, shapes["params"])  # its patterns, before anything is fetched
     tell = cli.say if parallel.is_main else lambda text: None
     tell(f"reading {config.data.source} ...")
     train_source, eval_source = open_data(config)
+    unlabelled = open_unlabelled(config)
     order = order_of(config, train_source, parallel)
     check_batch_norm(config, parallel, order)
+    teacher = load_teacher(config, train_source.class_names)
     total_steps = config.train.steps or max(round(config.train.epochs * order.steps_per_epoch), 1)
     statistics_axis = parallel.statistics_axis(config.parallel.batch_norm)
     tell(
@@ -236,25 +273,53 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     plans = TrainPlan(order, partners=mixing), EvalPlan(len(eval_source), config.data.batch_size)
     train_loader = make_loader(train_source, plans[0], parallel, card.preprocessing, augmentations=names, **options)
     eval_loader = make_loader(eval_source, plans[1], parallel, card.preprocessing, **options)
-    train_step = train_step_of(config, model, optimizer, train_loader.preprocessing, parallel.axis_name)
+    of_unlabelled = None
+    if unlabelled is not None:
+        plan = TrainPlan(unlabelled_order(config, unlabelled))
+        views = make_loader(unlabelled, plan, parallel, card.preprocessing, augmentations=names, **options)
+        train_loader, of_unlabelled = WithUnlabelled(train_loader, views), views.preprocessing
+    if teacher:
+        train_loader.dataset["teacher"] = parallel.replicate(teacher[1])
+    left, axis_name = train_loader.preprocessing, parallel.axis_name
+    objective = Objective.of(config, model, left, axis_name, teacher and teacher[0], of_unlabelled)
+    average = average_of(config, total_steps, order.steps_per_epoch)
+    still = {path for path, is_so in frozen.items() if is_so}
+    train_step = train_step_of(
+        config,
+        objective,
+        optimizer,
+        axis_name,
+        frozen=still,
+        average=average,
+    )
     eval_step = make_eval_step(model, eval_loader.preprocessing, axis_name=parallel.axis_name)
+    statistics_step = None
+    if config.train.swa_epochs:
+        statistics_step = make_statistics_step(model, objective.inputs, seed=config.seed, axis_name=axis_name)
+    is_float16 = resolved_precision(config.train.precision, parallel.devices) == "float16"
+    state = TrainState.create(variables, optimizer, with_average=average is not None, with_loss_scale=is_float16)
     job = Job(
         config=config,
         card=card,
-        data=fingerprint(train_source, eval_source),
+        data=fingerprint(train_source, eval_source, unlabelled),
         parallel=parallel,
         train_source=train_source,
         order=order,
         total_steps=total_steps,
         rates=np.asarray(rate(np.arange(total_steps, dtype=np.int32))),
-        state=parallel.replicate(TrainState.create(variables, optimizer, with_average=config.train.ema > 0)),
+        state=parallel.replicate(state),
         train_step=parallel.compile(train_step, donate_first=True),
         several_steps=parallel.compile(make_several(train_step), donate_first=True),
         eval_step=parallel.compile(eval_step),
+        statistics_step=statistics_step and parallel.compile(statistics_step),
         train_loader=train_loader,
         eval_loader=eval_loader,
         bad_files=bad_files,
         precision=precision_said(config.train.precision, config.train.matmul_precision, parallel.devices),
     )
     images = f"{len(train_source)} images to train on{of_split(train_source)}, {len(eval_source)} to evaluate on"
+    if unlabelled is not None:
+        images = f"{len(unlabelled)} without labels and {images}"
+    if teacher:
+        said += f", taught by {config.train.teacher}"
     return job, f"{said}; {images}{of_split(eval_source)}; {parallel}; {job.precision}"

@@ -112,6 +112,7 @@ class Trainer:
 
     def evaluate(self, step: int) -> Evaluation:
         """Evaluate, write the line of the log, and note whether this is the best so far."""
+        self.job.estimate_statistics(step, between=self.interrupts.poll)
         result = self.job.evaluate(between=self.interrupts.poll)
         self.log.write("eval", step, epoch=self.job.epoch(step), **result.scalars())
         self.best.update(step, result.scalars())
@@ -120,13 +121,18 @@ class Trainer:
 
     def finish(self, total: int) -> Evaluation:
         """The last evaluation, the last checkpoint, and only then the line that says that the run is finished."""
-        result = self.job.evaluate(between=self.interrupts.poll)
+        self.job.estimate_statistics(total, between=self.interrupts.poll)
+        result, without = self.job.evaluate(between=self.interrupts.poll), {}
+        if self.job.state.average is not None:
+            last = self.job.evaluate(between=self.interrupts.poll, averaged=False)
+            self.tell(f"kept: the average, {result.summary()}; the last parameters, not kept: {last.summary()}")
+            without = {f"last_{name}": value for name, value in last.scalars().items() if name != "count"}
         self.best.update(total, result.scalars())
         self.tell_epoch(total, result)
         self.save(total)
         self.checkpoints.wait()
-        by_name = result.record(self.job.card.names)["per_class"]
-        self.log.write("eval", total, epoch=self.job.epoch(total), **result.scalars(), per_class=by_name, final=True)
+        more = {**without, "per_class": result.record(self.job.card.names)["per_class"], "final": True}
+        self.log.write("eval", total, epoch=self.job.epoch(total), **result.scalars(), **more)
         self.log.sync()
         return result
 
@@ -160,6 +166,8 @@ class Trainer:
             accuracy=sums["top1"] / sums["count"],
             lr=float(self.job.rates[step - 1]),
             images_per_sec=images_per_sec,
+            **{name: sums[name] / sums["unlabelled"] for name in ("confident",) if "unlabelled" in sums},
+            **{name: sums[name] for name in ("skipped",) if name in sums},
         )
 
 
