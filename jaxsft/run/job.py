@@ -253,6 +253,7 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     tell(f"reading {config.data.source} ...")
     train_source, eval_source = open_data(config)
     unlabelled = open_unlabelled(config)
+    order_of_unlabelled = unlabelled and unlabelled_order(config, unlabelled)
     order = order_of(config, train_source, parallel)
     check_batch_norm(config, parallel, order)
     teacher = load_teacher(config, train_source.class_names)
@@ -274,8 +275,8 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     train_loader = make_loader(train_source, plans[0], parallel, card.preprocessing, augmentations=names, **options)
     eval_loader = make_loader(eval_source, plans[1], parallel, card.preprocessing, **options)
     of_unlabelled = None
-    if unlabelled is not None:
-        plan = TrainPlan(unlabelled_order(config, unlabelled))
+    if unlabelled and order_of_unlabelled:
+        plan = TrainPlan(order_of_unlabelled)
         views = make_loader(unlabelled, plan, parallel, card.preprocessing, augmentations=names, **options)
         train_loader, of_unlabelled = WithUnlabelled(train_loader, views), views.preprocessing
     if teacher:
