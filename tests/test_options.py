@@ -239,7 +239,7 @@ def test_the_model_is_the_configs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert initial.make_model(config_of(model__freeze=("^conv1",)), 7).frozen == ("^conv1",)
     monkeypatch.setattr(initial, "init_variables", zeros)
     for num_classes, width in ((None, 4), (9, 9)):
-        _, values, card, _ = initial.initial(config_of(model__num_classes=num_classes), tuple("abcd"), load_pretrained)
+        _, values, card, *_ = initial.initial(config_of(model__num_classes=num_classes), tuple("abcd"), load_pretrained)
         assert values["params"]["fc"]["kernel"].shape[1] == card.num_classes == width
     for head_init, bound in (("zeros", 0.0), ("torch", 16**-0.5)):
         model = initial.make_model(config_of(model__head_init=head_init), 50)

@@ -55,7 +55,7 @@ def network_keys(key: jax.Array, examples: jax.Array) -> jax.Array:
 
 def make_train_step(
     model: nn.Module,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     preprocessing: Preprocessing | None,
     *,
     augmentations: Sequence[str] = (),
@@ -125,7 +125,7 @@ def make_train_step(
             batch_stats = jax.tree.map(
                 lambda x: lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.floating) else x, batch_stats
             )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
         new = TrainState(state.step + 1, params, batch_stats, opt_state, state.average)
         if ema:

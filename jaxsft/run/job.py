@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -26,7 +27,7 @@ from jaxsft.interpret.metrics import Evaluation
 from jaxsft.learn import trainable
 from jaxsft.learn.losses import loss_of
 from jaxsft.learn.optim import make_optimizer
-from jaxsft.learn.schedule import make_schedule
+from jaxsft.learn.schedule import make_schedule, scaling_said
 from jaxsft.learn.state import TrainState
 from jaxsft.learn.steps import make_eval_step, make_several, make_train_step
 from jaxsft.models.family import variable_shapes
@@ -37,6 +38,14 @@ from jaxsft.models.weights import ModelCard, Preprocessing
 from jaxsft.run.evaluation import evaluate, of_split
 from jaxsft.run.parallel import DataParallel, all_devices
 from jaxsft.run.pretrained import load_pretrained
+
+
+class Phase(NamedTuple):
+    """What takes the place of the steps before when more parameters begin to train; compiled when first called."""
+
+    after: int  # updates done by then
+    train_step: Callable[..., Any]
+    several_steps: Callable[..., Any]
 
 
 @dataclasses.dataclass
@@ -52,13 +61,15 @@ class Job:
     total_steps: int
     rates: np.ndarray  # float32 [total_steps], the learning rate of each update
     state: TrainState
-    train_step: Callable[..., Any]
+    train_step: Callable[..., Any]  # of the first phase, which is all there is without model.unfreeze
     several_steps: Callable[..., Any]  # `train_step` for a list of batches in one call
     eval_step: Callable[..., Any]
     train_loader: Loader
     eval_loader: Loader
     bad_files: BadFiles
     precision: str  # what it is computed in, for people
+    rules: trainable.Rules
+    later: tuple[Phase, ...] = ()  # in their order
 
     def epoch(self, step: int) -> float:
         """How many epochs `step` updates are."""
@@ -85,12 +96,20 @@ class Job:
     def is_stop(self, step: int) -> bool:
         """Whether the host has something to do after `step`."""
         every = self.config.train.log_every_steps, self.config.checkpoint.every_steps
-        return any(step % n == 0 for n in every) or self.is_evaluated(step)
+        return any(step % n == 0 for n in every) or self.is_evaluated(step) or self.is_unfrozen(step)
+
+    def is_unfrozen(self, step: int) -> bool:
+        """Whether more parameters train from the update after `step` on."""
+        return any(step == phase.after for phase in self.later)
 
     def update(self, steps: range) -> dict[str, jax.Array]:
         """Make these updates (from 1) and return the sums of each batch, scalars or [updates], still on their way."""
         batches = [self.train_loader.batch(step - 1) for step in steps]
-        update, argument = (self.train_step, batches[0]) if len(batches) == 1 else (self.several_steps, batches)
+        one, several = self.train_step, self.several_steps
+        for phase in self.later:
+            if phase.after < steps[0]:
+                one, several = phase.train_step, phase.several_steps
+        update, argument = (one, batches[0]) if len(batches) == 1 else (several, batches)
         self.state, counts = update(self.state, self.train_loader.dataset, argument)
         return counts
 
@@ -155,8 +174,10 @@ def order_of(config: ConfigDict, source: Source, parallel: DataParallel) -> Orde
     return Order(len(source), data.batch_size, config.seed, keep_last, labels)
 
 
-def check_batch_norm(config: ConfigDict, parallel: DataParallel, order: Order) -> None:
+def check_batch_norm(config: ConfigDict, parallel: DataParallel, order: Order, rules: trainable.Rules) -> None:
     """Find out whether batch norm has more than one value a channel to train on, in the last batch too.
+
+    At the end of the run, when most of it trains.
 
     Raises:
       UserError: it has not, with one image a device (or micro-batch) that the network shrinks to one pixel.
@@ -168,7 +189,7 @@ def check_batch_norm(config: ConfigDict, parallel: DataParallel, order: Order) -
     for rows, what in ((config.data.batch_size, "a batch"), (last, "the last batch of an epoch")):
         if rows // parts != 1:
             continue
-        model, size = make_model(config, 2), config.data.image_size
+        model, size = at_epoch(config, make_model(config, 2), rules, math.inf), config.data.image_size
         shapes, image = variable_shapes(model, size), jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
         try:
             jax.eval_shape(lambda v, x, m=model: m.apply(v, x, train=True, mutable=["batch_stats"]), shapes, image)
@@ -179,10 +200,17 @@ def check_batch_norm(config: ConfigDict, parallel: DataParallel, order: Order) -
             ) from None
 
 
+def at_epoch(config: ConfigDict, model: nn.Module, rules: trainable.Rules, epoch: float) -> nn.Module:
+    """`model` whose batch norms run on running statistics in all that is frozen at `epoch`."""
+    if config.model.batch_norm == "frozen":
+        return model
+    return model.clone(frozen=trainable.frozen_modules(config, rules, epoch))
+
+
 def train_step_of(
     config: ConfigDict,
     model: nn.Module,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     preprocessing: Preprocessing | None,
     axis_name: str | None,
 ) -> Callable[..., Any]:
@@ -213,22 +241,23 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     parallel = all_devices(config)
     parallel.check_batch(config.data.batch_size, config.optim.accumulate)
     shapes = checked_shapes(make_model(config, 2), config.data.image_size)
-    trainable.frozen_parameters(config, shapes["params"])  # its patterns, before anything is fetched
+    rules = trainable.rules(config, shapes["params"])  # its patterns, before anything is fetched
     tell = cli.say if parallel.is_main else lambda text: None
     tell(f"reading {config.data.source} ...")
     train_source, eval_source = open_data(config)
     order = order_of(config, train_source, parallel)
-    check_batch_norm(config, parallel, order)
+    check_batch_norm(config, parallel, order, rules)
     total_steps = config.train.steps or max(round(config.train.epochs * order.steps_per_epoch), 1)
+    rate = make_schedule(config, order.steps_per_epoch, total_steps)
+    phases = trainable.phases(rules, order.steps_per_epoch, total_steps)
     statistics_axis = parallel.statistics_axis(config.parallel.batch_norm)
     tell(
         f"making {config.model.arch} of {config.model.weights} ..." if config.model.weights else "making the model ..."
     )
-    model, variables, card, said = initial(
+    model, variables, card, said, fresh = initial(
         config, train_source.class_names, load_pretrained, statistics_axis, parallel.devices
     )
-    rate = make_schedule(config, order.steps_per_epoch, total_steps)
-    optimizer = make_optimizer(config, variables["params"], rate)
+    rules = trainable.rules(config, variables["params"], fresh)
     bad_files = BadFiles(config.data.on_error)
     options = {"workers": config.data.workers, "share": parallel.share, "bad": bad_files}
     mixing = bool(config.train.mixup or config.train.cutmix)
@@ -236,7 +265,17 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     plans = TrainPlan(order, partners=mixing), EvalPlan(len(eval_source), config.data.batch_size)
     train_loader = make_loader(train_source, plans[0], parallel, card.preprocessing, augmentations=names, **options)
     eval_loader = make_loader(eval_source, plans[1], parallel, card.preprocessing, **options)
-    train_step = train_step_of(config, model, optimizer, train_loader.preprocessing, parallel.axis_name)
+
+    def optimizer_at(epoch: float) -> optax.GradientTransformationExtraArgs:
+        return make_optimizer(config, variables["params"], rate, fresh, epoch)
+
+    def phase(after: int, epoch: float) -> Phase:
+        network, to = at_epoch(config, model, rules, epoch), train_loader.preprocessing
+        step = train_step_of(config, network, optimizer_at(epoch), to, parallel.axis_name)
+        several = make_several(step)
+        return Phase(after, *(parallel.compile(body, donate_first=True) for body in (step, several)))
+
+    first, *later = (phase(after, epoch) for after, epoch in phases)
     eval_step = make_eval_step(model, eval_loader.preprocessing, axis_name=parallel.axis_name)
     job = Job(
         config=config,
@@ -247,14 +286,19 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
         order=order,
         total_steps=total_steps,
         rates=np.asarray(rate(np.arange(total_steps, dtype=np.int32))),
-        state=parallel.replicate(TrainState.create(variables, optimizer, with_average=config.train.ema > 0)),
-        train_step=parallel.compile(train_step, donate_first=True),
-        several_steps=parallel.compile(make_several(train_step), donate_first=True),
+        state=parallel.replicate(
+            TrainState.create(variables, optimizer_at(phases[0][1]), with_average=config.train.ema > 0)
+        ),
+        train_step=first.train_step,
+        several_steps=first.several_steps,
         eval_step=parallel.compile(eval_step),
         train_loader=train_loader,
         eval_loader=eval_loader,
         bad_files=bad_files,
         precision=precision_said(config.train.precision, config.train.matmul_precision, parallel.devices),
+        rules=rules,
+        later=tuple(later),
     )
     images = f"{len(train_source)} images to train on{of_split(train_source)}, {len(eval_source)} to evaluate on"
-    return job, f"{said}; {images}{of_split(eval_source)}; {parallel}; {job.precision}"
+    parts = (said, f"{images}{of_split(eval_source)}", scaling_said(config), str(parallel), job.precision)
+    return job, "; ".join(filter(None, parts))
