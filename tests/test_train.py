@@ -58,7 +58,10 @@ def test_leaves_a_whole_workdir_and_says_where(finished) -> None:
     assert said.splitlines()[-1].startswith(f"{workdir}: accuracy 0.")
     assert f"traced 2 steps: xprof --logdir {workdir}/profile --port 8791 (pip install xprof)" in said
     assert "; float32 (auto), products in full\n" in said
-    assert "<th>computed in<td class=number>float32 (auto), products in full<" in (workdir / "report.html").read_text()
+    report = (workdir / "report.html").read_text()
+    assert "<th>computed in<td class=number>float32 (auto), products in full<" in report
+    assert "<details><summary>38 in all</summary><table><tr><th>parameter<th>shape<th>trains from epoch<th>" in report
+    assert "<tr><td>fc/kernel<td>128x10<td>0<td>0.03<td>0.0005<tr>" in report
     lines = records(workdir)
     assert lines[-1]["final"] is True
     assert lines[-1]["count"] == 1000

@@ -199,3 +199,53 @@ def test_the_command_prints_it_and_touches_nothing(tmp_path: Path) -> None:
         assert f"fc/kernel                        {kernel:13}0                  0.005  0.0005" in rows
         assert "conv1/kernel                     7x7x3x16     never              -      -" in rows
         assert len(rows) == len(traverse_util.flatten_dict(SHAPES, sep="/"))
+
+
+# settings that are fine by themselves, and what is said of them together
+WRONG: tuple[tuple[dict[str, Any], str], ...] = (
+    (
+        {"optim__name": "lars", "optim__nesterov": True, "optim__momentum": 0.0},
+        "config.optim.nesterov needs a momentum",
+    ),
+    ({"optim__betas": (0.9, 0.99)}, r"config.optim.betas is \(0.9, 0.99\), and sgd has none; leave them out"),
+    ({"optim__name": "lion", "optim__eps": 1e-5}, "config.optim.eps is 1e-05, and lion has none; leave it out"),
+    (
+        {"optim__l2_sp": 0.1, "model__weights": ""},
+        "config.optim.l2_sp without config.model.weights has nothing to stay",
+    ),
+    ({"model__unfreeze": (("a", 1.0),)}, "config.model.unfreeze without config.model.freeze has nothing that could"),
+    (
+        {"model__freeze": ("a",), "model__unfreeze": (("a", 1.0), ("b", 10.0))},
+        r"config.model.unfreeze is .*, and the run ends at epoch 10; begin earlier, or train longer",
+    ),
+    ({"model__freeze": ("a",), "model__unfreeze": (("a", 0.0),)}, "it must be a tuple of pairs .*, epoch above 0"),
+    ({"optim__betas": (0.9,)}, "config.optim.betas is .0.9,.; it must be no or two numbers, 0 to below 1"),
+    ({"optim__schedule": "onecycle", "optim__warmup_epochs": 1.0}, "'onecycle', which has a warm-up of its own; set"),
+    ({"optim__schedule": "onecycle", "optim__warmup_steps": 1}, "'onecycle', which has a warm-up of its own; set"),
+    ({"optim__schedule": "onecycle", "optim__schedule_by": "epoch"}, "'onecycle', which changes the rate at every up"),
+    (
+        {"optim__schedule_by": "epoch", "optim__warmup_steps": 9},
+        "warmup_steps is 9 and config.optim.schedule_by is 'ep",
+    ),
+    (
+        {"optim__schedule_by": "epoch", "optim__warmup_epochs": 0.5},
+        "warm up for whole epochs, or set --config.optim.sc",
+    ),
+    ({"optim__warmup_epochs": 10.0}, "config.optim.warmup_epochs is not shorter than config.train.epochs; warm up for"),
+    ({"optim__warmup_steps": 9, "train__steps": 9}, "optim.warmup_steps 9 is not less than config.train.steps 9; warm"),
+)
+
+
+@pytest.mark.parametrize(("settings", "message"), WRONG)
+def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str) -> None:
+    config = config_of(**settings)
+    with pytest.raises(UserError, match=message):
+        config_module.check(config)
+
+
+def test_settings_that_do() -> None:
+    config = config_module.default()
+    config.optim.update({"schedule": "onecycle", "warmup_steps": 0, "warmup_epochs": 99.0, "name": "muon"})
+    config.optim.update({"betas": (0.9, 0.95), "eps": 1e-6, "l2_sp": 0.1})
+    config.model.update({"freeze": ("a",), "unfreeze": (("a", 0.5),)})
+    config_module.check(config)

@@ -93,11 +93,11 @@ class Trainer:
             self.tell(f"compiled in {time.perf_counter() - self.began:.0f} s")
             self.speed.reset()  # what came so far was mostly compilation
             self.epoch_began = time.perf_counter()
-        if step % self.job.config.train.log_every_steps == 0 or step == self.job.total_steps:
-            self.write_train_line(step, self.meter.compute_and_reset(), self.speed.compute_and_reset())
-        if self.job.is_unfrozen(steps[0] - 1) and steps[0] > self.start + 1:
+        elif self.job.is_unfrozen(steps[0] - 1):
             self.meter.compute()
             self.speed.reset()  # the step was compiled anew
+        if step % self.job.config.train.log_every_steps == 0 or step == self.job.total_steps:
+            self.write_train_line(step, self.meter.compute_and_reset(), self.speed.compute_and_reset())
         self.interrupts.poll()
 
     def tell(self, text: str) -> None:
