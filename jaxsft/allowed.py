@@ -121,6 +121,16 @@ def are_multipliers(value: Any) -> bool:
     return all(len(pair) == 2 and is_pattern(pair[0]) and 0 <= pair[1] < inf for pair in value)
 
 
+def are_epochs(value: Any) -> bool:
+    """Whether `value` is pairs of a regular expression and an epoch above 0."""
+    return all(len(pair) == 2 and is_pattern(pair[0]) and 0 < pair[1] < inf for pair in value)
+
+
+def are_betas(value: Any) -> bool:
+    """Whether `value` is no or two shares below 1."""
+    return len(value) in (0, 2) and all(0 <= x < 1 for x in value)
+
+
 ANY = Allowed("", lambda v: True)  # of its type
 SEED = Allowed("0 to 2**63 - 1", lambda v: 0 <= v < 2**63)
 CHECKPOINT = Allowed("'last', 'best' or a step", lambda v: v in ("last", "best") or v.isdecimal())
@@ -137,3 +147,5 @@ RGB = Allowed("three numbers", is_rgb)
 RGB_ABOVE_0 = Allowed("three numbers above 0", lambda v: is_rgb(v) and min(v) > 0)
 CLASS_WEIGHTS = Allowed("numbers of 0 or more, not all 0", are_weights)
 MULTIPLIERS = Allowed("a tuple of pairs (regular expression, factor of 0 or more)", are_multipliers)
+EPOCHS = Allowed("a tuple of pairs (regular expression, epoch above 0)", are_epochs)
+BETAS = Allowed("no or two numbers, 0 to below 1", are_betas)

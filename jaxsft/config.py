@@ -94,7 +94,7 @@ def conflicts(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
     from jaxsft.data.augment import ERASING, RANDOM_CROP  # as in jaxsft.keys
 
     model, data, optim, train = config.model, config.data, config.optim, config.train
-    augment, resize = data.augment, data.resize_size
+    augment, resize, warmup = data.augment, data.resize_size, optim.warmup_steps
     return (
         (
             RANDOM_CROP in augment[1:],
@@ -122,9 +122,24 @@ def conflicts(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
             "change one of them",
         ),
         (
-            optim.name == "sgd" and optim.nesterov and not optim.momentum,
+            optim.name in ("sgd", "lars", "muon") and optim.nesterov and not optim.momentum,
             "config.optim.nesterov needs a momentum",
             "set --config.optim.momentum=0.9 or --noconfig.optim.nesterov",
+        ),
+        (
+            optim.name in ("sgd", "lars") and bool(optim.betas),
+            f"config.optim.betas is {optim.betas}, and {optim.name} has none",
+            "leave them out: --config.optim.betas=",
+        ),
+        (
+            optim.name in ("sgd", "lars", "lion") and optim.eps is not None,
+            f"config.optim.eps is {optim.eps}, and {optim.name} has none",
+            "leave it out: --config.optim.eps=None",
+        ),
+        (
+            bool(optim.l2_sp) and not model.weights,
+            "config.optim.l2_sp without config.model.weights has nothing to stay near to",
+            "name weights, or set --config.optim.weight_decay instead",
         ),
         (
             bool(model.freeze) and not model.weights,
@@ -137,7 +152,37 @@ def conflicts(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
             "name weights, or set --config.model.batch_norm=train",
         ),
         (
-            train.steps is None and optim.warmup_epochs >= train.epochs,
+            bool(model.unfreeze) and not model.freeze,
+            "config.model.unfreeze without config.model.freeze has nothing that could begin later",
+            "freeze what is to wait, such as --config.model.freeze='^(?!fc)'",
+        ),
+        (
+            train.steps is None and any(epoch >= train.epochs for _, epoch in model.unfreeze),
+            f"config.model.unfreeze is {model.unfreeze}, and the run ends at epoch {train.epochs:g}",
+            "begin earlier, or train longer",
+        ),
+        (
+            optim.schedule == "onecycle" and bool(optim.warmup_epochs if warmup is None else warmup),
+            "config.optim.schedule is 'onecycle', which has a warm-up of its own",
+            "set --config.optim.warmup_epochs=0 and leave out warmup_steps; onecycle_warmup says how long its own is",
+        ),
+        (
+            optim.schedule_by == "epoch" and optim.schedule == "onecycle",
+            "config.optim.schedule is 'onecycle', which changes the rate at every update",
+            "set --config.optim.schedule_by=step",
+        ),
+        (
+            optim.schedule_by == "epoch" and warmup is not None,
+            f"config.optim.warmup_steps is {warmup} and config.optim.schedule_by is 'epoch'",
+            "set warmup_epochs instead, or --config.optim.schedule_by=step",
+        ),
+        (
+            optim.schedule_by == "epoch" and optim.warmup_epochs % 1 != 0,
+            f"config.optim.warmup_epochs is {optim.warmup_epochs} and config.optim.schedule_by is 'epoch'",
+            "warm up for whole epochs, or set --config.optim.schedule_by=step",
+        ),
+        (
+            train.steps is None and warmup is None and optim.warmup_epochs >= train.epochs,
             "config.optim.warmup_epochs is not shorter than config.train.epochs",
             "warm up for less, or train longer",
         ),
@@ -150,6 +195,11 @@ def conflicts(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
             train.steps is None and train.swa_epochs > train.epochs,
             f"config.train.swa_epochs {train.swa_epochs} is more than the {train.epochs:g} of config.train.epochs",
             "average over fewer, or train longer",
+        ),
+        (
+            train.steps is not None and warmup is not None and warmup >= train.steps,
+            f"config.optim.warmup_steps {warmup} is not less than config.train.steps {train.steps}",
+            "warm up for less, or train longer",
         ),
         (
             data.per_class is not None and data.fraction < 1,

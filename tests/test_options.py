@@ -46,6 +46,7 @@ TESTS = {
     "model.head": "test_a_head_is_kept_where_its_classes_are_the_datas",
     "model.head_init": "test_the_model_is_the_configs",
     "model.freeze": "test_first_step",
+    "model.unfreeze": "test_unfreezing_is_torchs",
     "model.dropout": "test_rates_are_torchvisions_or_the_configs",
     "model.stochastic_depth": "test_rates_are_torchvisions_or_the_configs",
     "model.batch_norm": "test_the_model_is_the_configs",
@@ -82,15 +83,24 @@ TESTS = {
     "data.std": "test_preprocessing_is_torchvisions",
     "optim.name": "test_updates_are_torchs",
     "optim.lr": "test_updates_are_torchs",
+    "optim.lr_scaling": "test_the_rate_grows_with_the_batch",
     "optim.momentum": "test_updates_are_torchs",
     "optim.nesterov": "test_updates_are_torchs",
+    "optim.betas": "test_updates_are_the_published_ones",
+    "optim.eps": "test_updates_are_the_published_ones",
+    "optim.trust_coefficient": "test_updates_are_the_published_ones",
     "optim.weight_decay": "test_updates_are_torchs",
     "optim.decay_norm_and_bias": "test_updates_are_torchs",
     "optim.no_decay": "test_decay_by_kind_is_torchvisions",
+    "optim.l2_sp": "test_decay_towards_the_start_is_a_term_of_the_loss",
     "optim.schedule": "test_schedules_are_torchs",
+    "optim.schedule_by": "test_rates_are_torchs",
     "optim.warmup_epochs": "test_schedules_are_torchs",
+    "optim.warmup_steps": "test_rates_are_torchs",
     "optim.step_epochs": "test_steps_fall_at_whole_epochs",
     "optim.step_factor": "test_steps_fall_at_whole_epochs",
+    "optim.power": "test_rates_are_torchs",
+    "optim.onecycle_warmup": "test_rates_are_torchs",
     "optim.layer_decay": "test_updates_are_torchs",
     "optim.lr_multipliers": "test_updates_are_torchs",
     "optim.sam": "test_the_two_gradients_of_sam_are_the_papers",
@@ -252,7 +262,7 @@ def test_the_model_is_the_configs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert initial.make_model(config_of(model__freeze=("^conv1",)), 7).frozen == ("^conv1",)
     monkeypatch.setattr(initial, "init_variables", zeros)
     for num_classes, width in ((None, 4), (9, 9)):
-        _, values, card, _ = initial.initial(config_of(model__num_classes=num_classes), tuple("abcd"), load_pretrained)
+        _, values, card, *_ = initial.initial(config_of(model__num_classes=num_classes), tuple("abcd"), load_pretrained)
         assert values["params"]["fc"]["kernel"].shape[1] == card.num_classes == width
     for head_init, bound in (("zeros", 0.0), ("torch", 16**-0.5)):
         model = initial.make_model(config_of(model__head_init=head_init), 50)

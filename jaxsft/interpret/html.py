@@ -7,6 +7,7 @@ import html
 import io
 import json
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.figure
@@ -34,6 +35,7 @@ def page(
     records: list[dict[str, Any]],
     result: Evaluation,
     batch: matplotlib.figure.Figure,
+    parameters: Sequence[tuple[str, ...]] = (),
 ) -> str:
     """The report of a run as HTML, its pictures inside.
 
@@ -45,6 +47,7 @@ def page(
       records: the lines of its metrics.jsonl.
       result: its last evaluation.
       batch: a picture of a batch as the model sees it.
+      parameters: how each was trained, a row each after that of the columns' names; or nothing.
     """
     names = tuple(map(printable, card.names))
     parts = [
@@ -59,6 +62,8 @@ def page(
         with matplotlib.rc_context({"text.parse_math": False}):  # what stands between two $ of a name is no formula
             parts += ["<h2>Confusions</h2>", picture(confusion(result.confusion, names))]
     parts += ["<h2>Of the first batch</h2>", picture(batch)]
+    if parameters:
+        parts.append(f"<h2>Parameters</h2>{folded(f'{len(parameters) - 1} in all', parameters)}")
     configuration = html.escape(json.dumps(config.to_dict(), indent=2))
     parts.append(f"<h2>Config</h2><pre>{configuration}</pre>")
     return "\n".join(parts)
@@ -148,6 +153,13 @@ def table(rows: list[tuple[str, str]]) -> str:
     """Two columns as HTML."""
     cells = (f"<tr><th>{html.escape(name)}<td class=number>{html.escape(value)}" for name, value in rows)
     return f"<table>{''.join(cells)}</table>"
+
+
+def folded(summary: str, rows: Sequence[tuple[str, ...]]) -> str:
+    """A table of any number of columns, named by its first row, that opens at a click."""
+    names = "".join(f"<th>{html.escape(cell)}" for cell in rows[0])
+    cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows[1:])
+    return f"<details><summary>{html.escape(summary)}</summary><table><tr>{names}{cells}</table></details>"
 
 
 def picture(figure: matplotlib.figure.Figure) -> str:

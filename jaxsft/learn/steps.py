@@ -26,7 +26,7 @@ Counts = dict[str, jax.Array]
 
 def make_train_step(
     objective: Objective,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     *,
     seed: int = 0,
     accumulate: int = 1,
@@ -51,7 +51,7 @@ def make_train_step(
 
     def train_step(state: TrainState, dataset: Dataset, batch: Batch) -> tuple[TrainState, Counts]:
         grads, batch_stats, counts = gradient(state, dataset, batch, step_key(seed, state.step))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
         new = state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state)
         if average is not None:

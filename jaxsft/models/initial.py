@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from jaxsft.cli import UserError
@@ -88,8 +89,10 @@ def initial(
     pretrained: Pretrained,
     axis_name: str | None = None,
     devices: Sequence[Any] | None = None,
-) -> tuple[nn.Module, dict[str, Any], ModelCard, str]:
-    """The model, its variables, the card of the run, and a line that says what was done with the head.
+) -> tuple[nn.Module, dict[str, Any], ModelCard, str, tuple[str, ...]]:
+    """The model, its variables, the card of the run, a line that says what was done with the head, and what is fresh.
+
+    The latter are the paths of the parameters that did not come from weights.
 
     Ported weights keep their head where its classes are known and are the data's, and where config.model.head is
     'keep'; else it is replaced by a fresh one.
@@ -117,13 +120,11 @@ def initial(
     names = class_names if num_classes == len(class_names) else None
     order = config.data.class_order
     card = ModelCard(c.arch, num_classes, names, preprocessing=preprocessing(config), class_order=order)
+    fresh: tuple[str, ...] = ()
     if not c.weights:
-        return (
-            model,
-            init_variables(model, config.seed, config.data.image_size),
-            card,
-            f"{c.arch} from scratch, {num_classes} classes",
-        )
+        variables = init_variables(model, config.seed, config.data.image_size)
+        fresh = tuple(traverse_util.flatten_dict(variables["params"], sep="/"))
+        return model, variables, card, f"{c.arch} from scratch, {num_classes} classes", fresh
 
     variables, origin = pretrained(c.weights, c.arch, c.checkpoint)
     card = dataclasses.replace(
@@ -140,7 +141,8 @@ def initial(
         head, params = family_of(c.arch).head, variables["params"]
         old = params.get(head) or variable_shapes(model, config.data.image_size)["params"][head]
         params[head] = init_head(model, old, config.seed)
-    return model, variables, card, f"{c.arch} of {origin.source}, {said}"
+        fresh = tuple(f"{head}/{leaf}" for leaf in params[head])
+    return model, variables, card, f"{c.arch} of {origin.source}, {said}", fresh
 
 
 def decide_head(wanted: str, origin: ModelCard, num_classes: int, names: tuple[str, ...] | None) -> tuple[bool, str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Iterator
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -25,7 +27,7 @@ from jaxsft.learn import trainable
 from jaxsft.learn.average import Move, average_of, swa_start
 from jaxsft.learn.objective import Objective
 from jaxsft.learn.optim import make_optimizer
-from jaxsft.learn.schedule import make_schedule
+from jaxsft.learn.schedule import make_schedule, scaling_said
 from jaxsft.learn.state import TrainState
 from jaxsft.learn.steps import make_eval_step, make_several, make_statistics_step, make_train_step
 from jaxsft.models.family import variable_shapes
@@ -42,6 +44,14 @@ from jaxsft.run.teacher import load_teacher
 UNLABELLED = 2**62  # added to the seed, so that both streams are in orders of their own
 
 
+class Phase(NamedTuple):
+    """What takes the place of the steps before when more parameters begin to train; compiled when first called."""
+
+    after: int  # updates done by then
+    train_step: Callable[..., Any]
+    several_steps: Callable[..., Any]
+
+
 @dataclasses.dataclass
 class Job:
     """A run made ready: all that the loop needs, on the devices, before the first step."""
@@ -55,7 +65,7 @@ class Job:
     total_steps: int
     rates: np.ndarray  # float32 [total_steps], the learning rate of each update
     state: TrainState
-    train_step: Callable[..., Any]
+    train_step: Callable[..., Any]  # of the first phase, which is all there is without model.unfreeze
     several_steps: Callable[..., Any]  # `train_step` for a list of batches in one call
     eval_step: Callable[..., Any]
     statistics_step: Callable[..., Any] | None  # for an average whose batch statistics are estimated anew
@@ -63,6 +73,8 @@ class Job:
     eval_loader: Loader
     bad_files: BadFiles
     precision: str  # what it is computed in, for people
+    rules: trainable.Rules
+    later: tuple[Phase, ...] = ()  # in their order
 
     def epoch(self, step: int) -> float:
         """How many epochs `step` updates are."""
@@ -89,12 +101,20 @@ class Job:
     def is_stop(self, step: int) -> bool:
         """Whether the host has something to do after `step`."""
         every = self.config.train.log_every_steps, self.config.checkpoint.every_steps
-        return any(step % n == 0 for n in every) or self.is_evaluated(step)
+        return any(step % n == 0 for n in every) or self.is_evaluated(step) or self.is_unfrozen(step)
+
+    def is_unfrozen(self, step: int) -> bool:
+        """Whether more parameters train from the update after `step` on."""
+        return any(step == phase.after for phase in self.later)
 
     def update(self, steps: range) -> dict[str, jax.Array]:
         """Make these updates (from 1) and return the sums of each batch, scalars or [updates], still on their way."""
         batches = [self.train_loader.batch(step - 1) for step in steps]
-        update, argument = (self.train_step, batches[0]) if len(batches) == 1 else (self.several_steps, batches)
+        one, several = self.train_step, self.several_steps
+        for phase in self.later:
+            if phase.after < steps[0]:
+                one, several = phase.train_step, phase.several_steps
+        update, argument = (one, batches[0]) if len(batches) == 1 else (several, batches)
         self.state, counts = update(self.state, self.train_loader.dataset, argument)
         return counts
 
@@ -193,8 +213,10 @@ def unlabelled_order(config: ConfigDict, source: Source) -> Order:
     return Order(len(source), count, (config.seed + UNLABELLED) % 2**63)
 
 
-def check_batch_norm(config: ConfigDict, parallel: DataParallel, order: Order) -> None:
+def check_batch_norm(config: ConfigDict, parallel: DataParallel, order: Order, rules: trainable.Rules) -> None:
     """Find out whether batch norm has more than one value a channel to train on, in the last batch too.
+
+    At the end of the run, when most of it trains.
 
     Raises:
       UserError: it has not, with one image a device (or micro-batch) that the network shrinks to one pixel.
@@ -206,7 +228,7 @@ def check_batch_norm(config: ConfigDict, parallel: DataParallel, order: Order) -
     for rows, what in ((config.data.batch_size, "a batch"), (last, "the last batch of an epoch")):
         if rows // parts != 1:
             continue
-        model, size = make_model(config, 2), config.data.image_size
+        model, size = at_epoch(config, make_model(config, 2), rules, math.inf), config.data.image_size
         shapes, image = variable_shapes(model, size), jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
         try:
             jax.eval_shape(lambda v, x, m=model: m.apply(v, x, train=True, mutable=["batch_stats"]), shapes, image)
@@ -215,6 +237,13 @@ def check_batch_norm(config: ConfigDict, parallel: DataParallel, order: Order) -
                 f"{what} leaves one image of {size} px to batch norm: one value a channel, whose variance is undefined",
                 "take another --config.data.batch_size, --config.data.last_batch=drop, or larger images",
             ) from None
+
+
+def at_epoch(config: ConfigDict, model: nn.Module, rules: trainable.Rules, epoch: float) -> nn.Module:
+    """`model` whose batch norms run on running statistics in all that is frozen at `epoch`."""
+    if config.model.batch_norm == "frozen":
+        return model
+    return model.clone(frozen=trainable.frozen_modules(config, rules, epoch))
 
 
 def train_step_of(
@@ -248,25 +277,26 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     parallel = all_devices(config)
     parallel.check_batch(config.data.batch_size, config.optim.accumulate)
     shapes = checked_shapes(make_model(config, 2), config.data.image_size)
-    frozen = trainable.frozen_parameters(config, shapes["params"])  # its patterns, before anything is fetched
+    rules = trainable.rules(config, shapes["params"])  # its patterns, before anything is fetched
     tell = cli.say if parallel.is_main else lambda text: None
     tell(f"reading {config.data.source} ...")
     train_source, eval_source = open_data(config)
     unlabelled = open_unlabelled(config)
     order_of_unlabelled = unlabelled and unlabelled_order(config, unlabelled)
     order = order_of(config, train_source, parallel)
-    check_batch_norm(config, parallel, order)
     teacher = load_teacher(config, train_source.class_names)
+    check_batch_norm(config, parallel, order, rules)
     total_steps = config.train.steps or max(round(config.train.epochs * order.steps_per_epoch), 1)
+    rate = make_schedule(config, order.steps_per_epoch, total_steps)
+    phases = trainable.phases(rules, order.steps_per_epoch, total_steps)
     statistics_axis = parallel.statistics_axis(config.parallel.batch_norm)
     tell(
         f"making {config.model.arch} of {config.model.weights} ..." if config.model.weights else "making the model ..."
     )
-    model, variables, card, said = initial(
+    model, variables, card, said, fresh = initial(
         config, train_source.class_names, load_pretrained, statistics_axis, parallel.devices
     )
-    rate = make_schedule(config, order.steps_per_epoch, total_steps)
-    optimizer = make_optimizer(config, variables["params"], rate)
+    rules = trainable.rules(config, variables["params"], fresh)
     bad_files = BadFiles(config.data.on_error)
     options = {"workers": config.data.workers, "share": parallel.share, "bad": bad_files}
     mixing = bool(config.train.mixup or config.train.cutmix)
@@ -282,22 +312,28 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     if teacher:
         train_loader.dataset["teacher"] = parallel.replicate(teacher[1])
     left, axis_name = train_loader.preprocessing, parallel.axis_name
-    objective = Objective.of(config, model, left, axis_name, teacher and teacher[0], of_unlabelled)
     average = average_of(config, total_steps, order.steps_per_epoch)
-    still = {path for path, is_so in frozen.items() if is_so}
-    train_step = train_step_of(
-        config,
-        objective,
-        optimizer,
-        axis_name,
-        frozen=still,
-        average=average,
-    )
+
+    def optimizer_at(epoch: float) -> optax.GradientTransformationExtraArgs:
+        return make_optimizer(config, variables["params"], rate, fresh, epoch)
+
+    def phase(after: int, epoch: float) -> Phase:
+        network = at_epoch(config, model, rules, epoch)
+        objective = Objective.of(config, network, left, axis_name, teacher and teacher[0], of_unlabelled)
+        waiting = trainable.waiting(rules, epoch)
+        step = train_step_of(config, objective, optimizer_at(epoch), axis_name, frozen=waiting, average=average)
+        several = make_several(step)
+        return Phase(after, *(parallel.compile(body, donate_first=True) for body in (step, several)))
+
+    first, *later = (phase(after, epoch) for after, epoch in phases)
     eval_step = make_eval_step(model, eval_loader.preprocessing, axis_name=parallel.axis_name)
     statistics_step = None
     if config.train.swa_epochs:
-        statistics_step = make_statistics_step(model, objective.inputs, seed=config.seed, axis_name=axis_name)
+        inputs = Objective.of(config, model, left).inputs
+        network = at_epoch(config, model, rules, phases[-1][1])
+        statistics_step = make_statistics_step(network, inputs, seed=config.seed, axis_name=axis_name)
     is_float16 = resolved_precision(config.train.precision, parallel.devices) == "float16"
+    optimizer = optimizer_at(phases[0][1])
     state = TrainState.create(variables, optimizer, with_average=average is not None, with_loss_scale=is_float16)
     job = Job(
         config=config,
@@ -309,18 +345,21 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
         total_steps=total_steps,
         rates=np.asarray(rate(np.arange(total_steps, dtype=np.int32))),
         state=parallel.replicate(state),
-        train_step=parallel.compile(train_step, donate_first=True),
-        several_steps=parallel.compile(make_several(train_step), donate_first=True),
+        train_step=first.train_step,
+        several_steps=first.several_steps,
         eval_step=parallel.compile(eval_step),
         statistics_step=statistics_step and parallel.compile(statistics_step),
         train_loader=train_loader,
         eval_loader=eval_loader,
         bad_files=bad_files,
         precision=precision_said(config.train.precision, config.train.matmul_precision, parallel.devices),
+        rules=rules,
+        later=tuple(later),
     )
     images = f"{len(train_source)} images to train on{of_split(train_source)}, {len(eval_source)} to evaluate on"
     if unlabelled is not None:
         images = f"{len(unlabelled)} without labels and {images}"
     if teacher:
         said += f", taught by {config.train.teacher}"
-    return job, f"{said}; {images}{of_split(eval_source)}; {parallel}; {job.precision}"
+    parts = (said, f"{images}{of_split(eval_source)}", scaling_said(config), str(parallel), job.precision)
+    return job, "; ".join(filter(None, parts))

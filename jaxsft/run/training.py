@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 
 from jaxsft import cli, storage
 from jaxsft.interpret.metrics import Evaluation
+from jaxsft.learn.schedule import peak_lr
+from jaxsft.learn.trainable import COLUMNS, table
 from jaxsft.models.precision import continued
 from jaxsft.progress import progress
 from jaxsft.run import checkpoint
@@ -80,6 +82,8 @@ class Trainer:
 
     def update(self, steps: range) -> None:
         """The updates of one call, and the line of the log when it is time."""
+        if self.job.is_unfrozen(steps[0] - 1):
+            self.tell(f"epoch {self.job.epoch(steps[0] - 1):g}: more parameters train from here on, compiling ...")
         self.meter.add(steps, self.job.update(steps))
         self.speed.add(len(steps) * self.job.config.data.batch_size)
         step = steps[-1]
@@ -89,6 +93,9 @@ class Trainer:
             self.tell(f"compiled in {time.perf_counter() - self.began:.0f} s")
             self.speed.reset()  # what came so far was mostly compilation
             self.epoch_began = time.perf_counter()
+        elif self.job.is_unfrozen(steps[0] - 1):
+            self.meter.compute()
+            self.speed.reset()  # the step was compiled anew
         if step % self.job.config.train.log_every_steps == 0 or step == self.job.total_steps:
             self.write_train_line(step, self.meter.compute_and_reset(), self.speed.compute_and_reset())
         self.interrupts.poll()
@@ -308,7 +315,10 @@ def write_report(job: Job, workdir: WorkingCopy, result: Evaluation) -> None:
     try:
         images, labels = show.batch_of(job.config, job.train_source, job.card.preprocessing, IN_REPORT)
         batch = show.grid(images, labels, job.train_source.class_names)
-        page = html.page(workdir.place.name, job.card, job.config, job.precision, records(workdir.path), result, batch)
+        lines, parameters = records(workdir.path), [COLUMNS, *table(job.rules, peak_lr(job.config))]
+        page = html.page(
+            workdir.place.name, job.card, job.config, job.precision, lines, result, batch, parameters=parameters
+        )
         storage.write_file(workdir.path / "report.html", page.encode(errors="replace"))
     except Exception as error:
         cli.warn(f"no report.html could be made: {type(error).__name__}: {error}")
