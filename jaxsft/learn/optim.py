@@ -51,10 +51,9 @@ def make_optimizer(
     names = {start: f"group_{number}" for number, start in enumerate(starts)}
 
     clip = clip_by_norm(config.optim.clip_norm) if config.optim.clip_norm else optax.identity()
-    parts = [*update_rule(config, rules, rate), scale_by_path(lambda path: rules[path].factor)]
+    group = optax.chain(*update_rule(config, rules, rate), scale_by_path(lambda path: rules[path].factor))
     if len(starts) == 1 and all(rule.start is not None for rule in rules.values()):
-        return optax.chain(clip, *parts)
-    group = optax.chain(*parts)
+        return optax.chain(clip, group)
     groups = {name: group if start <= epoch else held(group) for start, name in names.items()}
     labels = by_path(rules, lambda rule: FROZEN if rule.start is None else names[rule.start])
     everything = optax.partition({**groups, FROZEN: optax.set_to_zero()}, labels)
