@@ -94,7 +94,7 @@ def conflicts(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
     from jaxsft.data.augment import ERASING, RANDOM_CROP  # as in jaxsft.keys
 
     model, data, optim, train = config.model, config.data, config.optim, config.train
-    augment, resize = data.augment, data.resize_size
+    augment, resize, several = data.augment, data.resize_size, bool(data.label_delimiter)
     return (
         (
             RANDOM_CROP in augment[1:],
@@ -140,6 +140,26 @@ def conflicts(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
             train.steps is None and optim.warmup_epochs >= train.epochs,
             "config.optim.warmup_epochs is not shorter than config.train.epochs",
             "warm up for less, or train longer",
+        ),
+        (
+            train.loss == "focal" and train.label_smoothing > 0,
+            f"config.train.loss is 'focal' and config.train.label_smoothing is {train.label_smoothing:g}",
+            "leave out the smoothing, or take the loss 'bce' or 'cross_entropy'",
+        ),
+        (
+            several and not data.source.startswith("csv:"),
+            f"config.data.label_delimiter is {data.label_delimiter!r}, and config.data.source is {data.source}",
+            "leave it out: a table, csv:FILE, has images with several labels",
+        ),
+        (
+            several and train.loss == "cross_entropy",
+            "config.train.loss is 'cross_entropy', and with config.data.label_delimiter images have several labels",
+            "set --config.train.loss=bce or focal",
+        ),
+        (
+            several and data.sampling == "balanced",
+            "config.data.sampling is 'balanced', and with config.data.label_delimiter images have several labels",
+            "set it to shuffle; --config.train.class_weights=balanced weighs the classes",
         ),
         (
             data.per_class is not None and data.fraction < 1,

@@ -88,7 +88,7 @@ CASES: tuple[tuple[str, str], ...] = (
     (SAMPLE + " --config.optim.layer_decay=0", "config.optim.layer_decay is 0.0; it must be above 0, at most 1"),
     (
         SAMPLE + " --config.train.class_weights='(1.0, -1.0)'",
-        "config.train.class_weights is (1.0, -1.0); it must be numbers of 0 or more, not all 0",
+        "config.train.class_weights is (1.0, -1.0); it must be numbers of 0 or more, not all 0, or 'balanced'",
     ),
     (
         SAMPLE + " --config.train.class_weights='(1.0, 2.0)'",

@@ -55,6 +55,7 @@ TESTS = {
     "data.fraction": "test_of_each_class_is_trained_on_what_the_config_says",
     "data.per_class": "test_of_each_class_is_trained_on_what_the_config_says",
     "data.class_order": "test_the_order_of_classes",
+    "data.label_delimiter": "test_tables_of_several_labels_an_image",
     "data.on_error": "test_a_broken_image_is_left_out_and_listed",
     "data.exif_orientation": "test_pictures_are_turned_as_they_say",
     "data.check_overlap": "test_a_registered_source",
@@ -92,6 +93,8 @@ TESTS = {
     "optim.accumulate": "test_gradient_accumulation_is_torchs",
     "train.epochs": "test_a_run_is_as_long_and_as_wide_as_its_config",
     "train.steps": "test_a_run_is_as_long_and_as_wide_as_its_config",
+    "train.loss": "test_bce_is_torchs",
+    "train.focal_gamma": "test_focal_is_torchvisions_or_its_formula",
     "train.label_smoothing": "test_gradient_accumulation_is_torchs",
     "train.class_weights": "test_gradient_accumulation_is_torchs",
     "train.mixup": "test_the_loss_of_mixed_images_is_torchs",
@@ -272,14 +275,14 @@ def test_the_step_is_told_what_the_config_says(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(job, "make_train_step", lambda *_, **options: told.update(options))
     monkeypatch.setattr(losses, "make_loss", lambda *arguments: arguments)
     config = config_of(
-        optim__accumulate=4, train__label_smoothing=0.1, train__class_weights=(1.0, 2.0), train__mixup=0.2,
-        train__cutmix=0.3, train__ema=0.9, data__augment=("flip",), data__erasing=0.7,
+        optim__accumulate=4, train__loss="focal", train__focal_gamma=3.0, train__label_smoothing=0.1,
+        train__class_weights=(1.0, 2.0), train__mixup=0.2, train__cutmix=0.3, train__ema=0.9, data__augment=("flip",), data__erasing=0.7,
     )  # fmt: skip
     config.seed = 5
     job.train_step_of(config, None, None, None, "batch")
     assert told == {
         "augmentations": ("flip",), "amounts": Amounts(erasing=0.7), "mixup": 0.2, "cutmix": 0.3, "seed": 5,
-        "loss": (0.1, (1.0, 2.0), "batch"), "accumulate": 4, "ema": 0.9, "axis_name": "batch",
+        "loss": (0.1, (1.0, 2.0), "batch", "focal", 3.0), "accumulate": 4, "ema": 0.9, "axis_name": "batch",
     }  # fmt: skip
 
 

@@ -13,14 +13,14 @@ from jax import lax
 
 from jaxsft.data.augment import Amounts, preprocess, train_images
 from jaxsft.data.mix import mix
-from jaxsft.interpret import metrics
-from jaxsft.learn.losses import Loss, cross_entropy
+from jaxsft.interpret import metrics, multilabel
+from jaxsft.learn.losses import Loss, binary_cross_entropy, cross_entropy
 from jaxsft.learn.state import TrainState
 from jaxsft.models.stochastic import example_keys
 from jaxsft.models.weights import Preprocessing
 
 Batch = dict[str, jax.Array]
-Dataset = dict[str, jax.Array]  # {"images": uint8 [N, H, W, 3], "labels": int32 [N]}, on the device; or {}
+Dataset = dict[str, jax.Array]  # {"images": uint8 [N, H, W, 3], "labels": int32 [N] or uint8 [N, K]}, or {}
 # In the place of an example's index, of which there are less than 2**31:
 MIXING = 2**32 - 1  # the key of what is drawn once a step
 MODEL = 2**32 - 2  # the key of what the network draws, which is then divided among the examples
@@ -51,6 +51,11 @@ def network_keys(key: jax.Array, examples: jax.Array) -> jax.Array:
     Of a mixed image it is the first one's.
     """
     return example_keys(jax.random.fold_in(key, MODEL), examples)
+
+
+def count(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """What is counted of a batch: `metrics.count` of one label an image, `multilabel.count` of several."""
+    return (metrics if labels.ndim == 1 else multilabel).count(logits, labels, losses, mask)
 
 
 def make_train_step(
@@ -94,7 +99,7 @@ def make_train_step(
         losses = loss(logits, batch["label"])
         if mixup or cutmix:
             losses = share * losses + (1 - share) * loss(logits, batch["partner_label"])
-        counts = metrics.count(logits, batch["label"], losses, jnp.ones_like(losses, bool))
+        counts = count(logits, batch["label"], losses, jnp.ones_like(losses, bool))
         return losses.mean(), (updated.get("batch_stats", {}), {k: counts[k] for k in ("loss", "top1", "count")})
 
     def train_step(state: TrainState, dataset: Dataset, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -166,16 +171,23 @@ def move_average(average: Any, values: Any, decay: float, updates: jax.Array) ->
 def make_eval_step(
     model: nn.Module, preprocessing: Preprocessing | None, *, axis_name: str | None = None
 ) -> Callable[[Any, Dataset, Batch], dict[str, jax.Array]]:
-    """(variables, dataset, this device's batch with "mask") -> `metrics.count` summed over all devices.
+    """(variables, dataset, this device's batch with "mask") -> `count` summed over all devices.
 
-    Without `preprocessing` the images are the model's input as they are.
+    The loss is cross-entropy; of several labels an image binary cross-entropy, and besides the sums there are "logits"
+    [B, K], "label" uint8 [B, K] and "mask" bool [B] of the examples of all devices, which ranks are made of. Without
+    `preprocessing` the images are the model's input as they are.
     """
 
     def eval_step(variables: Any, dataset: Dataset, batch: Batch) -> dict[str, jax.Array]:
         batch = gather(dataset, batch)
         logits = evaluated_logits(model, preprocessing, variables, batch)
-        counts = metrics.count(logits, batch["label"], cross_entropy(logits, batch["label"]), batch["mask"])
-        return counts if axis_name is None else lax.psum(counts, axis_name)
+        several = batch["label"].ndim == 2
+        losses = (binary_cross_entropy if several else cross_entropy)(logits, batch["label"])
+        counts = count(logits, batch["label"], losses, batch["mask"])
+        each = {"logits": logits, "label": batch["label"], "mask": batch["mask"]} if several else {}
+        if axis_name is not None:
+            counts, each = lax.psum(counts, axis_name), lax.all_gather(each, axis_name, tiled=True)
+        return {**counts, **each}
 
     return eval_step
 
@@ -186,16 +198,23 @@ def make_answer_step(
     """(variables, dataset, this device's batch with "mask") -> what the model takes each example of all devices for.
 
     That is "example", "label" and "predicted" int32 [B], the "probability" of the latter, float [B], and "mask" bool
-    [B]. Of equal logits the first counts, as in `metrics.count`.
+    [B]. Of equal logits the first counts, as in `metrics.count`. Of several labels an image "label" and "predicted" are
+    uint8 [B, K] (a probability above 0.5), and "probability" is that of the label which is furthest from what it is.
     """
 
     def answer_step(variables: Any, dataset: Dataset, batch: Batch) -> dict[str, jax.Array]:
         batch = gather(dataset, batch)
-        probabilities = jax.nn.softmax(evaluated_logits(model, preprocessing, variables, batch))
+        logits = evaluated_logits(model, preprocessing, variables, batch)
+        if batch["label"].ndim == 2:
+            has = batch["label"] > 0
+            predicted, probability = (logits > 0).astype(jnp.uint8), jax.nn.sigmoid(jnp.where(has, -logits, logits))
+        else:
+            probability = jax.nn.softmax(logits)
+            predicted = probability.argmax(1).astype(jnp.int32)
         answers = {
             **{name: batch[name] for name in ("example", "label", "mask")},
-            "predicted": probabilities.argmax(1).astype(jnp.int32),
-            "probability": probabilities.max(1),
+            "predicted": predicted,
+            "probability": probability.max(1),
         }
         return answers if axis_name is None else lax.all_gather(answers, axis_name, tiled=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -22,9 +22,9 @@ from jaxsft.data.loader import BadFiles, Loader, make_loader
 from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, TrainPlan
 from jaxsft.data.sources import open_splits
-from jaxsft.interpret.metrics import Evaluation
+from jaxsft.interpret.multilabel import Result
 from jaxsft.learn import trainable
-from jaxsft.learn.losses import loss_of
+from jaxsft.learn.losses import loss_of, numeric_weights
 from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.schedule import make_schedule
 from jaxsft.learn.state import TrainState
@@ -34,6 +34,7 @@ from jaxsft.models.initial import checked_shapes, initial, make_model
 from jaxsft.models.layers import OneValueError
 from jaxsft.models.precision import said as precision_said
 from jaxsft.models.weights import ModelCard, Preprocessing
+from jaxsft.run import labelling
 from jaxsft.run.evaluation import evaluate, of_split
 from jaxsft.run.parallel import DataParallel, all_devices
 from jaxsft.run.pretrained import load_pretrained
@@ -94,9 +95,10 @@ class Job:
         self.state, counts = update(self.state, self.train_loader.dataset, argument)
         return counts
 
-    def evaluate(self, between: Callable[[], None] = lambda: None) -> Evaluation:
+    def evaluate(self, between: Callable[[], None] = lambda: None) -> Result:
         """The current state on the whole eval split; `between` is called after each batch and may raise."""
-        return evaluate(self.eval_step, self.state.evaluated(), self.eval_loader, between)
+        variables = self.state.evaluated()
+        return evaluate(self.eval_step, variables, self.eval_loader, between, multi_label=self.card.multi_label)
 
     def close(self) -> None:
         """End the loaders' worker processes."""
@@ -125,9 +127,11 @@ def open_data(config: ConfigDict) -> tuple[Source, Source]:
     """The train and eval splits.
 
     Raises:
-      UserError: they can't be had, there are fewer training images than one batch takes, or a single class.
+      UserError: they can't be had, there are fewer training images than one batch takes, or a single class, or images
+        have several labels and the config is for one, or the other way round.
     """
     train_source, eval_source = open_splits(config)
+    labelling.check(config, train_source)
     if len(train_source.class_names) == 1:
         raise cli.UserError(
             f"{config.data.source} has a single class, {train_source.class_names[0]!r}: nothing to tell apart",
@@ -185,8 +189,9 @@ def train_step_of(
     optimizer: optax.GradientTransformation,
     preprocessing: Preprocessing | None,
     axis_name: str | None,
+    class_weights: Sequence[float] | None = None,
 ) -> Callable[..., Any]:
-    """The body of the update that the config asks for."""
+    """The body of the update that the config asks for; `class_weights` as for `loss_of`."""
     train = config.train
     return make_train_step(
         model,
@@ -197,7 +202,7 @@ def train_step_of(
         mixup=train.mixup,
         cutmix=train.cutmix,
         seed=config.seed,
-        loss=loss_of(config, axis_name),
+        loss=loss_of(config, axis_name, class_weights),
         accumulate=config.optim.accumulate,
         ema=train.ema,
         axis_name=axis_name,
@@ -227,6 +232,7 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     model, variables, card, said = initial(
         config, train_source.class_names, load_pretrained, statistics_axis, parallel.devices
     )
+    card = dataclasses.replace(card, multi_label=train_source.multi_label)
     rate = make_schedule(config, order.steps_per_epoch, total_steps)
     optimizer = make_optimizer(config, variables["params"], rate)
     bad_files = BadFiles(config.data.on_error)
@@ -236,7 +242,8 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     plans = TrainPlan(order, partners=mixing), EvalPlan(len(eval_source), config.data.batch_size)
     train_loader = make_loader(train_source, plans[0], parallel, card.preprocessing, augmentations=names, **options)
     eval_loader = make_loader(eval_source, plans[1], parallel, card.preprocessing, **options)
-    train_step = train_step_of(config, model, optimizer, train_loader.preprocessing, parallel.axis_name)
+    weights = numeric_weights(config, train_source.labels, card.num_classes)
+    train_step = train_step_of(config, model, optimizer, train_loader.preprocessing, parallel.axis_name, weights)
     eval_step = make_eval_step(model, eval_loader.preprocessing, axis_name=parallel.axis_name)
     job = Job(
         config=config,
