@@ -35,8 +35,9 @@ def main() -> None:
     results = []
     for result in predict(run, paths, args.topk):
         listed = "  ".join(f"{entry['class']} {entry['probability']:.3f}" for entry in result["classes"])
-        labels = f"{', '.join(result['labels']) or '-'}  of  " if "labels" in result else ""
-        cli.say(f"{result['file']}: {labels}{listed}")
+        if "labels" in result:
+            listed = f"{', '.join(result['labels']) or '-'} ({listed})"
+        cli.say(f"{result['file']}: {listed}")
         results.append(result)
     if not results:
         raise cli.UserError(f"none of {len(paths)} images can be read", f"name {', '.join(decode.FORMATS)} files")

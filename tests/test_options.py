@@ -276,7 +276,8 @@ def test_the_step_is_told_what_the_config_says(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(losses, "make_loss", lambda *arguments: arguments)
     config = config_of(
         optim__accumulate=4, train__loss="focal", train__focal_gamma=3.0, train__label_smoothing=0.1,
-        train__class_weights=(1.0, 2.0), train__mixup=0.2, train__cutmix=0.3, train__ema=0.9, data__augment=("flip",), data__erasing=0.7,
+        train__class_weights=(1.0, 2.0), train__mixup=0.2, train__cutmix=0.3, train__ema=0.9, data__augment=("flip",),
+        data__erasing=0.7,
     )  # fmt: skip
     config.seed = 5
     job.train_step_of(config, None, None, None, "batch")
