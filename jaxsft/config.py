@@ -144,7 +144,7 @@ def conflicts(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
         (
             train.loss == "focal" and train.label_smoothing > 0,
             f"config.train.loss is 'focal' and config.train.label_smoothing is {train.label_smoothing:g}",
-            "leave out the smoothing, or take the loss 'bce' or 'cross_entropy'",
+            "set --config.train.label_smoothing=0, or take another loss",
         ),
         (
             several and not data.source.startswith("csv:"),

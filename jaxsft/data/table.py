@@ -52,7 +52,7 @@ def open_csv(name: str, split: str, options: Options) -> Files:
     classes = class_columns([cells for _, cells in numbered])
     several = bool(classes or options.label_delimiter)
     if has_header := is_header(places) or bool(classes):
-        tell_passed_over(file, numbered[0][1], places, classes)
+        check_columns(file, numbered[0][1], places, classes)
         del numbered[0]
     else:
         places = {"path": 0, "label": 1, "split": 2}
@@ -145,8 +145,15 @@ def class_columns(rows: Sequence[Sequence[str]]) -> dict[str, int]:
     return found if len(found) > 1 else {}
 
 
-def tell_passed_over(file: Location, header: Sequence[str], places: dict[str, int], classes: dict[str, int]) -> None:
-    """Warn of columns that might have been meant as classes, and are none."""
+def check_columns(file: Location, header: Sequence[str], places: dict[str, int], classes: dict[str, int]) -> None:
+    """Warn of columns that might have been meant as classes beside `classes`, and are none.
+
+    Raises:
+      UserError: two columns stand for one class.
+    """
+    twice = next((name for name in classes if header.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{file} has two columns {twice!r}", "rename one")
     known = {*places.values(), *classes.values()}
     others = [name for place, name in enumerate(header) if place not in known]
     if classes and others:

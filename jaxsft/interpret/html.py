@@ -109,7 +109,7 @@ def curves(records: list[dict[str, Any]], other_loss: str = "") -> matplotlib.fi
     Where the loss of training is an `other_loss` than evaluation's, its curve says so: the two have no common scale.
     """
     several = any(name in record for record in records for name in METRICS)
-    figure = matplotlib.figure.Figure(figsize=(9, 3.2), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(13.5 if several else 9, 3.2), layout="constrained")
     for axes, quantities in zip(figure.subplots(1, 2 + several), (("loss",), ("accuracy",), METRICS)):
         plot(axes, records, quantities, other_loss)
     return figure
