@@ -185,7 +185,7 @@ def test_tables_of_several_labels_an_image(case: str, place: Path, capsys: pytes
 
 def test_several_labels_in_splits_are_those_of_train(place: Path):
     rows = "".join(f"{n},{c.format(';')},{'val' if '1.png' in n else 'train'}\n" for n, c in CELLS.items())
-    with pytest.raises(UserError, match="split 'val' of csv:.* has the class 'blue', which 'train' lacks"):
+    with pytest.raises(UserError, match="split 'val' of csv:.* has the class 'round', which 'train' lacks"):
         opened(place, rows, "", Options(label_delimiter=";"))
     rows = rows.replace("bee/0.png,", "bee/0.png,blue;round")
     assert labelled(place, rows, "", label_delimiter=";") == {n: SEVERAL[n] for n in NAMES if "1.png" in n}
@@ -197,7 +197,7 @@ def test_several_labels_in_splits_are_those_of_train(place: Path):
 def test_the_listing_is_of_several_labels_in_any_order(place: Path):
     lines, delimiter = OF_SEVERAL["semicolons"]
     listings = [
-        opened(place, text, options=Options(eval_fraction=0.5, label_delimiter=delimiter)).listing
+        opened(place, text, "", Options(divide=False, label_delimiter=delimiter)).listing
         for text in (lines, lines.replace("red;round", "round;red"), lines.replace("red;round", "round"))
     ]
     assert listings[0] == listings[1] != listings[2]
