@@ -64,7 +64,7 @@ def test_bce_is_torchs(kind: str, weights: tuple[float, ...], smoothing: float) 
     assert loss(LOGITS, LABELS[kind]).shape == (ROWS,)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 3.5])
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
 @pytest.mark.parametrize(("kind", "weights"), CASES)
 def test_focal_is_torchvisions_or_its_formula(kind: str, weights: tuple[float, ...], gamma: float) -> None:
     logits, labels = torch.tensor(LOGITS, requires_grad=True), LABELS[kind]
@@ -90,7 +90,8 @@ def test_focal_of_gamma_0_is_the_plain_loss() -> None:
 @pytest.mark.parametrize("kind", LABELS)
 def test_logits_beyond_all_bounds_have_gradients(name: str, kind: str) -> None:
     """Right and wrong ones, in float32: exp of them is infinite, and 1 - p is 0 where p rounds to 1."""
-    logits = jnp.asarray(np.sign(LOGITS) * 1e4, jnp.float32)
+    wrong = np.arange(ROWS)[:, None] % 2
+    logits = jnp.asarray(1e4 * (-1.0) ** wrong * (2 * one_hot(LABELS[kind]).numpy() - 1), jnp.float32)
     loss = make_loss(name=name, gamma=0.5)
     value, gradient = jax.value_and_grad(lambda x: loss(x, LABELS[kind]).mean())(logits)
     assert np.isfinite(value) and np.isfinite(gradient).all()

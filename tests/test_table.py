@@ -10,7 +10,7 @@ import pytest
 from jaxsft.cli import UserError
 from jaxsft.data.base import Options
 from jaxsft.data.classes import in_order
-from jaxsft.data.table import open_csv
+from jaxsft.data.table import labels_in, open_csv
 from tests.files import write
 
 HALF = Options(eval_fraction=0.5)
@@ -201,6 +201,7 @@ def test_the_listing_is_of_several_labels_in_any_order(place: Path):
         for text in (lines, lines.replace("red;round", "round;red"), lines.replace("red;round", "round"))
     ]
     assert listings[0] == listings[1] != listings[2]
+    assert labels_in((), "g;b;e; a;c;f;b;d", {}, ";") == tuple("abcdefg")  # which hashing would change in each process
 
 
 WRONG_OF_SEVERAL = {
