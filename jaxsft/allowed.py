@@ -112,8 +112,8 @@ def is_rand_augment(value: Any) -> bool:
 
 
 def are_weights(value: Any) -> bool:
-    """Whether `value` is no or some finite numbers of 0 and more."""
-    return all(0 <= x < inf for x in value) and (not value or max(value) > 0)
+    """Whether `value` is no or some finite numbers of 0 and more, or ('balanced',)."""
+    return value == ("balanced",) or (all(0 <= x < inf for x in value) and (not value or max(value) > 0))
 
 
 def are_multipliers(value: Any) -> bool:
@@ -138,6 +138,7 @@ PATTERNS = Allowed("a tuple of regular expressions", lambda v: all(is_pattern(p)
 SOURCE = Allowed("'tfds:NAME', 'folder:PATH', 'csv:FILE', 'hf:NAME' or 'sample'", bool)
 SOURCE_OR_NONE = Allowed(f"'' or {SOURCE.text}", lambda v: True)
 SPLIT = Allowed("a split such as train[:90%]", bool)
+DELIMITER = Allowed("'' or one character, no letter and no digit", lambda v: len(v) < 2 and not v.isalnum())
 RESIZE = Allowed(f"None or image_size to {LARGEST}", lambda v: v is None or v <= LARGEST)
 SHARES = Allowed("two shares of the area, 0 < low <= high <= 1", lambda v: is_range(v) and v[1] <= 1)
 RATIOS = Allowed("two ratios, 0 < low <= high", is_range)
@@ -145,7 +146,7 @@ JITTER = Allowed("four numbers of 0 or more, the last at most 0.5", is_jitter)
 RAND_AUGMENT = Allowed("two numbers, operations 1 to 10 and magnitude 0 to 30", is_rand_augment)
 RGB = Allowed("three numbers", is_rgb)
 RGB_ABOVE_0 = Allowed("three numbers above 0", lambda v: is_rgb(v) and min(v) > 0)
-CLASS_WEIGHTS = Allowed("numbers of 0 or more, not all 0", are_weights)
+CLASS_WEIGHTS = Allowed("numbers of 0 or more, not all 0, or 'balanced'", are_weights)
 MULTIPLIERS = Allowed("a tuple of pairs (regular expression, factor of 0 or more)", are_multipliers)
 EPOCHS = Allowed("a tuple of pairs (regular expression, epoch above 0)", are_epochs)
 BETAS = Allowed("no or two numbers, 0 to below 1", are_betas)

@@ -95,6 +95,7 @@ def conflicts(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
 
     model, data, optim, train = config.model, config.data, config.optim, config.train
     augment, resize, warmup = data.augment, data.resize_size, optim.warmup_steps
+    several = bool(data.label_delimiter)
     return (
         (
             RANDOM_CROP in augment[1:],
@@ -187,6 +188,11 @@ def conflicts(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
             "warm up for less, or train longer",
         ),
         (
+            bool(data.unlabelled) and train.loss != "cross_entropy",
+            f"config.data.unlabelled is {data.unlabelled} and config.train.loss is {train.loss!r}",
+            "set it to cross_entropy: FixMatch gives an image the one class that it is surely of",
+        ),
+        (
             bool(train.ema and train.swa_epochs),
             "config.train.ema and config.train.swa_epochs are two averages",
             "set one of them",
@@ -200,6 +206,26 @@ def conflicts(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
             train.steps is not None and warmup is not None and warmup >= train.steps,
             f"config.optim.warmup_steps {warmup} is not less than config.train.steps {train.steps}",
             "warm up for less, or train longer",
+        ),
+        (
+            train.loss == "focal" and train.label_smoothing > 0,
+            f"config.train.loss is 'focal' and config.train.label_smoothing is {train.label_smoothing:g}",
+            "set --config.train.label_smoothing=0, or take another loss",
+        ),
+        (
+            several and not data.source.startswith("csv:"),
+            f"config.data.label_delimiter is {data.label_delimiter!r}, and config.data.source is {data.source}",
+            "leave it out: a table, csv:FILE, has images with several labels",
+        ),
+        (
+            several and train.loss == "cross_entropy",
+            "config.train.loss is 'cross_entropy', and with config.data.label_delimiter images have several labels",
+            "set --config.train.loss=bce or focal",
+        ),
+        (
+            several and data.sampling == "balanced",
+            "config.data.sampling is 'balanced', and with config.data.label_delimiter images have several labels",
+            "set it to shuffle; --config.train.class_weights=balanced weighs the classes",
         ),
         (
             data.per_class is not None and data.fraction < 1,

@@ -58,6 +58,7 @@ TESTS = {
     "data.fraction": "test_of_each_class_is_trained_on_what_the_config_says",
     "data.per_class": "test_of_each_class_is_trained_on_what_the_config_says",
     "data.class_order": "test_the_order_of_classes",
+    "data.label_delimiter": "test_tables_of_several_labels_an_image",
     "data.on_error": "test_a_broken_image_is_left_out_and_listed",
     "data.exif_orientation": "test_pictures_are_turned_as_they_say",
     "data.check_overlap": "test_a_registered_source",
@@ -108,6 +109,8 @@ TESTS = {
     "optim.accumulate": "test_gradient_accumulation_is_torchs",
     "train.epochs": "test_a_run_is_as_long_and_as_wide_as_its_config",
     "train.steps": "test_a_run_is_as_long_and_as_wide_as_its_config",
+    "train.loss": "test_bce_is_torchs",
+    "train.focal_gamma": "test_focal_is_torchvisions_or_its_formula",
     "train.label_smoothing": "test_gradient_accumulation_is_torchs",
     "train.class_weights": "test_gradient_accumulation_is_torchs",
     "train.mixup": "test_the_loss_of_mixed_images_is_torchs",
@@ -295,20 +298,21 @@ def test_the_step_is_told_what_the_config_says(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(job, "make_train_step", lambda _, __, **options: told.update(options))
     monkeypatch.setattr(losses, "make_loss", lambda *arguments: arguments)
     config = config_of(
-        optim__accumulate=4, train__label_smoothing=0.1, train__class_weights=(1.0, 2.0), train__mixup=0.2,
-        train__cutmix=0.3, data__augment=("flip",), data__erasing=0.7, data__unlabelled="sample", optim__sam=0.05,
-        train__fixmatch_threshold=0.8, train__fixmatch_weight=2.0,
+        optim__accumulate=4, train__loss="focal", train__focal_gamma=3.0, train__label_smoothing=0.1,
+        train__class_weights=(1.0, 2.0), train__mixup=0.2, train__cutmix=0.3, data__augment=("flip",),
+        data__erasing=0.7, data__unlabelled="sample", optim__sam=0.05, train__fixmatch_threshold=0.8,
+        train__fixmatch_weight=2.0,
     )  # fmt: skip
     config.seed = 5
     job.train_step_of(config, None, None, "batch", frozen={"a"}, average=None)
     assert told == {
         "seed": 5, "accumulate": 4, "sam": 0.05, "frozen": {"a"}, "average": None, "axis_name": "batch",
     }  # fmt: skip
-    found = Objective.of(config, None, OF_WEIGHTS, "batch", None, Preprocessing())
+    assert losses.loss_of(config, "batch") == (0.1, (1.0, 2.0), "batch", "focal", 3.0)
+    found = Objective.of(config, None, OF_WEIGHTS, losses.cross_entropy, None, Preprocessing())
     inputs = Inputs(OF_WEIGHTS, ("flip",), Amounts(erasing=0.7))
     unlabelled = dataclasses.replace(inputs, preprocessing=Preprocessing())
-    loss = (0.1, (1.0, 2.0), "batch")
-    assert found == Objective(None, inputs, loss, 0.2, 0.3, None, FixMatch(0.8, 2.0), unlabelled)
+    assert found == Objective(None, inputs, losses.cross_entropy, 0.2, 0.3, None, FixMatch(0.8, 2.0), unlabelled)
 
 
 # settings -> updates of the run, of an epoch, of 100 images

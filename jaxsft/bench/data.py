@@ -27,6 +27,7 @@ from jaxsft.data.folder import open_folder
 from jaxsft.data.loader import Loader, make_loader
 from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, Plan, TrainPlan
+from jaxsft.learn.losses import loss_of
 from jaxsft.learn.objective import Objective
 from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.state import TrainState
@@ -149,7 +150,7 @@ def with_step(source: Source, args: argparse.Namespace) -> dict[str, float]:
     model = make_model(config, len(source.class_names))
     variables = init_variables(model, 0, args.image_size)
     optimizer = make_optimizer(config, variables["params"], lambda step: 1e-3)
-    objective = Objective.of(config, model, loader.preprocessing)
+    objective = Objective.of(config, model, loader.preprocessing, loss_of(config, None))
     update = parallel.compile(train_step_of(config, objective, optimizer, None), donate_first=True)
     state = parallel.replicate(TrainState.create(variables, optimizer))
     count = min(len(source) // args.batch_size - WARM_UP, MOST_STEPS)

@@ -13,6 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from jaxsft import cli, config
+from jaxsft.learn.losses import loss_of
 from jaxsft.learn.objective import Objective
 from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.schedule import make_schedule
@@ -101,7 +102,7 @@ def make_steps(c: ConfigDict, parallel: DataParallel, model: nn.Module | None = 
         "example": jax.ShapeDtypeStruct((c.data.batch_size,), jnp.int32),
     }
     to = preprocessing(c)
-    objective = Objective.of(c, model, to, parallel.axis_name)
+    objective = Objective.of(c, model, to, loss_of(c, parallel.axis_name))
     return Steps(
         model,
         optimizer,

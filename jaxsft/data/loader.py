@@ -108,7 +108,7 @@ class Loader(Protocol):
 
 
 class Resident:
-    """A set on every device: {"images": uint8 [N, H, W, 3], "labels": int32 [N]}."""
+    """A set on every device: {"images": uint8 [N, H, W, 3], "labels": int32 [N] or uint8 [N, K]}."""
 
     def __init__(self, source: Arrays, plan: Plan, devices: Devices, preprocessing: Preprocessing):
         self.plan, self.devices, self.preprocessing = plan, devices, preprocessing

@@ -75,8 +75,13 @@ def open_source(spec: str, split: str, options: Options = Options()) -> Source: 
 
 
 def check_labels(source: Source, spec: str) -> None:
-    """Raise a UserError where a label is no number of a class."""
+    """Raise a UserError where a label is no number of a class, or of several labels neither 0 nor 1."""
     labels, classes = np.asarray(source.labels), len(source.class_names)
+    if labels.ndim == 2:
+        if labels.dtype != np.uint8 or labels.shape[1] != classes or labels.max(initial=0) > 1:
+            what = f"the labels of {spec} are {labels.dtype} {list(labels.shape)}, up to {labels.max(initial=0)}"
+            raise UserError(what, f"of several an image they must be uint8 [N, {classes}], 0 and 1")
+        return
     if labels.dtype.kind not in "iu":
         raise UserError(f"the labels of {spec} are {labels.dtype}", "they must be int32, numbers of classes")
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
@@ -129,10 +134,15 @@ def with_classes(source: Source, class_names: Sequence[str], what: str, whose: s
     if source.class_names == tuple(class_names):
         return source
     numbers = {name: number for number, name in enumerate(class_names)}
-    foreign = [source.class_names[i] for i in np.unique(source.labels) if source.class_names[i] not in numbers]
+    occurring = np.flatnonzero(source.labels.any(0)) if source.multi_label else np.unique(source.labels)
+    foreign = [source.class_names[i] for i in occurring if source.class_names[i] not in numbers]
     if foreign:
         raise UserError(f"{what} has the class {foreign[0]!r}, which {whose} lacks", "leave it out or train on it too")
     table = np.array([numbers.get(name, -1) for name in source.class_names], np.int32)
+    if source.multi_label:
+        labels = np.zeros((len(source), len(class_names)), np.uint8)
+        labels[:, table[occurring]] = source.labels[:, occurring]
+        return source.relabelled(labels, class_names)
     return source.relabelled(table[source.labels], class_names)
 
 

@@ -12,16 +12,16 @@ from ml_collections import ConfigDict
 
 from jaxsft.data.augment import Amounts, train_images
 from jaxsft.data.mix import mix
-from jaxsft.interpret import metrics
+from jaxsft.interpret import metrics, multilabel
 from jaxsft.learn.distill import Teacher
 from jaxsft.learn.fixmatch import FixMatch, strong
-from jaxsft.learn.losses import Loss, cross_entropy, loss_of
+from jaxsft.learn.losses import Loss, cross_entropy
 from jaxsft.models.stochastic import example_keys
 from jaxsft.models.weights import Preprocessing
 
 Batch = dict[str, jax.Array]
-# On the device: {"images": uint8 [N, H, W, 3], "labels": int32 [N]} or, where batches bring their pixels, neither;
-# "unlabelled_images", the same of the unlabelled ones; "teacher", its variables.
+# On the device: {"images": uint8 [N, H, W, 3], "labels": int32 [N] or uint8 [N, K]}, or neither where batches bring
+# their pixels; "unlabelled_images", the same of the unlabelled ones; "teacher", its variables.
 Dataset = dict[str, Any]
 # In the place of an example's index, of which there are less than 2**31:
 MIXING = 2**32 - 1  # the key of what is drawn once a step
@@ -55,6 +55,11 @@ def network_keys(key: jax.Array, examples: jax.Array) -> jax.Array:
     Of a mixed image it is the first one's.
     """
     return example_keys(jax.random.fold_in(key, MODEL), examples)
+
+
+def count(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """What is counted of a batch: `metrics.count` of one label an image, `multilabel.count` of several."""
+    return (metrics if labels.ndim == 1 else multilabel).count(logits, labels, losses, mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +112,7 @@ class Objective:
         config: ConfigDict,
         model: nn.Module,
         preprocessing: Preprocessing | None,
-        axis_name: str | None = None,
+        loss: Loss,
         teacher: Teacher | None = None,
         of_unlabelled: Preprocessing | None = None,
     ) -> Objective:
@@ -117,14 +122,13 @@ class Objective:
           config: of the run.
           model: to be trained.
           preprocessing, of_unlabelled: what is left to be done on the device to the images of either kind.
-          axis_name: of the devices.
+          loss: of train.loss, as `loss_of` makes it.
           teacher: of train.teacher.
         """
         train, data = config.train, config.data
         fixmatch = FixMatch(train.fixmatch_threshold, train.fixmatch_weight) if data.unlabelled else None
         inputs = Inputs(preprocessing, tuple(data.augment), Amounts.of(config))
         unlabelled = dataclasses.replace(inputs, preprocessing=of_unlabelled) if fixmatch else None
-        loss = loss_of(config, axis_name)
         return cls(model, inputs, loss, train.mixup, train.cutmix, teacher, fixmatch, unlabelled)
 
     def __call__(
@@ -164,7 +168,7 @@ class Objective:
         if self.teacher:
             targets = self.teacher.logits(dataset["teacher"], images, self.inputs.preprocessing)
             losses = (1 - self.teacher.weight) * losses + self.teacher.weight * self.teacher.loss(own, targets)
-        counts = metrics.count(own, batch["label"], losses, jnp.ones_like(losses, bool))
+        counts = count(own, batch["label"], losses, jnp.ones_like(losses, bool))
         sums = {name: counts[name] for name in ("loss", "top1", "count")}
         total = losses.mean()
         if self.fixmatch:

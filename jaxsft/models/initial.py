@@ -111,7 +111,8 @@ def initial(
     num_classes = c.num_classes or len(class_names)
     if num_classes < len(class_names):
         raise UserError(f"config.model.num_classes is {num_classes}", f"the data has {len(class_names)} classes")
-    if (count := len(config.train.class_weights)) not in (0, num_classes):
+    weights = tuple(config.train.class_weights)
+    if (count := len(weights)) not in (0, num_classes) and weights != ("balanced",):
         raise UserError(
             f"config.train.class_weights has {count} numbers", f"give one for each of {num_classes} classes"
         )

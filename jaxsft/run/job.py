@@ -22,9 +22,10 @@ from jaxsft.data.loader import BadFiles, Loader, WithUnlabelled, make_loader
 from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, TrainPlan
 from jaxsft.data.sources import open_splits, open_unlabelled
-from jaxsft.interpret.metrics import Evaluation
+from jaxsft.interpret.multilabel import Result
 from jaxsft.learn import trainable
 from jaxsft.learn.average import Move, average_of, swa_start
+from jaxsft.learn.losses import loss_of, numeric_weights
 from jaxsft.learn.objective import Objective
 from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.schedule import make_schedule, scaling_said
@@ -36,6 +37,7 @@ from jaxsft.models.layers import OneValueError
 from jaxsft.models.precision import resolved_precision
 from jaxsft.models.precision import said as precision_said
 from jaxsft.models.weights import ModelCard
+from jaxsft.run import labelling
 from jaxsft.run.evaluation import evaluate, of_split
 from jaxsft.run.parallel import DataParallel, all_devices
 from jaxsft.run.pretrained import load_pretrained
@@ -133,13 +135,13 @@ class Job:
         del average["seen"]
         self.state = self.state.replace(average=average)
 
-    def evaluate(self, between: Callable[[], None] = lambda: None, averaged: bool = True) -> Evaluation:
+    def evaluate(self, between: Callable[[], None] = lambda: None, averaged: bool = True) -> Result:
         """The current state on the whole eval split, its average where it has one and `averaged`.
 
         `between` is called after each batch and may raise.
         """
         variables = self.state.evaluated() if averaged else self.state.variables()
-        return evaluate(self.eval_step, variables, self.eval_loader, between)
+        return evaluate(self.eval_step, variables, self.eval_loader, between, multi_label=self.card.multi_label)
 
     def close(self) -> None:
         """End the loaders' worker processes."""
@@ -168,9 +170,11 @@ def open_data(config: ConfigDict) -> tuple[Source, Source]:
     """The train and eval splits.
 
     Raises:
-      UserError: they can't be had, there are fewer training images than one batch takes, or a single class.
+      UserError: they can't be had, there are fewer training images than one batch takes, or a single class, or images
+        have several labels and the config is for one, or the other way round.
     """
     train_source, eval_source = open_splits(config)
+    labelling.check(config, train_source)
     if len(train_source.class_names) == 1:
         raise cli.UserError(
             f"{config.data.source} has a single class, {train_source.class_names[0]!r}: nothing to tell apart",
@@ -297,6 +301,7 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
         config, train_source.class_names, load_pretrained, statistics_axis, parallel.devices
     )
     rules = trainable.rules(config, variables["params"], fresh)
+    card = dataclasses.replace(card, multi_label=train_source.multi_label)
     bad_files = BadFiles(config.data.on_error)
     options = {"workers": config.data.workers, "share": parallel.share, "bad": bad_files}
     mixing = bool(config.train.mixup or config.train.cutmix)
@@ -312,6 +317,7 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     if teacher:
         train_loader.dataset["teacher"] = parallel.replicate(teacher[1])
     left, axis_name = train_loader.preprocessing, parallel.axis_name
+    loss = loss_of(config, axis_name, numeric_weights(config, train_source.labels, card.num_classes))
     average = average_of(config, total_steps, order.steps_per_epoch)
 
     def optimizer_at(epoch: float) -> optax.GradientTransformationExtraArgs:
@@ -319,7 +325,7 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
 
     def phase(after: int, epoch: float) -> Phase:
         network = at_epoch(config, model, rules, epoch)
-        objective = Objective.of(config, network, left, axis_name, teacher and teacher[0], of_unlabelled)
+        objective = Objective.of(config, network, left, loss, teacher and teacher[0], of_unlabelled)
         waiting = trainable.waiting(rules, epoch)
         step = train_step_of(config, objective, optimizer_at(epoch), axis_name, frozen=waiting, average=average)
         several = make_several(step)
@@ -329,7 +335,7 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     eval_step = make_eval_step(model, eval_loader.preprocessing, axis_name=parallel.axis_name)
     statistics_step = None
     if config.train.swa_epochs:
-        inputs = Objective.of(config, model, left).inputs
+        inputs = Objective.of(config, model, left, loss).inputs
         network = at_epoch(config, model, rules, phases[-1][1])
         statistics_step = make_statistics_step(network, inputs, seed=config.seed, axis_name=axis_name)
     is_float16 = resolved_precision(config.train.precision, parallel.devices) == "float16"

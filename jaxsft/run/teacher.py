@@ -38,5 +38,6 @@ def load_teacher(config: ConfigDict, class_names: tuple[str, ...]) -> tuple[Teac
         if odd := [name for name in theirs if name not in class_names]:
             raise UserError(f"{what} has the class {odd[0]!r}, which the data lack", what_to_do)
         columns = tuple(map(theirs.index, class_names))
-    teacher = Teacher(run.model, run.card.preprocessing, columns, train.distill_weight, train.temperature)
-    return teacher, run.variables
+    independent = run.card.multi_label or train.loss == "bce"
+    preprocessing, weight = run.card.preprocessing, train.distill_weight
+    return Teacher(run.model, preprocessing, columns, weight, train.temperature, independent), run.variables

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from jaxsft import cli, storage
-from jaxsft.interpret.metrics import Evaluation
+from jaxsft.interpret.multilabel import Result
 from jaxsft.learn.schedule import peak_lr
 from jaxsft.learn.trainable import COLUMNS, table
 from jaxsft.models.precision import continued
@@ -56,7 +56,7 @@ class Trainer:
         self.speed = Throughput()
         self.began = self.epoch_began = time.perf_counter()
 
-    def run(self) -> Evaluation:
+    def run(self) -> Result:
         """Train to the end; the last evaluation, whose line of the log is written when all else is on disk."""
         job, total, every = self.job, self.job.total_steps, self.job.config.checkpoint.every_steps
         batch_size = job.config.data.batch_size
@@ -106,7 +106,7 @@ class Trainer:
             self.bar.write(cli.printable(text))
             sys.stdout.flush()
 
-    def tell_epoch(self, step: int, result: Evaluation | None) -> None:
+    def tell_epoch(self, step: int, result: Result | None) -> None:
         """The line of an epoch: what it has learnt, and how long it took with its evaluation."""
         sums, now = self.meter.reset_epoch(), time.perf_counter()
         epochs = f"{self.job.epoch(step):g} of {self.job.epoch(self.job.total_steps):g}"
@@ -117,7 +117,7 @@ class Trainer:
         self.tell(f"epoch {epochs}: {', '.join(filter(None, parts))}")
         self.epoch_began = now
 
-    def evaluate(self, step: int) -> Evaluation:
+    def evaluate(self, step: int) -> Result:
         """Evaluate, write the line of the log, and note whether this is the best so far."""
         self.job.estimate_statistics(step, between=self.interrupts.poll)
         result = self.job.evaluate(between=self.interrupts.poll)
@@ -126,7 +126,7 @@ class Trainer:
         self.speed.reset()
         return result
 
-    def finish(self, total: int) -> Evaluation:
+    def finish(self, total: int) -> Result:
         """The last evaluation, the last checkpoint, and only then the line that says that the run is finished."""
         self.job.estimate_statistics(total, between=self.interrupts.poll)
         result, without = self.job.evaluate(between=self.interrupts.poll), {}
@@ -178,7 +178,7 @@ class Trainer:
         )
 
 
-def fit(job: Job, workdir: WorkingCopy, profile: int = 0, in_session: bool = False) -> Evaluation:
+def fit(job: Job, workdir: WorkingCopy, profile: int = 0, in_session: bool = False) -> Result:
     """Train from the newest intact checkpoint (or the start) to the end, and leave the files of a finished run.
 
     Args:
@@ -307,7 +307,7 @@ def train(config: ConfigDict, workdir: Location, profile: int = 0, in_session: b
     say(job, f"{workdir}: {result.summary()}, {time.perf_counter() - began:.0f} s")
 
 
-def write_report(job: Job, workdir: WorkingCopy, result: Evaluation) -> None:
+def write_report(job: Job, workdir: WorkingCopy, result: Result) -> None:
     """Leave report.html in the run's directory. Without one the run is whole."""
     from jaxsft.data import show  # here: a start need not wait for matplotlib
     from jaxsft.interpret import html
