@@ -137,6 +137,16 @@ def conflicts(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
             "name weights, or set --config.model.batch_norm=train",
         ),
         (
+            train.method != "full" and not model.weights,
+            f"config.train.method={train.method!r} without config.model.weights probes random features",
+            "name weights, or set --config.train.method=full",
+        ),
+        (
+            train.method == "probe" and train.keep_features and bool(train.mixup or train.cutmix),
+            "config.train.mixup and cutmix mix images, and a probe that keeps features sees none",
+            "leave them out, or set --noconfig.train.keep_features",
+        ),
+        (
             train.steps is None and optim.warmup_epochs >= train.epochs,
             "config.optim.warmup_epochs is not shorter than config.train.epochs",
             "warm up for less, or train longer",

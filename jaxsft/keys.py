@@ -130,6 +130,13 @@ KEYS = (
     Key("optim.clip_norm", 0.0, at_least(0), "0 = off; torch.nn.utils.clip_grad_norm_ before weight decay"),
     Key("optim.accumulate", 1, at_least(1), "micro-batches an update: as many examples, less memory"),
 
+    Key("train.method", "full", one_of("full", "probe", "lp-ft"),
+        "'probe': only the head trains, a linear probe; 'lp-ft': first a probe, then everything (arXiv:2202.10054)"),
+    Key("train.keep_features", True, ANY,
+        "of 'probe': compute once what comes into the head, of images as they are evaluated, not augmented; False: at"
+        " each step through the network"),
+    Key("train.probe_epochs", 20.0, above(0), "of 'lp-ft': passes over the training images with the head alone"),
+    Key("train.probe_lr", 0.1, above(0), "of 'lp-ft': learning rate meanwhile; it falls to 0 as a cosine"),
     Key("train.epochs", 10.0, above(0), "passes over the training images; fractions too"),
     Key("train.steps", None, none_or(at_least(1)), "not None: instead of epochs, so many updates"),
     Key("train.label_smoothing", 0.0, from_to_below(0, 1), "share of each label that is spread over all classes"),

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from jaxsft.cli import UserError
 from jaxsft.models.families import family_of
 from jaxsft.models.family import PARAMETER_KINDS
+from jaxsft.models.initial import frozen_patterns
 from jaxsft.models.layers import is_frozen
 
 
@@ -24,8 +25,8 @@ def frozen_parameters(config: ConfigDict, params: Any) -> dict[str, bool]:
     Raises:
       UserError: a pattern of model.freeze or optim.lr_multipliers that matches no parameter, or everything is frozen.
     """
-    paths = list(traverse_util.flatten_dict(params, sep="/"))
-    found = {path: is_frozen(tuple(path.split("/")), tuple(config.model.freeze)) for path in paths}
+    paths, patterns = list(traverse_util.flatten_dict(params, sep="/")), frozen_patterns(config)
+    found = {path: is_frozen(tuple(path.split("/")), patterns) for path in paths}
     check_patterns("model.freeze", config.model.freeze, paths)
     check_patterns("optim.lr_multipliers", [pattern for pattern, _ in config.optim.lr_multipliers], paths)
     if all(found.values()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def make_model(
     Raises:
       UserError: a rate of dropout or stochastic depth for a network that has none.
     """
-    frozen = EVERYWHERE if config.model.batch_norm == "frozen" else tuple(config.model.freeze)
+    frozen = EVERYWHERE if config.model.batch_norm == "frozen" else frozen_patterns(config)
     architecture, rates = ARCHITECTURES[config.model.arch], {}
     module: Any = getattr(architecture, "func", architecture)  # of a partial
     fields = {field.name for field in dataclasses.fields(module)}
@@ -58,6 +59,14 @@ def make_model(
         remat=config.train.remat,
         **rates,
     )
+
+
+def frozen_patterns(config: ConfigDict) -> tuple[str, ...]:
+    """Regular expressions of the paths of what is not trained: model.freeze; of a probe all but the output layer."""
+    patterns = tuple(config.model.freeze)
+    if config.train.method == "probe":
+        patterns += (rf"^(?!{re.escape(family_of(config.model.arch).head)}(/|$))",)
+    return patterns
 
 
 def checked_shapes(model: nn.Module, image_size: int) -> dict[str, Any]:
