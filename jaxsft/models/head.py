@@ -25,7 +25,7 @@ class Head(nn.Module):
     alone, so that it trains, and is evaluated, in the whole network's place. The dropout draws what it does there.
     """
 
-    path: str  # of the output layer in the network
+    layer: str  # path of the output layer in the network
     num_classes: int
     dropout: str = ""  # path of the dropout; '': there is none
     rate: float = 0.0  # of it
@@ -35,7 +35,7 @@ class Head(nn.Module):
     def __call__(self, x: jax.Array, train: bool, keys: Keys = None) -> jax.Array:
         if self.dropout:
             x = Dropout(self.rate, name=self.dropout)(x, keys)
-        return Linear(self.num_classes, param_dtype=self.param_dtype, name=self.path)(x)
+        return Linear(self.num_classes, param_dtype=self.param_dtype, name=self.layer)(x)
 
 
 class Entering(NamedTuple):
@@ -90,7 +90,8 @@ def head_of(model: nn.Module, path: str, variables: Any, image_size: int) -> Hea
     ((_, layer, before),) = seen
     if not isinstance(layer, Linear):
         raise UserError(
-            f"the output layer {path} is a {type(layer).__name__}, no linear layer", "set --noconfig.train.keep_features"
+            f"the output layer {path} is a {type(layer).__name__}, no linear layer",
+            "set --noconfig.train.keep_features",
         )
     head = Head(path, layer.features, param_dtype=layer.param_dtype)
     if isinstance(before, Dropout) and len(before.path) == 1:

@@ -48,37 +48,38 @@ class Keeper:
         self.preprocessing, self.parallel, self.bad = preprocessing, parallel, bad
         self._steps: dict[Preprocessing, Callable[..., Any]] = {}
 
-    def loader(self, source: Source, plan: Plan | None, what: str) -> Loader:
-        """The features of `source` in the place of its images, in the batches of `plan`; None: each once, in order.
-
-        A broken image, where data.on_error is 'skip', has in training the features and the label of the next one that
-        can be read, as it has where it is streamed; in evaluation it is left out.
+    def kept(self, source: Source, what: str, substitute: bool = False) -> Arrays:
+        """The features of `source` in the place of its images.
 
         Args:
           source: of images; on every process the whole.
-          plan: which examples make up each step.
-          what: the images are called, for people.
+          what: the images are for, as people are told.
+          substitute: of a broken image, where data.on_error is 'skip', take the features and the label of the next one
+            that can be read, as training has it where it is streamed; else leave it out.
 
         Raises:
           UserError: an image is broken, and on_error is 'raise'.
           Stop: none can be read, or there is no room on the disk.
         """
         features, readable = self.features(source, what)
-        rows = np.flatnonzero(readable)
+        rows, labels = np.flatnonzero(readable), source.labels
         if not len(rows):
-            raise Stop(f"of {what} none can be read", "mend them, or name others")
-        labels = source.labels
+            raise Stop(f"none of the {len(labels)} images for {what} can be read", "mend them, or name others")
         if len(rows) < len(labels):
-            if plan is not None:
+            if substitute:
                 rows = rows[np.searchsorted(rows, np.arange(len(labels))) % len(rows)]
             features, labels = features[rows], labels[rows]
-        plan = EvalPlan(len(labels), self.config.data.batch_size) if plan is None else plan
-        kept = Arrays(features, labels, source.class_names)
-        return (Resident if self.is_resident(features) else Sent)(kept, plan, self.parallel, self.preprocessing)
+        return Arrays(features, labels, source.class_names)
 
-    def is_resident(self, features: np.ndarray) -> bool:
-        """Whether features lie on the devices, as images do: up to data.resident_mb."""
-        return features.nbytes <= self.config.data.resident_mb * 2**20
+    def loader(self, kept: Arrays, plan: Plan) -> Loader:
+        """Features on the devices, as images are up to data.resident_mb, or sent with each batch."""
+        resident = kept.images.nbytes <= self.most_bytes
+        return (Resident if resident else Sent)(kept, plan, self.parallel, self.preprocessing)
+
+    @property
+    def most_bytes(self) -> int:
+        """Up to which features are held in memory."""
+        return self.config.data.resident_mb * 2**20
 
     def features(self, source: Source, what: str) -> tuple[np.ndarray, np.ndarray]:
         """The features [N, C] of all images of `source`, perhaps in a file, and which could be read, bool [N]."""
@@ -94,7 +95,9 @@ class Keeper:
         features, readable, done = np.empty((0, 0)), np.zeros(count, bool), 0
         found = results(self.step(loader.preprocessing), self.variables, loader)
         try:
-            for batch in progress(found, desc=f"features of {what}", total=len(plan), unit="batch"):
+            for batch in progress(
+                found, enabled=parallel.is_main, desc=f"features for {what}", total=len(plan), unit="batch"
+            ):
                 rows = slice(done, min(done + batch_size, count))
                 if not done:
                     features = self.room((count, batch["features"].shape[1]), batch["features"].dtype)
@@ -119,7 +122,7 @@ class Keeper:
           Stop: there is no room.
         """
         size = int(np.prod(shape)) * dtype.itemsize
-        if size <= self.config.data.resident_mb * 2**20:
+        if size <= self.most_bytes:
             return np.empty(shape, dtype)
         folder = cache_dir()
         try:

@@ -29,7 +29,9 @@ from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.schedule import make_schedule
 from jaxsft.learn.state import TrainState
 from jaxsft.learn.steps import make_eval_step, make_several, make_train_step
+from jaxsft.models.families import family_of
 from jaxsft.models.family import variable_shapes
+from jaxsft.models.head import head_of
 from jaxsft.models.initial import checked_shapes, initial, make_model
 from jaxsft.models.layers import OneValueError
 from jaxsft.models.precision import said as precision_said
@@ -37,6 +39,7 @@ from jaxsft.models.weights import ModelCard, Preprocessing
 from jaxsft.run.evaluation import evaluate, of_split
 from jaxsft.run.parallel import DataParallel, all_devices
 from jaxsft.run.pretrained import load_pretrained
+from jaxsft.run.probe import Probe, ProbeFirst
 
 
 @dataclasses.dataclass
@@ -59,6 +62,7 @@ class Job:
     eval_loader: Loader
     bad_files: BadFiles
     precision: str  # what it is computed in, for people
+    begin: Callable[[Job, int], None]  # what comes before the first update after a step: nothing, or a probe
 
     def epoch(self, step: int) -> float:
         """How many epochs `step` updates are."""
@@ -204,6 +208,28 @@ def train_step_of(
     )
 
 
+def beginning(
+    config: ConfigDict,
+    model: nn.Module,
+    variables: Any,
+    optimizer: optax.GradientTransformation,
+    eval_source: Source,
+    state_of: Callable[[Any], TrainState],
+) -> tuple[Callable[[Job, int], None], str]:
+    """What is done before the first update, as train.method says, and what a line about the run has of it.
+
+    Raises:
+      UserError: the network has no output layer that trains alone.
+    """
+    keeps = config.train.method == "probe" and config.train.keep_features
+    if not keeps and config.train.method != "lp-ft":
+        return lambda job, start: None, ""
+    head = head_of(model, family_of(config.model.arch).head, variables, config.data.image_size)
+    if keeps:
+        return Probe(model, head, eval_source, optimizer, train_step_of), "; features kept: no augmentation"
+    return ProbeFirst(model, head, state_of, train_step_of), f"; a probe of {config.train.probe_epochs:g} epochs first"
+
+
 def prepare(config: ConfigDict) -> tuple[Job, str]:
     """Open the data, port the weights, build the steps, saying so; and a line that says what will be trained.
 
@@ -238,6 +264,11 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     eval_loader = make_loader(eval_source, plans[1], parallel, card.preprocessing, **options)
     train_step = train_step_of(config, model, optimizer, train_loader.preprocessing, parallel.axis_name)
     eval_step = make_eval_step(model, eval_loader.preprocessing, axis_name=parallel.axis_name)
+
+    def state_of(variables: Any) -> TrainState:
+        return parallel.replicate(TrainState.create(variables, optimizer, with_average=config.train.ema > 0))
+
+    begin, kept = beginning(config, model, variables, optimizer, eval_source, state_of)
     job = Job(
         config=config,
         card=card,
@@ -247,7 +278,7 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
         order=order,
         total_steps=total_steps,
         rates=np.asarray(rate(np.arange(total_steps, dtype=np.int32))),
-        state=parallel.replicate(TrainState.create(variables, optimizer, with_average=config.train.ema > 0)),
+        state=state_of(variables),
         train_step=parallel.compile(train_step, donate_first=True),
         several_steps=parallel.compile(make_several(train_step), donate_first=True),
         eval_step=parallel.compile(eval_step),
@@ -255,6 +286,7 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
         eval_loader=eval_loader,
         bad_files=bad_files,
         precision=precision_said(config.train.precision, config.train.matmul_precision, parallel.devices),
+        begin=begin,
     )
     images = f"{len(train_source)} images to train on{of_split(train_source)}, {len(eval_source)} to evaluate on"
-    return job, f"{said}; {images}{of_split(eval_source)}; {parallel}; {job.precision}"
+    return job, f"{said}; {images}{of_split(eval_source)}; {parallel}; {job.precision}{kept}"
