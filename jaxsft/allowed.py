@@ -121,6 +121,13 @@ def are_multipliers(value: Any) -> bool:
     return all(len(pair) == 2 and is_pattern(pair[0]) and 0 <= pair[1] < inf for pair in value)
 
 
+def are_classes(value: Any) -> bool:
+    """Whether `value` is no or several names, 'old=new' among them, each old and each new one once."""
+    pairs = [entry.split("=", 1) * (1 + ("=" not in entry)) for entry in value]
+    once = all(len(set(names)) == len(pairs) for names in zip(*pairs, strict=True))
+    return len(pairs) != 1 and all(map(all, pairs)) and once
+
+
 ANY = Allowed("", lambda v: True)  # of its type
 SEED = Allowed("0 to 2**63 - 1", lambda v: 0 <= v < 2**63)
 CHECKPOINT = Allowed("'last', 'best' or a step", lambda v: v in ("last", "best") or v.isdecimal())
@@ -134,5 +141,6 @@ JITTER = Allowed("four numbers of 0 or more, the last at most 0.5", is_jitter)
 RAND_AUGMENT = Allowed("two numbers, operations 1 to 10 and magnitude 0 to 30", is_rand_augment)
 RGB = Allowed("three numbers", is_rgb)
 RGB_ABOVE_0 = Allowed("three numbers above 0", lambda v: is_rgb(v) and min(v) > 0)
+CLASSES = Allowed("a tuple of two names or more, each once, 'old=new' among them", are_classes)
 CLASS_WEIGHTS = Allowed("numbers of 0 or more, not all 0", are_weights)
 MULTIPLIERS = Allowed("a tuple of pairs (regular expression, factor of 0 or more)", are_multipliers)

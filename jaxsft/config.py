@@ -127,6 +127,21 @@ def conflicts(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
             "set --config.optim.momentum=0.9 or --noconfig.optim.nesterov",
         ),
         (
+            bool(model.classes) and model.num_classes not in (None, len(model.classes)),
+            f"config.model.classes has {len(model.classes)} names, and config.model.num_classes is {model.num_classes}",
+            "leave out num_classes",
+        ),
+        (
+            bool(model.classes) and model.head != "auto",
+            f"config.model.classes decides on the head by name, and config.model.head is {model.head!r}",
+            "leave out one of them",
+        ),
+        (
+            bool(model.classes) and not model.weights,
+            "config.model.classes without config.model.weights has no head to change",
+            "name weights whose classes have names, such as a run",
+        ),
+        (
             bool(model.freeze) and not model.weights,
             "config.model.freeze without config.model.weights keeps random numbers",
             "name weights, or freeze nothing",

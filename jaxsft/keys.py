@@ -50,6 +50,10 @@ KEYS = (
         " a ported directory | the workdir of a run"),
     Key("model.checkpoint", "last", allowed.CHECKPOINT, "of a run that is given as weights"),
     Key("model.num_classes", None, none_or(at_least(1)), "None: as many as the data has"),
+    Key("model.classes", (), allowed.CLASSES,
+        "names of the outputs in their order, to change the head of weights whose classes have names: one that they"
+        " know keeps its row, 'old=new' renames it, any other is new, and what is not named goes; (): as model.head"
+        " says"),
     Key("model.head", "auto", one_of("auto", "keep", "replace"),
         "of the weights; 'auto': kept where its class names are the data's, else replaced by a fresh one"),
     Key("model.head_init", "torch", one_of("torch", "zeros"), "of a fresh head; 'torch': U(+-1/sqrt(fan_in))"),

@@ -17,6 +17,7 @@ from jaxsft.models.families import ARCHITECTURES, family_of
 from jaxsft.models.family import ImageSizeError, init_variables, variable_shapes
 from jaxsft.models.layers import Linear
 from jaxsft.models.precision import resolved_precision
+from jaxsft.models.rows import rows_of, with_rows
 from jaxsft.models.weights import ModelCard, Preprocessing
 
 TORCHVISION = Preprocessing()  # its weights' but for the V2 ones' 232 px
@@ -101,11 +102,11 @@ def initial(
     """The model, its variables, the card of the run, and a line that says what was done with the head.
 
     Ported weights keep their head where its classes are known and are the data's, and where config.model.head is
-    'keep'; else it is replaced by a fresh one.
+    'keep'; else it is replaced by a fresh one. With config.model.classes its rows go with their names.
 
     Args:
       config: of the run.
-      class_names: of the data.
+      class_names: of the data; with config.model.classes those.
       pretrained: how weights are had, as `run.pretrained.load_pretrained`.
       axis_name, devices: as for `make_model`.
 
@@ -144,9 +145,13 @@ def initial(
     )
     if resized := family_of(c.arch).resized:
         variables = resized(variables, config.data.image_size)
+    head, params = family_of(c.arch).head, variables["params"]
+    if c.classes:
+        rows, said = rows_of(c.classes, origin.class_names, origin.source)
+        params[head] = with_rows(init_head(model, params[head], config.seed), params[head], rows)
+        return model, variables, card, f"{c.arch} of {origin.source}, {said}"
     kept, said = decide_head(c.head, origin, num_classes, names)
     if not kept:
-        head, params = family_of(c.arch).head, variables["params"]
         old = params.get(head) or variable_shapes(model, config.data.image_size)["params"][head]
         params[head] = init_head(model, old, config.seed)
     return model, variables, card, f"{c.arch} of {origin.source}, {said}"

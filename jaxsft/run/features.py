@@ -29,6 +29,8 @@ from jaxsft.run.parallel import DataParallel
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+PIXELS = 2**20  # of a batch, at least where its images are small: 256 of 64 px; fewer keep no device busy
+
 
 class Keeper:
     """Makes the features of images by one body, and keeps them."""
@@ -83,7 +85,7 @@ class Keeper:
 
     def features(self, source: Source, what: str) -> tuple[np.ndarray, np.ndarray]:
         """The features [N, C] of all images of `source`, perhaps in a file, and which could be read, bool [N]."""
-        count, batch_size, parallel = len(source), self.config.data.batch_size, self.parallel
+        count, batch_size, parallel = len(source), self.batch_size, self.parallel
         plan = EvalPlan(count, batch_size)
         if isinstance(source, Arrays):  # sent by batches: a set on the devices would be a program for each set
             loader: Loader = Sent(source, plan, parallel, self.preprocessing)
@@ -106,6 +108,12 @@ class Keeper:
         finally:
             loader.close()
         return features, readable
+
+    @property
+    def batch_size(self) -> int:
+        """How many images go through the body at once: data.batch_size of them, or a multiple, up to PIXELS."""
+        rows, side = self.config.data.batch_size, self.preprocessing.crop_size
+        return rows * max(PIXELS // (rows * side * side), 1)
 
     def step(self, preprocessing: Preprocessing) -> Callable[..., Any]:
         """The compiled step for images of which `preprocessing` is left to do."""
