@@ -123,9 +123,10 @@ def are_multipliers(value: Any) -> bool:
 
 def are_classes(value: Any) -> bool:
     """Whether `value` is no or several names, 'old=new' among them, each old and each new one once."""
-    pairs = [entry.split("=", 1) * (1 + ("=" not in entry)) for entry in value]
-    once = all(len(set(names)) == len(pairs) for names in zip(*pairs, strict=True))
-    return len(pairs) != 1 and all(map(all, pairs)) and once
+    if len(value) == 1 or not all(isinstance(entry, str) for entry in value):
+        return False
+    pairs = [entry.split("=", 1) if "=" in entry else [entry, entry] for entry in value]
+    return all(map(all, pairs)) and all(len(set(names)) == len(pairs) for names in zip(*pairs, strict=True))
 
 
 ANY = Allowed("", lambda v: True)  # of its type
