@@ -137,6 +137,7 @@ class Trainer:
             "meter": self.meter.compute(),
             "config": self.job.config.to_dict(),
             "card": card,
+            "data": self.job.data,
             "precision": self.job.precision,
         }
         self.log.sync()
