@@ -48,6 +48,8 @@ OTHER_NAMES = {
     "model.arch": "model backbone network",
     "model.weights": "pretrained ckpt init_checkpoint",
     "model.num_classes": "classes nb_classes num_labels",
+    "model.classes": "class_names label_names id2label",
+    "train.method": "linear_probe linear_probing training_strategy freeze_backbone",
     "train.epochs": "epoch num_epochs max_epochs num_train_epochs",
     "train.steps": "max_steps num_steps total_steps",
     "train.precision": "amp dtype mixed_precision fp16 bf16",

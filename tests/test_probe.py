@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from jaxsft import config as config_module
-from jaxsft.cli import Stop
+from jaxsft.cli import Stop, UserError
 from jaxsft.data.base import Arrays
 from jaxsft.data.loader import BadFiles
 from jaxsft.learn.features import make_features_step
@@ -24,14 +26,15 @@ from jaxsft.learn.state import TrainState
 from jaxsft.learn.steps import make_train_step
 from jaxsft.models import convolution, layers
 from jaxsft.models.families import ARCHITECTURES, family_of
-from jaxsft.models.family import init_variables
+from jaxsft.models.family import init_variables, variable_shapes
 from jaxsft.models.head import Head, entering, head_of
 from jaxsft.models.initial import frozen_patterns
+from jaxsft.models.layers import Conv, Linear
 from jaxsft.models.weights import ModelCard, Preprocessing, save
 from jaxsft.parity import compare, networks, oracle, ours
 from jaxsft.parity.__main__ import precision
 from jaxsft.parity.compare import Options
-from jaxsft.run import checkpoint, features
+from jaxsft.run import checkpoint, features, job
 from jaxsft.run.evaluation import evaluate_run, open_examples
 from jaxsft.run.features import Keeper
 from jaxsft.run.parallel import DataParallel
@@ -42,14 +45,15 @@ from tests.tiny import Tiny, compiled
 
 CLASSES = 10
 ROUNDING = {"rtol": 1e-10, "atol": 1e-12}  # float64 sums in another order
-LIKE_OTHERS = ("narrow_resnet", "narrow_vgg", "narrow_regnet_x", "narrow_efficientnet", "narrow_swin")
+# What is compiled by default: what comes into the others' heads is pooled alike.
+COMPILED = ("narrow_vgg_bn", "narrow_mobilenet_v3", "narrow_convnext", "narrow_vit", "narrow_swin_v2")
 # What drops right before the head, by torch's name.
 DROPS = {"narrow_vgg": ("classifier.5", 0.5), "narrow_vgg_bn": ("classifier.5", 0.5),
          "narrow_mobilenet_v2": ("classifier.0", 0.2), "narrow_mobilenet_v3": ("classifier.2", 0.2),
          "narrow_efficientnet": ("classifier.0", 0.2), "narrow_efficientnet_v2": ("classifier.0", 0.2)}  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", [pytest.param(a, marks=pytest.mark.full) if a in LIKE_OTHERS else a for a in NARROW])
+@pytest.mark.parametrize("arch", [a if a in COMPILED else pytest.param(a, marks=pytest.mark.full) for a in NARROW])
 def test_features_are_what_comes_into_torchs_head(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "conv2d", convolution.plain)
     with precision("float64"):
@@ -66,8 +70,38 @@ def test_features_are_what_comes_into_torchs_head(arch: str, monkeypatch: pytest
         # a network of float64 in other sums
         np.testing.assert_allclose(found, into[0].numpy(), rtol=1e-8, atol=1e-10)
         head = head_of(model, path, values, SIDE)
-        assert (head.dropout, head.rate) == DROPS.get(arch, ("", 0.0))
         np.testing.assert_allclose(head.apply(values, found, train=False), logits, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("arch", NARROW)
+def test_the_head_is_found_with_the_dropout_before_it(arch: str) -> None:
+    model = ARCHITECTURES[arch](num_classes=CLASSES)
+    head = head_of(model, family_of(arch).head, variable_shapes(model, SIDE), SIDE)
+    assert head == Head(family_of(arch).head, CLASSES, *DROPS.get(arch, ("", 0.0)))
+
+
+class Twice(Tiny):
+    """A network that calls its output layer twice."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        head = Linear(3, name="fc")
+        return head(x.mean((1, 2))) + head(x.max((1, 2)))
+
+
+class Convolved(Tiny):
+    """A network whose output layer is a convolution."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        return Conv(3, 1, name="fc")(x).mean((1, 2))
+
+
+def test_a_network_without_features_is_refused() -> None:
+    for model, said in ((Twice(), "Twice calls its output layer fc 2 times: it has no features to keep; set"),
+                        (Convolved(), "the output layer fc is a Conv, no linear layer; set --noconfig")):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            head_of(model, "fc", variable_shapes(model, 6), 6)
 
 
 def probe_config(**settings: Any) -> Any:
@@ -77,10 +111,6 @@ def probe_config(**settings: Any) -> Any:
     for key, value in settings.items():
         config_module.put(config, key.replace("__", "."), value)
     return config
-
-
-class HeadDrops(Tiny):
-    """What drops is before the head alone."""
 
 
 def updates(step: Any, optimizer: Any, batches: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
@@ -255,3 +285,33 @@ def test_features_in_a_file_train_the_same(probed: Path, weights: Path, tmp_path
     one, other = (load_run(path).variables["params"]["fc"] for path in (probed, tmp_path / "run"))
     # another program gathers; XLA may order sums anew
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, other)
+
+
+def test_fine_tuning_starts_from_the_head_of_a_probe(weights: Path, tmp_path: Path, capsys) -> None:
+    """That of a run of a probe at its rate; and from the body of the weights, with no momentum yet."""
+    alone = ("--config.train.epochs=2", "--config.optim.lr=0.3", "--config.optim.warmup_epochs=0",
+             "--config.optim.layer_decay=0.5", "--config.optim.clip_norm=0.1")  # fmt: skip
+    small.run_here(tmp_path / "probe", f"--config.model.weights={weights}", "--config.train.method=probe", *alone)
+    settings = ("--config.train.probe_epochs=2", "--config.train.probe_lr=0.3", "--config.optim.lr_multipliers=(('conv', 0.5),)",
+                "--config.optim.clip_norm=0.1", "--config.train.mixup=0.2", "--config.train.ema=0.9")  # fmt: skip
+    made, said = job.prepare(small.config(*options(weights, "lp-ft", *settings)))
+    assert said.endswith("; a probe of 2 epochs first")
+    before = checkpoint.named(jax.device_get(made.state.params))
+    made.begin(made, 3)
+    np.testing.assert_array_equal(
+        made.state.params["fc"]["kernel"], before["fc/kernel"]
+    )  # resumed: its checkpoint has it
+    capsys.readouterr()
+    made.begin(made, 0)
+    assert re.fullmatch(r"probe: accuracy 0\.\d+ \(\d+ of 64\).* on the features of the training images, .* s\n",
+                        capsys.readouterr().out)  # fmt: skip
+    after, expected = jax.device_get(made.state), load_run(tmp_path / "probe").variables["params"]["fc"]
+    # the same updates, of a tree of other leaves
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), after.params["fc"], expected)
+    assert np.abs(after.params["fc"]["kernel"] - before["fc/kernel"]).max() > 1e-3
+    for name, value in checkpoint.named(after.params).items():
+        if not name.startswith("fc/"):
+            np.testing.assert_array_equal(value, before[name], err_msg=name)
+    assert int(after.step) == 0
+    jax.tree.map(np.testing.assert_array_equal, after.average, after.variables())
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(after.opt_state))
