@@ -47,7 +47,7 @@ OTHER_NAMES = {
     "data.erasing": "reprob random_erase random_erasing",
     "model.arch": "model backbone network",
     "model.weights": "pretrained ckpt init_checkpoint",
-    "model.num_classes": "classes nb_classes num_labels",
+    "model.num_classes": "nb_classes num_labels",
     "model.classes": "class_names label_names id2label",
     "train.method": "linear_probe linear_probing training_strategy freeze_backbone",
     "train.epochs": "epoch num_epochs max_epochs num_train_epochs",

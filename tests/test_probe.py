@@ -292,8 +292,10 @@ def test_fine_tuning_starts_from_the_head_of_a_probe(weights: Path, tmp_path: Pa
     alone = ("--config.train.epochs=2", "--config.optim.lr=0.3", "--config.optim.warmup_epochs=0",
              "--config.optim.layer_decay=0.5", "--config.optim.clip_norm=0.1")  # fmt: skip
     small.run_here(tmp_path / "probe", f"--config.model.weights={weights}", "--config.train.method=probe", *alone)
-    settings = ("--config.train.probe_epochs=2", "--config.train.probe_lr=0.3", "--config.optim.lr_multipliers=(('conv', 0.5),)",
-                "--config.optim.clip_norm=0.1", "--config.train.mixup=0.2", "--config.train.ema=0.9")  # fmt: skip
+    settings = (
+        *("--config.train.probe_epochs=2", "--config.train.probe_lr=0.3", "--config.optim.clip_norm=0.1"),
+        *("--config.optim.lr_multipliers=(('conv', 0.5),)", "--config.train.mixup=0.2", "--config.train.ema=0.9"),
+    )
     made, said = job.prepare(small.config(*options(weights, "lp-ft", *settings)))
     assert said.endswith("; a probe of 2 epochs first")
     before = checkpoint.named(jax.device_get(made.state.params))
