@@ -131,6 +131,14 @@ def are_betas(value: Any) -> bool:
     return len(value) in (0, 2) and all(0 <= x < 1 for x in value)
 
 
+def are_classes(value: Any) -> bool:
+    """Whether `value` is no or several names, 'old=new' among them, each old and each new one once."""
+    if len(value) == 1 or not all(isinstance(entry, str) for entry in value):
+        return False
+    pairs = [entry.split("=", 1) if "=" in entry else [entry, entry] for entry in value]
+    return all(map(all, pairs)) and all(len(set(names)) == len(pairs) for names in zip(*pairs, strict=True))
+
+
 ANY = Allowed("", lambda v: True)  # of its type
 SEED = Allowed("0 to 2**63 - 1", lambda v: 0 <= v < 2**63)
 CHECKPOINT = Allowed("'last', 'best' or a step", lambda v: v in ("last", "best") or v.isdecimal())
@@ -147,6 +155,7 @@ RAND_AUGMENT = Allowed("two numbers, operations 1 to 10 and magnitude 0 to 30", 
 RGB = Allowed("three numbers", is_rgb)
 RGB_ABOVE_0 = Allowed("three numbers above 0", lambda v: is_rgb(v) and min(v) > 0)
 CLASS_WEIGHTS = Allowed("numbers of 0 or more, not all 0, or 'balanced'", are_weights)
+CLASSES = Allowed("a tuple of two names or more, each once, 'old=new' among them", are_classes)
 MULTIPLIERS = Allowed("a tuple of pairs (regular expression, factor of 0 or more)", are_multipliers)
 EPOCHS = Allowed("a tuple of pairs (regular expression, epoch above 0)", are_epochs)
 BETAS = Allowed("no or two numbers, 0 to below 1", are_betas)

@@ -96,6 +96,7 @@ def conflicts(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
     model, data, optim, train = config.model, config.data, config.optim, config.train
     augment, resize, warmup = data.augment, data.resize_size, optim.warmup_steps
     several = bool(data.label_delimiter)
+    keeps = train.method == "probe" and train.keep_features
     return (
         (
             RANDOM_CROP in augment[1:],
@@ -143,6 +144,21 @@ def conflicts(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
             "name weights, or set --config.optim.weight_decay instead",
         ),
         (
+            bool(model.classes) and model.num_classes not in (None, len(model.classes)),
+            f"config.model.classes has {len(model.classes)} names, and config.model.num_classes is {model.num_classes}",
+            "leave out num_classes",
+        ),
+        (
+            bool(model.classes) and model.head != "auto",
+            f"config.model.classes decides on the head by name, and config.model.head is {model.head!r}",
+            "leave out one of them",
+        ),
+        (
+            bool(model.classes) and not model.weights,
+            "config.model.classes without config.model.weights has no head to change",
+            "name weights whose classes have names, such as a run",
+        ),
+        (
             bool(model.freeze) and not model.weights,
             "config.model.freeze without config.model.weights keeps random numbers",
             "name weights, or freeze nothing",
@@ -181,6 +197,26 @@ def conflicts(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
             optim.schedule_by == "epoch" and optim.warmup_epochs % 1 != 0,
             f"config.optim.warmup_epochs is {optim.warmup_epochs} and config.optim.schedule_by is 'epoch'",
             "warm up for whole epochs, or set --config.optim.schedule_by=step",
+        ),
+        (
+            train.method != "full" and not model.weights,
+            f"config.train.method={train.method!r} without config.model.weights probes random features",
+            "name weights, or set --config.train.method=full",
+        ),
+        (
+            keeps and bool(train.mixup or train.cutmix),
+            "config.train.mixup and cutmix mix images, and a probe that keeps features sees none",
+            "leave them out, or set --noconfig.train.keep_features",
+        ),
+        (
+            keeps and bool(train.teacher or data.unlabelled),
+            "config.train.teacher and data.unlabelled are about images, and a probe that keeps features sees none",
+            "leave them out, or set --noconfig.train.keep_features",
+        ),
+        (
+            train.method == "probe" and bool(model.unfreeze),
+            "config.model.unfreeze lets more train later, and of config.train.method='probe' only the head trains",
+            "set --config.train.method=full and freeze what is to wait, or take lp-ft",
         ),
         (
             train.steps is None and warmup is None and optim.warmup_epochs >= train.epochs,

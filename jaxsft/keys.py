@@ -50,6 +50,10 @@ KEYS = (
         " a ported directory | the workdir of a run"),
     Key("model.checkpoint", "last", allowed.CHECKPOINT, "of a run that is given as weights"),
     Key("model.num_classes", None, none_or(at_least(1)), "None: as many as the data has"),
+    Key("model.classes", (), allowed.CLASSES,
+        "names of the outputs in their order, to change the head of weights whose classes have names: one that they"
+        " know keeps its row, 'old=new' renames it, any other is new, and what is not named goes; (): as model.head"
+        " says"),
     Key("model.head", "auto", one_of("auto", "keep", "replace"),
         "of the weights; 'auto': kept where its class names are the data's, else replaced by a fresh one"),
     Key("model.head_init", "torch", one_of("torch", "zeros"), "of a fresh head; 'torch': U(+-1/sqrt(fan_in))"),
@@ -164,6 +168,14 @@ KEYS = (
         "0 = off; torch.nn.utils.clip_grad_norm_ before weight decay, over all that trains"),
     Key("optim.accumulate", 1, at_least(1), "micro-batches an update: as many examples, less memory"),
 
+    Key("train.method", "full", one_of("full", "probe", "lp-ft"),
+        "'probe': only the head trains, a linear probe; 'lp-ft': first a probe, then everything (arXiv:2202.10054)"),
+    Key("train.keep_features", True, ANY,
+        "of 'probe': compute once what comes into the head, of images as they are evaluated, not augmented; False: at"
+        " each step through the network"),
+    Key("train.probe_epochs", 20.0, above(0), "of 'lp-ft': passes over the training images with the head alone"),
+    Key("train.probe_lr", 0.1, above(0),
+        "of 'lp-ft': learning rate meanwhile, of SGD with momentum 0.9; it falls to 0 as a cosine"),
     Key("train.epochs", 10.0, above(0), "passes over the training images; fractions too"),
     Key("train.steps", None, none_or(at_least(1)), "not None: instead of epochs, so many updates"),
     Key("train.loss", "cross_entropy", one_of("cross_entropy", "bce", "focal"),

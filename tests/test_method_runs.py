@@ -15,7 +15,7 @@ from jaxsft.data.base import Arrays, Options
 from jaxsft.data.sources import open_source
 from jaxsft.learn.objective import Inputs
 from jaxsft.models import weights
-from jaxsft.run import job, log, saved
+from jaxsft.run import log, prepare, saved
 from jaxsft.run.teacher import load_teacher
 from tests import small
 from tests.test_faults import unfinish
@@ -78,14 +78,14 @@ def test_unlabelled_images_come_in_an_order_of_their_own() -> None:
     config = config_module.default()
     config.data.update({"batch_size": 4, "unlabelled_ratio": 3, "unlabelled": "sample"})
     source = Arrays(np.zeros((30, 2, 2, 3), np.uint8), np.zeros(30, np.int32), ("a", "b"))
-    order = job.unlabelled_order(config, source)
+    order = prepare.unlabelled_order(config, source)
     assert order.steps_per_epoch == 2
     assert len(order[5]) == 12
-    assert not np.array_equal(order[0], job.Order(30, 12, config.seed)[0])
+    assert not np.array_equal(order[0], prepare.Order(30, 12, config.seed)[0])
     with pytest.raises(UserError, match="a batch takes 12 unlabelled images, and sample has 9; .*unlabelled_ratio=2"):
-        job.unlabelled_order(config, source.select(np.arange(9)))
+        prepare.unlabelled_order(config, source.select(np.arange(9)))
     config.data.unlabelled_split = "train[:7]"
-    assert len(job.open_unlabelled(config)) == 7
+    assert len(prepare.open_unlabelled(config)) == 7
 
 
 def test_teachers_are_known_by_their_classes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from jaxsft.learn.state import TrainState
 from jaxsft.learn.steps import make_answer_step, make_eval_step, make_train_step
 from jaxsft.models.weights import ModelCard
 from jaxsft.parity.oracle import nchw
-from jaxsft.run import checkpoint, job, saved, training, workdir
+from jaxsft.run import checkpoint, prepare, program, saved, training, workdir
 from jaxsft.run.log import records
 from tests import small, tiny
 from tests.commands import hear_command
@@ -365,9 +365,9 @@ def test_a_table_with_a_column_a_class_is_the_same(images: Path) -> None:
 
 def test_balanced_weights_are_those_of_the_images_trained_on(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
-    real = job.loss_of
-    monkeypatch.setattr(job, "loss_of", lambda *arguments: told.append(arguments[-1]) or real(*arguments))
-    made, _ = job.prepare(config_of(images / "a.csv", *HOW, "--config.data.fraction=0.5"))
+    real = program.loss_of
+    monkeypatch.setattr(program, "loss_of", lambda *arguments: told.append(arguments[-1]) or real(*arguments))
+    made, _ = prepare.prepare(config_of(images / "a.csv", *HOW, "--config.data.fraction=0.5"))
     assert told == [balanced_weights(made.train_source.labels, 3)]
     assert len(made.train_source) < 24 and len(set(told[0])) > 1
 

@@ -31,7 +31,7 @@ from jaxsft.models import families, initial, layers, resnet
 from jaxsft.models.family import variable_shapes
 from jaxsft.models.resnet import BasicBlock, ResNet
 from jaxsft.models.weights import Preprocessing
-from jaxsft.run import checkpoint, job, log, training
+from jaxsft.run import checkpoint, job, log, prepare, program, training
 from jaxsft.run.pretrained import load_pretrained
 from jaxsft.run.working_copy import WorkingCopy
 from tests.tiny import compiled
@@ -43,6 +43,7 @@ TESTS = {
     "model.weights": "test_ports_are_kept_and_directories_used_as_they_are",
     "model.checkpoint": "test_a_run_is_gone_on_from",
     "model.num_classes": "test_the_model_is_the_configs",
+    "model.classes": "test_kept_rows_are_bit_equal_and_new_ones_as_of_a_fresh_head",
     "model.head": "test_a_head_is_kept_where_its_classes_are_the_datas",
     "model.head_init": "test_the_model_is_the_configs",
     "model.freeze": "test_first_step",
@@ -107,6 +108,10 @@ TESTS = {
     "optim.sam": "test_the_two_gradients_of_sam_are_the_papers",
     "optim.clip_norm": "test_updates_are_torchs",
     "optim.accumulate": "test_gradient_accumulation_is_torchs",
+    "train.method": "test_kept_features_train_as_the_network_does",
+    "train.keep_features": "test_kept_features_train_as_the_network_does",
+    "train.probe_epochs": "test_fine_tuning_starts_from_the_head_of_a_probe",
+    "train.probe_lr": "test_fine_tuning_starts_from_the_head_of_a_probe",
     "train.epochs": "test_a_run_is_as_long_and_as_wide_as_its_config",
     "train.steps": "test_a_run_is_as_long_and_as_wide_as_its_config",
     "train.loss": "test_bce_is_torchs",
@@ -295,7 +300,7 @@ def test_remat_computes_the_same() -> None:
 def test_the_step_is_told_what_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it makes of it has tests of its own."""
     told: dict[str, Any] = {}
-    monkeypatch.setattr(job, "make_train_step", lambda _, __, **options: told.update(options))
+    monkeypatch.setattr(program, "make_train_step", lambda _, __, **options: told.update(options))
     monkeypatch.setattr(losses, "make_loss", lambda *arguments: arguments)
     config = config_of(
         optim__accumulate=4, train__loss="focal", train__focal_gamma=3.0, train__label_smoothing=0.1,
@@ -304,9 +309,12 @@ def test_the_step_is_told_what_the_config_says(monkeypatch: pytest.MonkeyPatch) 
         train__fixmatch_weight=2.0,
     )  # fmt: skip
     config.seed = 5
-    job.train_step_of(config, None, None, "batch", frozen={"a"}, average=None)
+    config.model.freeze = ("^a",)
+    params = {"a": np.zeros(1), "fc": {"kernel": np.zeros((1, 1))}}
+    devices = SimpleNamespace(axis_name="batch", devices=())
+    program.Program(config, None, params, lambda step: 0.1, 10, 100, devices).body()
     assert told == {
-        "seed": 5, "accumulate": 4, "sam": 0.05, "frozen": {"a"}, "average": None, "axis_name": "batch",
+        "seed": 5, "accumulate": 4, "sam": 0.05, "frozen": ("a",), "average": None, "axis_name": "batch",
     }  # fmt: skip
     assert losses.loss_of(config, "batch") == (0.1, (1.0, 2.0), "batch", "focal", 3.0)
     found = Objective.of(config, None, OF_WEIGHTS, losses.cross_entropy, None, Preprocessing())
@@ -326,7 +334,7 @@ LENGTHS: tuple[tuple[dict[str, Any], int, int], ...] = (
 
 @pytest.fixture
 def _ten_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = job.open_splits
+    real = prepare.open_splits
 
     def open_few(config: Any) -> Any:
         train_source, evaluated = real(config)
@@ -334,7 +342,7 @@ def _ten_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
         keep = np.sort(np.concatenate(few))
         return train_source.select(keep), evaluated.select(np.arange(20))
 
-    monkeypatch.setattr(job, "open_splits", open_few)
+    monkeypatch.setattr(prepare, "open_splits", open_few)
 
 
 @pytest.mark.usefixtures("_ten_a_class")
@@ -342,13 +350,13 @@ def test_a_run_is_as_long_and_as_wide_as_its_config(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(initial, "init_variables", zeros)
     for settings, total, of_an_epoch in LENGTHS:
         config = config_of(**settings)
-        made, _ = job.prepare(config)
+        made, _ = prepare.prepare(config)
         assert (made.total_steps, made.order.steps_per_epoch) == (total, of_an_epoch), settings
         assert len(made.rates) == total
         assert len(made.order[0]) == config.data.batch_size
         assert len(made.order[of_an_epoch - 1]) == (10 if config.data.last_batch == "keep" else config.data.batch_size)
     source = made.train_source.select(np.r_[:60, 90:100])  # classes of unequal size
-    order = job.order_of(config_of(data__sampling="balanced", data__batch_size=70), source, made.parallel)
+    order = prepare.order_of(config_of(data__sampling="balanced", data__batch_size=70), source, made.parallel)
     counts = np.bincount(source.labels[order[0]], minlength=10)
     assert len(np.unique(source.labels)) * [len(order[0]) // len(np.unique(source.labels))] == list(counts[counts > 0])
 
@@ -374,7 +382,7 @@ def test_what_a_run_leaves_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         train__steps=14, train__log_every_steps=4, eval__every_epochs=0.75, checkpoint__every_steps=5,
         checkpoint__keep=2, optim__lr=0.1,
     )  # fmt: skip
-    made, _ = job.prepare(config)
+    made, _ = prepare.prepare(config)
     nothing = metrics.count(jnp.zeros((16, 10)), jnp.zeros(16, int), jnp.ones(16), jnp.ones(16, bool))
     made.train_step = jax.jit(lambda state, *_: (state.replace(step=state.step + 1), {k: nothing[k] for k in log.ZERO}))
     made.eval_step = jax.jit(lambda *_: nothing)

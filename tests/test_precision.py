@@ -23,8 +23,8 @@ from jaxsft.models.initial import make_model
 from jaxsft.models.precision import continued, resolved_precision, said, with_products
 from jaxsft.models.weights import ModelCard, Preprocessing
 from jaxsft.run import checkpoint, log, prediction, training
-from jaxsft.run.job import prepare
 from jaxsft.run.parallel import DataParallel
+from jaxsft.run.prepare import prepare
 from jaxsft.run.saved import Run
 from jaxsft.run.working_copy import WorkingCopy
 from tests import small

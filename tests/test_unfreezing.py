@@ -23,9 +23,10 @@ from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.state import TrainState
 from jaxsft.learn.steps import make_train_step
 from jaxsft.parity.oracle import nchw
-from jaxsft.run import job as job_module
+from jaxsft.run import prepare as prepare_module
 from jaxsft.run import pretrained
-from jaxsft.run.job import at_epoch, prepare
+from jaxsft.run.prepare import prepare
+from jaxsft.run.program import at_epoch
 from tests import small, tiny
 from tests.tiny import Tiny, compiled
 
@@ -130,7 +131,7 @@ def _weights(monkeypatch: pytest.MonkeyPatch) -> None:
         variables = init_variables(make_model(small.config(), 3), 11, 32)
         return jax.tree.map(np.asarray, variables), ModelCard(arch, 3, source=name)
 
-    monkeypatch.setattr(job_module, "load_pretrained", load)
+    monkeypatch.setattr(prepare_module, "load_pretrained", load)
     monkeypatch.setattr(pretrained, "load_pretrained", load)
 
 
@@ -206,6 +207,6 @@ def test_calls_end_where_a_phase_does() -> None:
 def test_what_the_length_of_an_epoch_shows_is_refused_before_a_model_is_made(
     options: tuple[str, ...], what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job_module, "initial", None)
+    monkeypatch.setattr(prepare_module, "initial", None)
     with pytest.raises(UserError, match=what):
         prepare(small.config(*options))

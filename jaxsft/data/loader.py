@@ -149,6 +149,27 @@ class WithUnlabelled:
         self.unlabelled.close()
 
 
+class Sent:
+    """An array of the host, or of a file, whose rows go to the devices with each batch."""
+
+    def __init__(self, source: Arrays, plan: Plan, devices: Devices, preprocessing: Preprocessing):
+        self.dataset: dict[str, Any] = {}
+        self.source, self.plan, self.devices, self.preprocessing = source, plan, devices, preprocessing
+
+    def batch(self, step: int) -> dict[str, jax.Array]:
+        """See Loader."""
+        numbers = self.plan[step]
+        rows = numbers["example"]
+        return self.devices.split({"image": self.source.images[rows], "label": self.source.labels[rows], **numbers})
+
+    def batches(self) -> Iterator[dict[str, jax.Array]]:
+        """See Loader."""
+        return map(self.batch, range(len(self.plan)))
+
+    def close(self) -> None:
+        """See Loader."""
+
+
 class Stream:
     """A set that is decoded as it is needed.
 

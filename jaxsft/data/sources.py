@@ -27,7 +27,9 @@ from jaxsft.data.reading import in_memory
 from jaxsft.data.splits import subset
 from jaxsft.data.table import open_csv
 from jaxsft.data.tfds import open_tfds
+from jaxsft.models.rows import names_of
 
+MOST_NAMED = 5  # classes in a message
 Opener = Callable[[str, str, Options], Source]  # (what follows the colon, the split as written, options)
 
 SOURCES: dict[str, Opener] = {
@@ -97,13 +99,18 @@ def check_labels(source: Source, spec: str) -> None:
 def open_splits(config: Any) -> tuple[Source, Source]:
     """What a run trains on, cut down as `data.fraction` and `data.per_class` say, and what it is evaluated on.
 
+    Their classes are numbered as the training split has them, or where model.classes names the outputs, as it does;
+    of these some may be without images.
+
     Raises:
-      UserError: as `open_source`; a class to be evaluated that is not trained.
+      UserError: as `open_source`; a class to be evaluated that is not trained, or one that is no output.
     """
     data, options = config.data, Options.of(config)
     listing.forget()
     train = open_source(data.source, data.train_split, options)
     evaluated = open_source(data.source, data.eval_split, options)
+    if outputs := names_of(config.model.classes):
+        train = with_classes(train, outputs, f"the train split of {data.source}", "config.model.classes")
     evaluated = with_classes(evaluated, train.class_names, f"the eval split of {data.source}", "the train split")
     if data.check_overlap:
         warn_of_overlap(train, evaluated)
@@ -137,7 +144,11 @@ def with_classes(source: Source, class_names: Sequence[str], what: str, whose: s
     occurring = np.flatnonzero(source.labels.any(0)) if source.multi_label else np.unique(source.labels)
     foreign = [source.class_names[i] for i in occurring if source.class_names[i] not in numbers]
     if foreign:
-        raise UserError(f"{what} has the class {foreign[0]!r}, which {whose} lacks", "leave it out or train on it too")
+        names = ", ".join(map(repr, foreign[:MOST_NAMED])) + ", ..." * (len(foreign) > MOST_NAMED)
+        classes, them = ("class", "it") if len(foreign) == 1 else ("classes", "them")
+        raise UserError(
+            f"{what} has the {classes} {names}, which {whose} lacks", f"leave {them} out or train on {them} too"
+        )
     table = np.array([numbers.get(name, -1) for name in source.class_names], np.int32)
     if source.multi_label:
         labels = np.zeros((len(source), len(class_names)), np.uint8)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from jaxsft.cli import UserError
 from jaxsft.models.families import family_of
 from jaxsft.models.family import PARAMETER_KINDS
+from jaxsft.models.initial import frozen_patterns
 from jaxsft.models.layers import is_frozen
 
 ADAPTING = ("lamb", "lars", "muon")  # optimizers that treat weights otherwise than norms and biases
@@ -77,7 +78,8 @@ def starts(config: ConfigDict, paths: Collection[str]) -> dict[str, float | None
       UserError: as `rules`.
     """
     model = config.model
-    frozen = [path for path in paths if is_frozen(tuple(path.split("/")), tuple(model.freeze))]
+    patterns = frozen_patterns(config)
+    frozen = [path for path in paths if is_frozen(tuple(path.split("/")), patterns)]
     check_patterns("model.freeze", model.freeze, paths)
     check_patterns("model.unfreeze", [pattern for pattern, _ in model.unfreeze], frozen, "frozen parameter")
     if len(frozen) == len(paths):
@@ -173,7 +175,7 @@ def waiting(rules: Rules, epoch: float) -> tuple[str, ...]:
 
 def frozen_modules(config: ConfigDict, rules: Rules, epoch: float) -> tuple[str, ...]:
     """Patterns of the modules that are frozen at `epoch`: those that model.freeze finds, until all in them trains."""
-    freeze = tuple(config.model.freeze)
+    freeze = frozen_patterns(config)
     if not config.model.unfreeze:
         return freeze
     modules = dict.fromkeys(path.rpartition("/")[0] for path in waiting(rules, epoch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxsft.models.families import ARCHITECTURES, family_of
 from jaxsft.models.family import ImageSizeError, init_variables, variable_shapes
 from jaxsft.models.layers import Linear
 from jaxsft.models.precision import resolved_precision
+from jaxsft.models.rows import rows_of, with_rows
 from jaxsft.models.weights import ModelCard, Preprocessing
 
 TORCHVISION = Preprocessing()  # its weights' but for the V2 ones' 232 px
@@ -40,7 +42,7 @@ def make_model(
     Raises:
       UserError: a rate of dropout or stochastic depth for a network that has none.
     """
-    frozen = EVERYWHERE if config.model.batch_norm == "frozen" else tuple(config.model.freeze)
+    frozen = EVERYWHERE if config.model.batch_norm == "frozen" else frozen_patterns(config)
     architecture, rates = ARCHITECTURES[config.model.arch], {}
     module: Any = getattr(architecture, "func", architecture)  # of a partial
     fields = {field.name for field in dataclasses.fields(module)}
@@ -59,6 +61,14 @@ def make_model(
         remat=config.train.remat,
         **rates,
     )
+
+
+def frozen_patterns(config: ConfigDict) -> tuple[str, ...]:
+    """Regular expressions of the paths of what is not trained: model.freeze; of a probe all but the output layer."""
+    patterns = tuple(config.model.freeze)
+    if config.train.method == "probe":
+        patterns += (rf"^(?!{re.escape(family_of(config.model.arch).head)}(/|$))",)
+    return patterns
 
 
 def checked_shapes(model: nn.Module, image_size: int) -> dict[str, Any]:
@@ -95,11 +105,11 @@ def initial(
     The latter are the paths of the parameters that did not come from weights.
 
     Ported weights keep their head where its classes are known and are the data's, and where config.model.head is
-    'keep'; else it is replaced by a fresh one.
+    'keep'; else it is replaced by a fresh one. With config.model.classes its rows go with their names.
 
     Args:
       config: of the run.
-      class_names: of the data.
+      class_names: of the data; with config.model.classes those.
       pretrained: how weights are had, as `run.pretrained.load_pretrained`.
       axis_name, devices: as for `make_model`.
 
@@ -137,13 +147,22 @@ def initial(
     )
     if resized := family_of(c.arch).resized:
         variables = resized(variables, config.data.image_size)
+    head, params = family_of(c.arch).head, variables["params"]
+    if c.classes:
+        rows, said = rows_of(c.classes, origin.class_names, origin.source)
+        params[head] = with_rows(init_head(model, params[head], config.seed), params[head], rows)
+        return model, variables, card, f"{c.arch} of {origin.source}, {said}", fresh_of(head, params)
     kept, said = decide_head(c.head, origin, num_classes, names)
     if not kept:
-        head, params = family_of(c.arch).head, variables["params"]
         old = params.get(head) or variable_shapes(model, config.data.image_size)["params"][head]
         params[head] = init_head(model, old, config.seed)
-        fresh = tuple(f"{head}/{leaf}" for leaf in params[head])
+        fresh = fresh_of(head, params)
     return model, variables, card, f"{c.arch} of {origin.source}, {said}", fresh
+
+
+def fresh_of(head: str, params: dict[str, Any]) -> tuple[str, ...]:
+    """The paths of the output layer's parameters."""
+    return tuple(f"{head}/{leaf}" for leaf in params[head])
 
 
 def decide_head(wanted: str, origin: ModelCard, num_classes: int, names: tuple[str, ...] | None) -> tuple[bool, str]:

@@ -12,8 +12,8 @@ from jaxsft.learn.distill import Teacher
 from jaxsft.run.saved import load_run
 
 
-def load_teacher(config: ConfigDict, class_names: tuple[str, ...]) -> tuple[Teacher, Any] | None:
-    """The teacher of train.teacher and its variables, the moving average where it kept one; None where there is none.
+def load_teacher(config: ConfigDict, class_names: tuple[str, ...]) -> tuple[Teacher | None, Any]:
+    """The teacher of train.teacher and its variables, the average where it kept one; None and None without a teacher.
 
     Args:
       config: of the run that is taught.
@@ -24,7 +24,7 @@ def load_teacher(config: ConfigDict, class_names: tuple[str, ...]) -> tuple[Teac
     """
     train = config.train
     if not train.teacher:
-        return None
+        return None, None
     run = load_run(storage.location(train.teacher))
     theirs, num_classes = run.card.class_names, config.model.num_classes or len(class_names)
     what, what_to_do = f"config.train.teacher {train.teacher}", "name a run on these classes"

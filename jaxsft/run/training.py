@@ -28,8 +28,9 @@ from jaxsft.run import workdir as workdir_module
 from jaxsft.run.best import Best
 from jaxsft.run.checkpoint import Checkpoints, Unwritten
 from jaxsft.run.interrupts import Interrupted, Interrupts
-from jaxsft.run.job import Job, prepare
+from jaxsft.run.job import Job
 from jaxsft.run.log import Log, Meter, NotFinite, Throughput, records
+from jaxsft.run.prepare import prepare
 from jaxsft.run.profile import Profile
 from jaxsft.run.working_copy import WorkingCopy
 from jaxsft.storage import Location
@@ -150,6 +151,7 @@ class Trainer:
             "meter": self.meter.compute(),
             "config": self.job.config.to_dict(),
             "card": card,
+            "data": self.job.data,
             "precision": self.job.precision,
         }
         self.log.sync()
@@ -193,6 +195,7 @@ def fit(job: Job, workdir: WorkingCopy, profile: int = 0, in_session: bool = Fal
     """
     config, is_main = job.config, job.parallel.is_main
     start, meter = resume(job, workdir)
+    job.begin(job, start)
     best = Best.of(workdir.path, config.checkpoint.best_metric, start)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.train.on_nan, writes=is_main)
     traced = Profile(job, workdir, profile)  # is left last, after a signal once all is saved
