@@ -140,7 +140,8 @@ KEYS = (
         "of 'probe': compute once what comes into the head, of images as they are evaluated, not augmented; False: at"
         " each step through the network"),
     Key("train.probe_epochs", 20.0, above(0), "of 'lp-ft': passes over the training images with the head alone"),
-    Key("train.probe_lr", 0.1, above(0), "of 'lp-ft': learning rate meanwhile, of SGD with momentum 0.9; it falls to 0 as a cosine"),
+    Key("train.probe_lr", 0.1, above(0),
+        "of 'lp-ft': learning rate meanwhile, of SGD with momentum 0.9; it falls to 0 as a cosine"),
     Key("train.epochs", 10.0, above(0), "passes over the training images; fractions too"),
     Key("train.steps", None, none_or(at_least(1)), "not None: instead of epochs, so many updates"),
     Key("train.label_smoothing", 0.0, from_to_below(0, 1), "share of each label that is spread over all classes"),
