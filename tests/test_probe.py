@@ -291,10 +291,10 @@ def test_features_in_a_file_train_the_same(probed: Path, weights: Path, tmp_path
 def test_fine_tuning_starts_from_the_head_of_a_probe(weights: Path, tmp_path: Path, capsys) -> None:
     """That of a run of a probe at its rate; and from the body of the weights, with no momentum yet."""
     alone = ("--config.train.epochs=2", "--config.optim.lr=0.3", "--config.optim.warmup_epochs=0",
-             "--config.optim.layer_decay=0.5", "--config.optim.clip_norm=0.1")  # fmt: skip
+             "--config.optim.weight_decay=0", "--noconfig.optim.nesterov")  # fmt: skip
     small.run_here(tmp_path / "probe", f"--config.model.weights={weights}", "--config.train.method=probe", *alone)
     settings = (
-        *("--config.train.probe_epochs=2", "--config.train.probe_lr=0.3", "--config.optim.clip_norm=0.1"),
+        *("--config.train.probe_epochs=2", "--config.train.probe_lr=0.3", "--config.optim.name=adamw"),
         *("--config.optim.lr_multipliers=(('conv', 0.5),)", "--config.train.mixup=0.2", "--config.train.ema=0.9"),
     )
     made, said = prepare.prepare(small.config(*options(weights, "lp-ft", *settings)))
