@@ -91,7 +91,7 @@ def test_unlabelled_images_come_in_an_order_of_their_own() -> None:
 def test_teachers_are_known_by_their_classes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its outputs in the order of the data's classes; without names their number must do."""
     config = config_module.default()
-    assert load_teacher(config, ("a", "b")) is None
+    assert load_teacher(config, ("a", "b")) == (None, None)
     config.train.update({"teacher": str(tmp_path), "distill_weight": 0.2, "temperature": 5.0})
     with pytest.raises(UserError, match="holds no run"):
         load_teacher(config, ("a", "b"))

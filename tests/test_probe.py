@@ -20,10 +20,10 @@ from jaxsft.cli import Stop, UserError
 from jaxsft.data.base import Arrays
 from jaxsft.data.loader import BadFiles
 from jaxsft.learn.features import make_features_step
+from jaxsft.learn.objective import Inputs, Objective
 from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.schedule import make_schedule
 from jaxsft.learn.state import TrainState
-from jaxsft.learn.objective import Inputs, Objective
 from jaxsft.learn.steps import make_train_step
 from jaxsft.models import convolution, layers
 from jaxsft.models.families import ARCHITECTURES, family_of
@@ -139,8 +139,12 @@ def test_kept_features_train_as_the_network_does(accumulate: int) -> None:
             shown.append({"example": example, "label": labels, "image": images})
             features = make(tiny.variables(), {}, {**shown[-1], "mask": np.ones(16, bool)})["features"]
             kept.append({"example": example, "label": labels, "image": features})
-        whole = updates(make_train_step(Objective(model, Inputs(None)), optimizer, accumulate=accumulate), optimizer, shown)
-        alone = updates(make_train_step(Objective(head, Inputs(None)), optimizer, accumulate=accumulate), optimizer, kept)
+        whole = updates(
+            make_train_step(Objective(model, Inputs(None)), optimizer, accumulate=accumulate), optimizer, shown
+        )
+        alone = updates(
+            make_train_step(Objective(head, Inputs(None)), optimizer, accumulate=accumulate), optimizer, kept
+        )
         for (one, counts), (other, expected) in zip(alone, whole, strict=True):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **ROUNDING), (one, counts), (other, expected))
         before, after = tiny.variables(), alone[-1][0].variables()
