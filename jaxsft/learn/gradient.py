@@ -38,19 +38,23 @@ def make_gradient(
       sam: rho of sharpness-aware minimisation (Foret et al. 2020, arXiv:2010.01412), 0 = off: the gradient is taken at
         params + rho * g / |g|, where g is the gradient at params, of the whole batch on all devices. Batch statistics
         and counts are those of the first pass.
-      frozen: paths of the parameters that do not train: SAM leaves them where they are.
+      frozen: paths of the parameters that do not train: their gradient is 0, is not computed, and no device sends it.
       axis_name: of the devices.
     """
 
     def at(params: Any, state: TrainState, dataset: Dataset, batch: Batch, key: jax.Array) -> tuple[Any, Any, Any]:
         scale = None if state.loss_scale is None else state.loss_scale["scale"]
+        flat = traverse_util.flatten_dict(params, sep="/")
+        still = {path: leaf for path, leaf in flat.items() if path in frozen}
+        trained = {path: leaf for path, leaf in flat.items() if path not in frozen}
 
-        def scaled(*arguments: Any) -> tuple[jax.Array, Any]:
-            loss, more = objective(*arguments)
+        def scaled(trained: Any, *arguments: Any) -> tuple[jax.Array, Any]:
+            whole = traverse_util.unflatten_dict({**still, **trained}, sep="/")
+            loss, more = objective(whole, *arguments)
             return loss if scale is None else loss * scale, more
 
         def micro_step(batch_stats: Any, micro: Batch) -> tuple[Any, tuple[Any, Any]]:
-            grads, (batch_stats, counts) = jax.grad(scaled, has_aux=True)(params, batch_stats, dataset, micro, key)
+            grads, (batch_stats, counts) = jax.grad(scaled, has_aux=True)(trained, batch_stats, dataset, micro, key)
             return batch_stats, (grads, counts)
 
         def add_micro_step(carry: tuple[Any, Any], micro: Batch) -> tuple[tuple[Any, Any], Any]:
@@ -61,7 +65,7 @@ def make_gradient(
             batch_stats, (grads, counts) = micro_step(state.batch_stats, batch)
         else:
             micros = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
-            zeros = jax.tree.map(jnp.zeros_like, params)
+            zeros = jax.tree.map(jnp.zeros_like, trained)
             (batch_stats, total), all_counts = lax.scan(add_micro_step, (state.batch_stats, zeros), micros)
             grads = jax.tree.map(lambda g: g / accumulate, total)
             counts = jax.tree.map(lambda c: c.sum(0), all_counts)
@@ -73,21 +77,21 @@ def make_gradient(
             batch_stats = jax.tree.map(
                 lambda x: lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.floating) else x, batch_stats
             )
-        return grads if scale is None else jax.tree.map(lambda g: g / scale, grads), batch_stats, counts
+        grads = grads if scale is None else jax.tree.map(lambda g: g / scale, grads)
+        grads |= {path: jnp.zeros_like(leaf) for path, leaf in still.items()}
+        return traverse_util.unflatten_dict(grads, sep="/"), batch_stats, counts
 
     def gradient(state: TrainState, dataset: Dataset, batch: Batch, key: jax.Array) -> tuple[Any, Any, Any]:
         grads, batch_stats, counts = at(state.params, state, dataset, batch, key)
         if sam:
-            grads, _, _ = at(ascended(state.params, grads, sam, frozen), state, dataset, batch, key)
+            grads, _, _ = at(ascended(state.params, grads, sam), state, dataset, batch, key)
         return grads, batch_stats, counts
 
     return gradient
 
 
-def ascended(params: Any, grads: Any, rho: float, frozen: Collection[str]) -> Any:
-    """params + rho * grads / |grads| of all that trains, the norm over all of it together; without any, params."""
-    flat = traverse_util.flatten_dict(grads, sep="/")
-    ascent = traverse_util.unflatten_dict({p: 0 * g if p in frozen else g for p, g in flat.items()}, sep="/")
-    norm = optax.tree.norm(ascent)
+def ascended(params: Any, grads: Any, rho: float) -> Any:
+    """params + rho * grads / |grads|, the norm over all of them together; where that is 0, params."""
+    norm = optax.tree.norm(grads)
     factor = jnp.where(norm > 0, rho / jnp.where(norm > 0, norm, 1), 0)
-    return jax.tree.map(lambda p, g: p + (factor * g).astype(p.dtype), params, ascent)
+    return jax.tree.map(lambda p, g: p + (factor * g).astype(p.dtype), params, grads)
