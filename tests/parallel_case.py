@@ -19,6 +19,7 @@ import torch
 
 from convert import names
 from jaxsft import config as config_module
+from jaxsft.learn.alone import step_alone
 from jaxsft.learn.features import make_features_step
 from jaxsft.learn.losses import make_loss
 from jaxsft.learn.optim import make_optimizer
@@ -92,7 +93,8 @@ def probing(parallel: DataParallel) -> dict[str, Any]:
     model = tiny.Tiny(dropout=0.5, frozen=("",), axis_name=parallel.axis_name)
     make = parallel.compile(make_features_step(model, "fc", None, axis_name=parallel.axis_name))
     head = head_of(model, "fc", values, tiny.SIDE)
-    step = parallel.compile(make_train_step(head, optimizer, None, axis_name=parallel.axis_name))
+    make = lambda optimizer: make_train_step(head, optimizer, None, axis_name=parallel.axis_name)
+    step = parallel.compile(step_alone(make, optimizer, "fc"))
     state = parallel.replicate(TrainState.create(values, optimizer, with_average=False))
     for number in range(STEPS):
         images, labels = tiny.batch(number)

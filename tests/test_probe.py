@@ -19,6 +19,7 @@ from jaxsft import config as config_module
 from jaxsft.cli import Stop, UserError
 from jaxsft.data.base import Arrays
 from jaxsft.data.loader import BadFiles
+from jaxsft.learn.alone import step_alone
 from jaxsft.learn.features import make_features_step
 from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.schedule import make_schedule
@@ -114,7 +115,7 @@ def probe_config(**settings: Any) -> Any:
 
 
 def updates(step: Any, optimizer: Any, batches: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
-    state, found = TrainState.create(jax.tree.map(jnp.asarray, tiny.variables()), optimizer, with_average=False), []
+    state, found = TrainState.create(jax.tree.map(jnp.asarray, tiny.variables()), optimizer, with_average=True), []
     step = compiled(step)
     for batch in batches:
         state, counts = step(state, {}, batch)
@@ -124,7 +125,7 @@ def updates(step: Any, optimizer: Any, batches: list[dict[str, Any]]) -> list[tu
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_kept_features_train_as_the_network_does(accumulate: int) -> None:
-    """Five updates with momentum, coupled decay and clipping; what is frozen stays bit for bit."""
+    """Five updates with momentum, coupled decay, clipping and an average; what is frozen stays bit for bit."""
     with jax.enable_x64(True):
         config = probe_config()
         model = Tiny(frozen=frozen_patterns(config))
@@ -138,8 +139,10 @@ def test_kept_features_train_as_the_network_does(accumulate: int) -> None:
             shown.append({"example": example, "label": labels, "image": images})
             features = make(tiny.variables(), {}, {**shown[-1], "mask": np.ones(16, bool)})["features"]
             kept.append({"example": example, "label": labels, "image": features})
-        whole = updates(make_train_step(model, optimizer, None, accumulate=accumulate), optimizer, shown)
-        alone = updates(make_train_step(head, optimizer, None, accumulate=accumulate), optimizer, kept)
+        options = {"accumulate": accumulate, "ema": 0.7}
+        whole = updates(make_train_step(model, optimizer, None, **options), optimizer, shown)
+        make = lambda optimizer: make_train_step(head, optimizer, None, **options)
+        alone = updates(step_alone(make, optimizer, "fc"), optimizer, kept)
         for (one, counts), (other, expected) in zip(alone, whole, strict=True):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **ROUNDING), (one, counts), (other, expected))
         before, after = tiny.variables(), alone[-1][0].variables()

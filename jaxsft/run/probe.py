@@ -16,6 +16,7 @@ from jaxsft import cli
 from jaxsft.data.base import Source
 from jaxsft.data.reading import EvalPlan, TrainPlan
 from jaxsft.interpret.metrics import Evaluation
+from jaxsft.learn.alone import step_alone
 from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.schedule import make_schedule
 from jaxsft.learn.state import TrainState
@@ -62,7 +63,8 @@ class Probe:
         )
         job.train_loader = keeper.loader(training, TrainPlan(job.order))
         job.eval_loader = keeper.loader(evaluated, EvalPlan(len(evaluated), job.config.data.batch_size))
-        body = self.step_of(job.config, self.head, self.optimizer, None, parallel.axis_name)
+        make = lambda optimizer: self.step_of(job.config, self.head, optimizer, None, parallel.axis_name)
+        body = step_alone(make, self.optimizer, self.head.layer)
         job.train_step = parallel.compile(body, donate_first=True)
         job.several_steps = parallel.compile(make_several(body), donate_first=True)
         job.eval_step = parallel.compile(make_eval_step(self.head, None, axis_name=parallel.axis_name))
