@@ -101,9 +101,26 @@ def open_splits(config: Any) -> tuple[Source, Source]:
     evaluated = with_classes(evaluated, train.class_names, f"the eval split of {data.source}", "the train split")
     if data.check_overlap:
         warn_of_overlap(train, evaluated)
-    if data.fraction < 1 or data.per_class is not None:
-        train = train.select(subset(train.labels, data.fraction, data.per_class, config.seed))
-    return in_memory(train, options), in_memory(evaluated, options)
+    return in_memory(cut_down(train, config), options), in_memory(evaluated, options)
+
+
+def open_training(config: Any) -> Source:
+    """What a run trains on, as `open_splits`, for what never looks at the split to evaluate on.
+
+    Raises:
+      UserError: as `open_source`.
+    """
+    options = Options.of(config)
+    listing.forget()
+    return in_memory(cut_down(open_source(config.data.source, config.data.train_split, options), config), options)
+
+
+def cut_down(train: Source, config: Any) -> Source:
+    """What `data.fraction` and `data.per_class` leave of a training split."""
+    data = config.data
+    if data.fraction == 1 and data.per_class is None:
+        return train
+    return train.select(subset(train.labels, data.fraction, data.per_class, config.seed))
 
 
 def with_classes(source: Source, class_names: Sequence[str], what: str, whose: str) -> Source:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from jaxsft import cli
 from jaxsft.data.augment import Amounts
-from jaxsft.data.base import Source
+from jaxsft.data.base import Part, Source
 from jaxsft.data.fingerprint import fingerprint
 from jaxsft.data.loader import BadFiles, Loader, make_loader
 from jaxsft.data.order import Order
@@ -26,7 +26,7 @@ from jaxsft.interpret.metrics import Evaluation
 from jaxsft.learn import trainable
 from jaxsft.learn.losses import loss_of
 from jaxsft.learn.optim import make_optimizer
-from jaxsft.learn.schedule import make_schedule
+from jaxsft.learn.schedule import Schedule, make_schedule
 from jaxsft.learn.state import TrainState
 from jaxsft.learn.steps import make_eval_step, make_several, make_train_step
 from jaxsft.models.family import variable_shapes
@@ -37,6 +37,7 @@ from jaxsft.models.weights import ModelCard, Preprocessing
 from jaxsft.run.evaluation import evaluate, of_split
 from jaxsft.run.parallel import DataParallel, all_devices
 from jaxsft.run.pretrained import load_pretrained
+from jaxsft.run.shared import KEY, Shared, Steps, devices_key, numbers_of, program_key, taking_numbers
 
 
 @dataclasses.dataclass
@@ -121,13 +122,12 @@ def stop_after_first_batch() -> None:
     raise FirstBatchDone
 
 
-def open_data(config: ConfigDict) -> tuple[Source, Source]:
-    """The train and eval splits.
+def check_data(config: ConfigDict, train_source: Source) -> None:
+    """Find out whether there is enough to train on.
 
     Raises:
-      UserError: they can't be had, there are fewer training images than one batch takes, or a single class.
+      UserError: there are fewer training images than one batch takes, or a single class.
     """
-    train_source, eval_source = open_splits(config)
     if len(train_source.class_names) == 1:
         raise cli.UserError(
             f"{config.data.source} has a single class, {train_source.class_names[0]!r}: nothing to tell apart",
@@ -138,7 +138,6 @@ def open_data(config: ConfigDict) -> tuple[Source, Source]:
             f"config.data.batch_size {config.data.batch_size} is more than the {len(train_source)} training images",
             f"take {len(train_source)} or less",
         )
-    return train_source, eval_source
 
 
 def order_of(config: ConfigDict, source: Source, parallel: DataParallel) -> Order:
@@ -204,8 +203,46 @@ def train_step_of(
     )
 
 
-def prepare(config: ConfigDict) -> tuple[Job, str]:
+def steps_of(
+    config: ConfigDict,
+    model: nn.Module,
+    params: Any,
+    rate: Schedule,
+    loaders: tuple[Loader, Loader],
+    parallel: DataParallel,
+    shared: Shared | None,
+) -> Steps:
+    """The compiled steps for the loaders of training and of evaluation; those of `shared` take its numbers."""
+    to_train, to_evaluate = (loader.preprocessing for loader in loaders)
+    params = jax.eval_shape(lambda: params)
+
+    def make(own: ConfigDict, rate: Schedule) -> Callable[..., Any]:
+        return train_step_of(own, model, make_optimizer(own, params, rate), to_train, parallel.axis_name)
+
+    def compiled() -> Steps:
+        body = make(config, rate) if shared is None else taking_numbers(config, make)
+        evaluation = make_eval_step(model, to_evaluate, axis_name=parallel.axis_name)
+        return Steps(
+            parallel.compile(body, donate_first=True),
+            parallel.compile(make_several(body), donate_first=True),
+            parallel.compile(evaluation),
+        )
+
+    if shared is None:
+        return compiled()
+    key = program_key(config), model.num_classes, to_train, to_evaluate, devices_key(parallel)
+    return shared.once(key, compiled)
+
+
+def prepare(
+    config: ConfigDict, splits: tuple[Source, Source] | None = None, shared: Shared | None = None
+) -> tuple[Job, str]:
     """Open the data, port the weights, build the steps, saying so; and a line that says what will be trained.
+
+    Args:
+      config: of the run.
+      splits: what is trained and evaluated on, where that is open already; None: as the config says.
+      shared: what runs of this process have made so far, to be used by this one; None: it stands alone.
 
     Raises:
       UserError: the data, the weights or the config do not allow it.
@@ -215,8 +252,10 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     shapes = checked_shapes(make_model(config, 2), config.data.image_size)
     trainable.frozen_parameters(config, shapes["params"])  # its patterns, before anything is fetched
     tell = cli.say if parallel.is_main else lambda text: None
-    tell(f"reading {config.data.source} ...")
-    train_source, eval_source = open_data(config)
+    if splits is None:
+        tell(f"reading {config.data.source} ...")
+    train_source, eval_source = open_splits(config) if splits is None else splits
+    check_data(config, train_source)
     order = order_of(config, train_source, parallel)
     check_batch_norm(config, parallel, order)
     total_steps = config.train.steps or max(round(config.train.epochs * order.steps_per_epoch), 1)
@@ -230,14 +269,18 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     rate = make_schedule(config, order.steps_per_epoch, total_steps)
     optimizer = make_optimizer(config, variables["params"], rate)
     bad_files = BadFiles(config.data.on_error)
-    options = {"workers": config.data.workers, "share": parallel.share, "bad": bad_files}
+    options: dict[str, Any] = {"workers": config.data.workers, "share": parallel.share, "bad": bad_files}
     mixing = bool(config.train.mixup or config.train.cutmix)
     names = tuple(config.data.augment)
     plans = TrainPlan(order, partners=mixing), EvalPlan(len(eval_source), config.data.batch_size)
+    if shared and isinstance(train_source, Part):
+        options["dataset"] = shared.dataset(train_source.whole, parallel)
     train_loader = make_loader(train_source, plans[0], parallel, card.preprocessing, augmentations=names, **options)
     eval_loader = make_loader(eval_source, plans[1], parallel, card.preprocessing, **options)
-    train_step = train_step_of(config, model, optimizer, train_loader.preprocessing, parallel.axis_name)
-    eval_step = make_eval_step(model, eval_loader.preprocessing, axis_name=parallel.axis_name)
+    steps = steps_of(config, model, variables["params"], rate, (train_loader, eval_loader), parallel, shared)
+    rates = np.asarray(rate(np.arange(total_steps, dtype=np.int32)))
+    if shared:
+        train_loader.dataset = {**train_loader.dataset, KEY: parallel.replicate(numbers_of(config, rates))}
     job = Job(
         config=config,
         card=card,
@@ -246,11 +289,11 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
         train_source=train_source,
         order=order,
         total_steps=total_steps,
-        rates=np.asarray(rate(np.arange(total_steps, dtype=np.int32))),
+        rates=rates,
         state=parallel.replicate(TrainState.create(variables, optimizer, with_average=config.train.ema > 0)),
-        train_step=parallel.compile(train_step, donate_first=True),
-        several_steps=parallel.compile(make_several(train_step), donate_first=True),
-        eval_step=parallel.compile(eval_step),
+        train_step=steps.train,
+        several_steps=steps.several,
+        eval_step=steps.evaluate,
         train_loader=train_loader,
         eval_loader=eval_loader,
         bad_files=bad_files,
