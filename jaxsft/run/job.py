@@ -260,12 +260,15 @@ def prepare(
     check_batch_norm(config, parallel, order)
     total_steps = config.train.steps or max(round(config.train.epochs * order.steps_per_epoch), 1)
     statistics_axis = parallel.statistics_axis(config.parallel.batch_norm)
-    tell(
-        f"making {config.model.arch} of {config.model.weights} ..." if config.model.weights else "making the model ..."
-    )
-    model, variables, card, said = initial(
-        config, train_source.class_names, load_pretrained, statistics_axis, parallel.devices
-    )
+
+    def make() -> tuple[nn.Module, dict[str, Any], ModelCard, str]:
+        of_weights = f"{config.model.arch} of {config.model.weights}" if config.model.weights else "the model"
+        tell(f"making {of_weights} ...")
+        made = initial(config, train_source.class_names, load_pretrained, statistics_axis, parallel.devices)
+        return made if shared is None else (made[0], jax.device_get(made[1]), *made[2:])  # a step donates its memory
+
+    key = "initial", program_key(config), config.model.weights, config.model.checkpoint, train_source.class_names
+    model, variables, card, said = shared.once((*key, devices_key(parallel)), make) if shared else make()
     rate = make_schedule(config, order.steps_per_epoch, total_steps)
     optimizer = make_optimizer(config, variables["params"], rate)
     bad_files = BadFiles(config.data.on_error)
