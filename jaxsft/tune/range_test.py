@@ -164,7 +164,7 @@ def picture(curve: Curve, found: dict[str, float]) -> matplotlib.figure.Figure:
         loss = np.interp(math.log(rate), np.log(curve.rates), curve.smoothed)
         size, color = (9, "C3") if name == CHOSEN else (6, "C1")
         axes.plot([rate], [loss], marker, label=f"{name}: {rate:.2g}", markersize=size, color=color)
-    least, most = curve.smoothed.min(), curve.smoothed[0]
+    least, most = min(curve.smoothed.min(), curve.losses.min()), curve.smoothed[0]
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss", ylim=(0.9 * least, max(1.5 * most, 1.1 * least)))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
