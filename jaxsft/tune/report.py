@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
@@ -128,8 +129,9 @@ def draw(study: optuna.Study, workdir: Location) -> None:
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     try:
-        found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
-    except (ValueError, RuntimeError):  # fewer than two trials, or all of one value
+        with warnings.catch_warnings(action="error", category=UserWarning):  # it says so where they are too few
+            found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+    except (ValueError, RuntimeError, UserWarning):
         return
     if found:
         save(importances(found, "accuracy"), workdir / IMPORTANCE)
