@@ -18,7 +18,7 @@ import pytest
 
 optuna = pytest.importorskip("optuna")
 
-from jaxsft import recipes, search  # noqa: E402
+from jaxsft import recipes, search, storage  # noqa: E402
 from jaxsft.cli import UserError  # noqa: E402
 from jaxsft.config import from_json, to_json  # noqa: E402
 from jaxsft.flags import parse_flags  # noqa: E402
@@ -139,17 +139,35 @@ def test_a_lost_trial_is_told_and_no_other_is_lost(place: Path, runs: list[Any])
     dead, _, unknown = (kept.begin(9) for _ in range(3))  # the second is of this process, which lives
     me = study.this_process()
     dead.set_user_attr(study.OWNER, {**me, "process": 2**22 + 1})
-    unknown.set_user_attr(study.OWNER, {**me, "host": "elsewhere"})
-    unknown.set_user_attr(study.SEEN, time.time() - study.SILENT / 2)
+    elsewhere = {**me, "host": "elsewhere"}
+    unknown.set_user_attr(study.OWNER, {**elsewhere, study.SEEN: time.time() - study.SILENT / 2})
     status, printed, said = hear_command(f"{COMMAND} --trials 5", place)
     assert (status, said.splitlines()[1:]) == (0, ["warning: trial 2 was lost: its process ended"])
     assert states(place / "w") == ["complete", "complete", "lost", "running", "running", "complete"]
     assert table(place / "w")[:2] == before
     assert "trial 3 is still running in another process" in printed
-    unknown.set_user_attr(study.SEEN, time.time() - study.SILENT - 1)
+    unknown.set_user_attr(study.OWNER, {**elsewhere, study.SEEN: time.time() - study.SILENT - 1})
     status, _, said = hear_command(f"{COMMAND} --trials 5", place)
     assert (status, said.splitlines()[1:]) == (0, ["warning: trial 4 was lost: its process ended"])
     assert states(place / "w") == ["complete", "complete", "lost", "running", "lost", "complete", "complete"]
+
+
+def test_a_search_in_a_bucket(place: Path, runs: list[Any], google: Any) -> None:
+    command, there = COMMAND.replace("@/w", "gs://bucket/search"), storage.location("gs://bucket/search")
+    runs += [[0.3], [0.6]]
+    assert hear_command(f"{command} --trials 2", place)[0] == 0
+    status, printed, said = hear_command(f"{command} --trials 3", place)
+    assert status == 0, said
+    rows = list(csv.DictReader((there / "trials.csv").read_text().splitlines()))
+    assert [row["value"] for row in rows] == ["0.3", "0.6", "0.5"]
+    assert "best: trial 1, accuracy 0.6000; gs://bucket/search/best.py, copied here, is its config" in printed
+    assert {path.name for path in there.iterdir()} == {
+        "best.py",
+        "importance.png",
+        "search.json",
+        "study.db",
+        "trials.csv",
+    }
 
 
 def test_what_is_proposed_does_not_depend_on_interruptions(place: Path, runs: list[Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
@@ -120,7 +121,11 @@ def tell(
         raise Stop("no trial came to its end", f"see why in {workdir / TRIALS}")
     draw(study, workdir)
     changes = {one.key: one.meant(best.params[one.key]) for one in dimensions}
-    cli.say(f"best: trial {best.number}, accuracy {best.value:.4f}; python3 -m jaxsft.train --config {workdir / BEST}")
+    path = workdir / BEST
+    how = (
+        f"python3 -m jaxsft.train --config {path}" if isinstance(path, Path) else f"{path}, copied here, is its config"
+    )
+    cli.say(f"best: trial {best.number}, accuracy {best.value:.4f}; {how}")
     return {"best": best.number, "accuracy": best.value, "config": changes, "trials": found}
 
 

@@ -30,7 +30,8 @@ DATABASE, LOCK = "study.db", "study.lock"
 FIRST = 5  # trials that run to their end before any is pruned
 BUSY = 100.0  # seconds that a process waits for another one's writing
 BEAT, SILENT = 30.0, 600.0  # seconds: how often a trial says that it lives, and how long one elsewhere may be silent
-OWNER, SEEN, REASON, LOST = "owner", "seen", "reason", "lost"  # what is noted of a trial
+OWNER, REASON, LOST = "owner", "reason", "lost"  # what is noted of a trial
+SEEN = "seen"  # of its owner: when it last said that it lives, of time.time()
 
 
 class Study:
@@ -75,15 +76,14 @@ class Study:
             number = zlib.crc32(f"{self._seed} {len(known)}".encode())
             self.study.sampler = optuna.samplers.TPESampler(seed=number, constant_liar=True)
             trial = self.study.ask(self._distributions)
-            trial.set_user_attr(SEEN, time.time())
-            trial.set_user_attr(OWNER, self._me)
+            trial.set_user_attr(OWNER, {**self._me, SEEN: time.time()})
             return trial
 
     def beat(self, trial: optuna.Trial) -> None:
         """Note now and then that a trial lives, for processes of other machines."""
         if time.monotonic() - self._beaten > BEAT:
             self._beaten = time.monotonic()
-            trial.set_user_attr(SEEN, time.time())
+            trial.set_user_attr(OWNER, {**self._me, SEEN: time.time()})
 
     def complete(self, trial: optuna.Trial, value: float) -> None:
         """The trial has come to its end."""
@@ -117,10 +117,10 @@ class Study:
         import optuna
 
         for trial in self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-            owner, seen = trial.user_attrs.get(OWNER), trial.user_attrs.get(SEEN, 0.0)
+            owner = trial.user_attrs.get(OWNER, {})
             lives = is_alive(owner) if owner else False
             if lives is None:
-                lives = time.time() - seen < SILENT
+                lives = time.time() - owner.get(SEEN, 0.0) < SILENT
             if not lives:
                 self.lose(trial.number, "its process ended")
                 cli.warn(f"trial {trial.number} was lost: its process ended")
