@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import sys
 import traceback
 import types
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cloudpickle
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -28,37 +31,60 @@ def load(config_flag: str) -> ConfigDict:
     local_path(config_flag)  # for gs://bucket/file.py, before it is cut at its colon
     file, colon, variant = config_flag.partition(":")
     path = find(local_path(file))
-    try:
-        source = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"there is no config file {path}", near_files(path)) from None
-    except OSError as error:
-        raise UserError(f"the config file {path} can't be read: {error.strerror}", near_files(path)) from None
-    number = zlib.crc32(os.fsencode(os.path.abspath(path)))
-    module = types.ModuleType(f"config_{number:08x}")  # a file's own: none takes another's place
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # where dataclasses and pickle look for what it defines
-    cloudpickle.register_pickle_by_value(module)  # workers can't import it
-    try:
-        exec(compile(source, str(path), "exec"), module.__dict__)
-        if not callable(getattr(module, "get_config", None)):
-            raise UserError(f"the config file {path} defines no get_config", "write it as in configs/cifar10.py")
+    module = run_file(path, "config", near_files(path))
+    if not callable(getattr(module, "get_config", None)):
+        raise UserError(f"the config file {path} defines no get_config", "write it as in configs/cifar10.py")
+    with told(path, "config", "get_config", f"leave out the :{variant}" if colon else ""):
         config = module.get_config(*[variant] if colon else [])
-    except Stop:
-        raise
-    except SyntaxError as error:
-        raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}", "mend the config file") from None
-    except Exception as error:  # the file is a stranger's
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        what = f"{path}, line {lines[-1]}" if lines else f"{path}: get_config"
-        hint = "mend the config file" if lines or not colon else f"leave out the :{variant}"
-        raise UserError(f"{what}: {type(error).__name__}: {error}", hint) from None
     if not isinstance(config, ConfigDict):
         what = f"get_config of {path} returns a {type(config).__name__}"
         raise UserError(what, "let it return what jaxsft.config.default() gave, with changes")
     config = ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
     config_module.check_keys(config)
     return config
+
+
+def run_file(path: Path, what: str, others: str) -> Any:
+    """The module that a Python file of the user's makes.
+
+    Args:
+      path: of the file.
+      what: kind of file it is, for messages: "config".
+      others: what to do where there is none.
+
+    Raises:
+      UserError: there is no such file, or it can't be run.
+    """
+    try:
+        source = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"there is no {what} file {path}", others) from None
+    except OSError as error:
+        raise UserError(f"the {what} file {path} can't be read: {error.strerror}", others) from None
+    number = zlib.crc32(os.fsencode(os.path.abspath(path)))
+    module = types.ModuleType(f"{what}_{number:08x}")  # a file's own: none takes another's place
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where dataclasses and pickle look for what it defines
+    cloudpickle.register_pickle_by_value(module)  # workers can't import it
+    with told(path, what):
+        exec(compile(source, str(path), "exec"), module.__dict__)
+    return module
+
+
+@contextlib.contextmanager
+def told(path: Path, what: str, function: str = "", instead: str = "") -> Iterator[None]:
+    """Let an exception from a file of the user's, or a `function` of it, be one line: where, and what; a UserError."""
+    try:
+        yield
+    except Stop:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}", f"mend the {what} file") from None
+    except Exception as error:  # the file is a stranger's
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else f"{path}: {function}" if function else str(path)
+        hint = f"mend the {what} file" if lines or not instead else instead
+        raise UserError(f"{where}: {type(error).__name__}: {error}", hint) from None
 
 
 def shipped() -> Path:

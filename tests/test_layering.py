@@ -24,6 +24,7 @@ LAYERS = (
     ("jaxsft.learn",),
     ("jaxsft.allowed", "jaxsft.keys", "jaxsft.config", "jaxsft.recipes", "jaxsft.flags"),
     ("jaxsft.run", "jaxsft.parity", "jaxsft.data.show"),
+    ("jaxsft.tune",),
     ("jaxsft", "jaxsft.bench"),  # the commands
 )
 FILES = sorted([*ROOT.glob("jaxsft/**/*.py"), *ROOT.glob("convert/**/*.py")])

@@ -136,3 +136,44 @@ class Arrays(Source):
 
     def name(self, index: int) -> str:
         return self.names[index] if self.names else super().name(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part(Source):
+    """Some images of an array, which is held whole, once, however many parts of it are used; rows int32 [n]."""
+
+    whole: Arrays
+    rows: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:  # type: ignore[override]
+        return self.whole.labels[self.rows]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.whole.class_names
+
+    @property
+    def size(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.whole.size
+
+    @property
+    def bad(self) -> tuple[tuple[str, str], ...]:  # type: ignore[override]
+        return self.whole.bad
+
+    @property
+    def split(self) -> str:  # type: ignore[override]
+        return self.whole.split
+
+    @property
+    def listing(self) -> str:  # type: ignore[override]
+        return self.whole.listing
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.whole[self.rows[index]]
+
+    def select(self, indices: np.ndarray) -> Part:
+        return Part(self.whole, self.rows[indices])
+
+    def name(self, index: int) -> str:
+        return self.whole.name(int(self.rows[index]))

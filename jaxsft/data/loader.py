@@ -17,10 +17,10 @@ import numpy as np
 
 from jaxsft.cli import Stop, UserError, printable, warn
 from jaxsft.data.augment import RANDOM_CROP
-from jaxsft.data.base import LONG, Arrays, Source
+from jaxsft.data.base import LONG, Arrays, Part, Source
 from jaxsft.data.files import broken
 from jaxsft.data.pipeline import Pipeline, WorkerDied, one_line
-from jaxsft.data.reading import LONGEST, Layout, Plan, Reader
+from jaxsft.data.reading import LONGEST, Layout, PartPlan, Plan, Reader
 from jaxsft.data.threads import cores
 from jaxsft.models.weights import Preprocessing
 
@@ -107,12 +107,16 @@ class Loader(Protocol):
         """End the worker processes, where there are any; the next batch starts new ones."""
 
 
-class Resident:
-    """A set on every device: {"images": uint8 [N, H, W, 3], "labels": int32 [N] or uint8 [N, K]}."""
+def on_devices(source: Arrays, devices: Devices) -> dict[str, jax.Array]:
+    """A set on every device: {"images": uint8 [N, H, W, 3], "labels": int32 [N]}."""
+    return devices.replicate({"images": source.images, "labels": source.labels})
 
-    def __init__(self, source: Arrays, plan: Plan, devices: Devices, preprocessing: Preprocessing):
-        self.plan, self.devices, self.preprocessing = plan, devices, preprocessing
-        self.dataset = devices.replicate({"images": source.images, "labels": source.labels})
+
+class Resident:
+    """A set that is on every device, the `dataset` of `on_devices`."""
+
+    def __init__(self, dataset: dict[str, jax.Array], plan: Plan, devices: Devices, preprocessing: Preprocessing):
+        self.dataset, self.plan, self.devices, self.preprocessing = dataset, plan, devices, preprocessing
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """See Loader."""
@@ -281,8 +285,9 @@ def make_loader(
     workers: int | None = None,
     share: tuple[int, int] = (0, 1),
     bad: BadFiles | None = None,
+    dataset: dict[str, jax.Array] | None = None,
 ) -> Loader:
-    """The loader of a source: `Resident` for arrays, else `Stream`.
+    """The loader of a source: `Resident` for arrays and parts of them, else `Stream`.
 
     Args:
       source: what to load.
@@ -293,11 +298,15 @@ def make_loader(
       workers: processes that decode; None: one a core, at most 16; 0: none, in this process.
       share: (this process, number of processes) of a run on many machines: what part of each batch a stream reads.
       bad: where broken images are noted.
+      dataset: of `on_devices`, where it is there already; of a part that of the whole.
     """
     bad = BadFiles() if bad is None else bad
     bad.add(source.bad)
-    if isinstance(source, Arrays):
-        return Resident(source, plan, devices, preprocessing)
+    if isinstance(source, Arrays | Part):
+        whole = source.whole if isinstance(source, Part) else source
+        dataset = on_devices(whole, devices) if dataset is None else dataset
+        own = PartPlan(plan, source.rows) if isinstance(source, Part) else plan
+        return Resident(dataset, own, devices, preprocessing)
     layout, left = layout_of(source, preprocessing, augmentations)
     count = min(cores(), MOST_WORKERS) if workers is None else workers
     return Stream(Reader(source, plan, layout, share), devices, left, count, bad)

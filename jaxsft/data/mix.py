@@ -39,15 +39,21 @@ def mix(
 
 def mix_up(key: jax.Array, images: jax.Array, partners: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
     """share * image + (1 - share) * partner."""
-    share = jax.random.beta(key, alpha, alpha)
+    share = drawn(key, alpha)
     return share * images + (1 - share) * partners, share
+
+
+def drawn(key: jax.Array, alpha: float) -> jax.Array:
+    """A number of Beta(alpha, alpha); `alpha` may be an argument of the compiled step."""
+    both = jnp.asarray(alpha, float)
+    return jax.random.beta(key, both, both)
 
 
 def cut_mix(key: jax.Array, images: jax.Array, partners: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
     """A box of the partner over each image; the share is what of the area is left, after cutting at the border."""
     height, width = images.shape[1:3]
     ratio_key, row_key, column_key = jax.random.split(key, 3)
-    reach = 0.5 * jnp.sqrt(1 - jax.random.beta(ratio_key, alpha, alpha))
+    reach = 0.5 * jnp.sqrt(1 - drawn(ratio_key, alpha))
     row, column = jax.random.randint(row_key, (), 0, height), jax.random.randint(column_key, (), 0, width)
     half_height, half_width = (reach * height).astype(jnp.int32), (reach * width).astype(jnp.int32)
     top, bottom = jnp.maximum(row - half_height, 0), jnp.minimum(row + half_height, height)

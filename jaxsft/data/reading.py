@@ -54,7 +54,21 @@ class EvalPlan:
         return {"example": np.minimum(index, self.size - 1), "mask": index < self.size}
 
 
-Plan = TrainPlan | EvalPlan
+@dataclasses.dataclass(frozen=True)
+class PartPlan:
+    """The plan of a part of a set, by the numbers that its examples have in the whole: rows int32 [n]."""
+
+    plan: Plan
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, step: int) -> Numbers:
+        return {name: value if name == "mask" else self.rows[value] for name, value in self.plan[step].items()}
+
+
+Plan = TrainPlan | EvalPlan | PartPlan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,14 +109,38 @@ def open_splits(config: Any) -> tuple[Source, Source]:
     listing.forget()
     train = open_source(data.source, data.train_split, options)
     evaluated = open_source(data.source, data.eval_split, options)
-    if outputs := names_of(config.model.classes):
-        train = with_classes(train, outputs, f"the train split of {data.source}", "config.model.classes")
+    train = of_outputs(train, config)
     evaluated = with_classes(evaluated, train.class_names, f"the eval split of {data.source}", "the train split")
     if data.check_overlap:
         warn_of_overlap(train, evaluated)
-    if data.fraction < 1 or data.per_class is not None:
-        train = train.select(subset(train.labels, data.fraction, data.per_class, config.seed))
-    return in_memory(train, options), in_memory(evaluated, options)
+    return in_memory(cut_down(train, config), options), in_memory(evaluated, options)
+
+
+def open_training(config: Any) -> Source:
+    """What a run trains on, as `open_splits`, for what never looks at the split to evaluate on.
+
+    Raises:
+      UserError: as `open_source`; a class that is no output.
+    """
+    options = Options.of(config)
+    listing.forget()
+    train = of_outputs(open_source(config.data.source, config.data.train_split, options), config)
+    return in_memory(cut_down(train, config), options)
+
+
+def of_outputs(train: Source, config: Any) -> Source:
+    """A training split whose classes are numbered as model.classes names the outputs, where it does."""
+    outputs = names_of(config.model.classes)
+    what = f"the train split of {config.data.source}"
+    return with_classes(train, outputs, what, "config.model.classes") if outputs else train
+
+
+def cut_down(train: Source, config: Any) -> Source:
+    """What `data.fraction` and `data.per_class` leave of a training split."""
+    data = config.data
+    if data.fraction == 1 and data.per_class is None:
+        return train
+    return train.select(subset(train.labels, data.fraction, data.per_class, config.seed))
 
 
 def open_unlabelled(config: Any) -> Source | None:

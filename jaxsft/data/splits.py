@@ -151,6 +151,23 @@ def divided(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray,
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
+def folds(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """The fold, 0 .. count - 1, of each image: int [N]; each class is dealt out over all folds like cards.
+
+    Of a class no fold has more than one image more than another, and so it is of all images, as of scikit-learn's
+    StratifiedKFold.
+
+    Args:
+      labels: int [N].
+      count: how many folds.
+      seed: of who comes into which.
+    """
+    members = [shuffled(np.flatnonzero(labels == label), seed, int(label)) for label in np.unique(labels)]
+    fold = np.empty(len(labels), np.intp)
+    fold[np.concatenate(members)] = np.arange(len(labels)) % count
+    return fold
+
+
 def partition(labels: np.ndarray, options: Options, what: str, own: str = "") -> dict[str, np.ndarray]:
     """Data without a split to evaluate on as splits: name -> indices, sorted.
 

@@ -59,7 +59,7 @@ def rules(config: ConfigDict, params: Any, fresh: Collection[str] = ()) -> dict[
     pulled = config.optim.l2_sp and config.model.weights
     for path, leaf in flat.items():
         to_start = bool(pulled) and path not in fresh
-        decay = float(config.optim.l2_sp if to_start else config.optim.weight_decay)
+        decay = config.optim.l2_sp if to_start else config.optim.weight_decay
         found[path] = Rule(
             shape=tuple(leaf.shape),
             start=begins[path],

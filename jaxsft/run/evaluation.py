@@ -112,15 +112,16 @@ def evaluate_run(run: Run, examples: Examples) -> Result:
         loader.close()
 
 
-def answers_of(run: Run, examples: Examples) -> dict[str, np.ndarray]:
-    """What a saved run takes each of `examples` for; their workers end.
+def answers_of(run: Run, examples: Examples, step: Callable[..., Any] | None = None) -> dict[str, np.ndarray]:
+    """What a saved run takes each of `examples` for; their workers end. `step` is compiled for them already.
 
     Returns:
       "example", "label" and "predicted" int32 [N], "probability" float [N]; without examples that can't be read. Of
       several labels an image "label" and "predicted" are uint8 [N, K].
     """
     _, loader, parallel = examples
-    step = parallel.compile(make_answer_step(run.model, loader.preprocessing, axis_name=parallel.axis_name))
+    if step is None:
+        step = parallel.compile(make_answer_step(run.model, loader.preprocessing, axis_name=parallel.axis_name))
     try:
         batches = list(results(step, parallel.replicate(run.variables), loader))
     finally:

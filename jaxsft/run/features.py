@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxsft.cli import Stop
 from jaxsft.data.base import Arrays, Source
-from jaxsft.data.loader import BadFiles, Loader, Resident, Sent, make_loader
+from jaxsft.data.loader import BadFiles, Loader, Resident, Sent, make_loader, on_devices
 from jaxsft.data.reading import EvalPlan, Plan
 from jaxsft.learn.features import make_features_step
 from jaxsft.models.weights import Preprocessing, cache_dir
@@ -75,8 +75,9 @@ class Keeper:
 
     def loader(self, kept: Arrays, plan: Plan) -> Loader:
         """Features on the devices, as images are up to data.resident_mb, or sent with each batch."""
-        resident = kept.images.nbytes <= self.most_bytes
-        return (Resident if resident else Sent)(kept, plan, self.parallel, self.preprocessing)
+        if kept.images.nbytes > self.most_bytes:
+            return Sent(kept, plan, self.parallel, self.preprocessing)
+        return Resident(on_devices(kept, self.parallel), plan, self.parallel, self.preprocessing)
 
     @property
     def most_bytes(self) -> int:

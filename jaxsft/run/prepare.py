@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxsft import cli
-from jaxsft.data.base import Source
+from jaxsft.data.base import Part, Source
 from jaxsft.data.fingerprint import fingerprint
 from jaxsft.data.loader import BadFiles, Loader, WithUnlabelled, make_loader
 from jaxsft.data.order import Order
@@ -30,19 +30,20 @@ from jaxsft.run.job import Job
 from jaxsft.run.parallel import DataParallel, all_devices
 from jaxsft.run.pretrained import load_pretrained
 from jaxsft.run.program import Program, at_epoch
+from jaxsft.run.shared import Shared
 from jaxsft.run.teacher import load_teacher
 
+MAKING = "making the model ..."
 UNLABELLED = 2**62  # added to the seed, so that both streams are in orders of their own
 
 
-def open_data(config: ConfigDict) -> tuple[Source, Source]:
-    """The train and eval splits.
+def check_data(config: ConfigDict, train_source: Source) -> None:
+    """Find out whether there is enough to train on, of the kind that the config is for.
 
     Raises:
-      UserError: they can't be had, there are fewer training images than one batch takes, or a single class, or images
-        have several labels and the config is for one, or the other way round.
+      UserError: there are fewer training images than one batch takes, or a single class, or images have several labels
+        and the config is for one, or the other way round.
     """
-    train_source, eval_source = open_splits(config)
     labelling.check(config, train_source)
     if len(train_source.class_names) == 1:
         raise cli.UserError(
@@ -54,7 +55,6 @@ def open_data(config: ConfigDict) -> tuple[Source, Source]:
             f"config.data.batch_size {config.data.batch_size} is more than the {len(train_source)} training images",
             f"take {len(train_source)} or less",
         )
-    return train_source, eval_source
 
 
 def order_of(config: ConfigDict, source: Source, parallel: DataParallel) -> Order:
@@ -112,8 +112,15 @@ def check_batch_norm(config: ConfigDict, parallel: DataParallel, order: Order, r
             ) from None
 
 
-def prepare(config: ConfigDict) -> tuple[Job, str]:
+def prepare(
+    config: ConfigDict, splits: tuple[Source, Source] | None = None, shared: Shared | None = None
+) -> tuple[Job, str]:
     """Open the data, port the weights, build the steps, saying so; and a line that says what will be trained.
+
+    Args:
+      config: of the run.
+      splits: what is trained and evaluated on, where that is open already; None: as the config says.
+      shared: what runs of this process have made so far, to be used by this one; None: it stands alone.
 
     Raises:
       UserError: the data, the weights or the config do not allow it.
@@ -123,8 +130,10 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     shapes = checked_shapes(make_model(config, 2), config.data.image_size)
     rules = trainable.rules(config, shapes["params"])  # its patterns, before anything is fetched
     tell = cli.say if parallel.is_main else lambda text: None
-    tell(f"reading {config.data.source} ...")
-    train_source, eval_source = open_data(config)
+    if splits is None:
+        tell(f"reading {config.data.source} ...")
+    train_source, eval_source = open_splits(config) if splits is None else splits
+    check_data(config, train_source)
     unlabelled = open_unlabelled(config)
     order_of_unlabelled = unlabelled and unlabelled_order(config, unlabelled)
     order = order_of(config, train_source, parallel)
@@ -134,16 +143,19 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     total = config.train.steps or max(round(config.train.epochs * every), 1)
     rate = make_schedule(config, every, total)
     trainable.phases(rules, every, total)  # whether they end in time
-    tell(
-        f"making {config.model.arch} of {config.model.weights} ..." if config.model.weights else "making the model ..."
-    )
-    statistics_axis = parallel.statistics_axis(config.parallel.batch_norm)
-    model, variables, card, said, fresh = initial(
-        config, train_source.class_names, load_pretrained, statistics_axis, parallel.devices
-    )
+
+    def make() -> Any:
+        tell(f"making {config.model.arch} of {config.model.weights} ..." if config.model.weights else MAKING)
+        axis_name = parallel.statistics_axis(config.parallel.batch_norm)
+        return initial(config, train_source.class_names, load_pretrained, axis_name, parallel.devices)
+
+    made = shared.initial(config, train_source.class_names, parallel, make) if shared else make()
+    model, variables, card, said, fresh = made
     card = dataclasses.replace(card, multi_label=train_source.multi_label)
     bad_files = BadFiles(config.data.on_error)
     options: dict[str, Any] = {"workers": config.data.workers, "share": parallel.share, "bad": bad_files}
+    if shared and isinstance(train_source, Part):
+        options["dataset"] = shared.dataset(train_source.whole, parallel)
     train_options = {**options, "augmentations": tuple(config.data.augment)}
     mixing = bool(config.train.mixup or config.train.cutmix)
     plan, evaluated = TrainPlan(order, partners=mixing), EvalPlan(len(eval_source), config.data.batch_size)
@@ -152,14 +164,14 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
     of_unlabelled = None
     if unlabelled and order_of_unlabelled:
         plan = TrainPlan(order_of_unlabelled)
-        views = make_loader(unlabelled, plan, parallel, card.preprocessing, **train_options)
+        views = make_loader(unlabelled, plan, parallel, card.preprocessing, **{**train_options, "dataset": None})
         train_loader, of_unlabelled = WithUnlabelled(train_loader, views), views.preprocessing
     if teacher:
         train_loader.dataset["teacher"] = parallel.replicate(taught_by)
-    program = Program(
+    program = (Program if shared is None else shared.program)(
         config=config,
         model=model,
-        params=variables["params"],
+        params=jax.eval_shape(lambda: variables["params"]),
         rate=rate,
         every=every,
         total=total,
@@ -171,6 +183,7 @@ def prepare(config: ConfigDict) -> tuple[Job, str]:
         class_weights=numeric_weights(config, train_source.labels, card.num_classes),
         teacher=teacher,
     )
+    train_loader.dataset = program.dataset(train_loader.dataset)
     first, *later = program.phases()
     begin, kept = probe.beginning(program, variables, eval_source)
     job = Job(

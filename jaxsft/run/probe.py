@@ -75,6 +75,7 @@ class Probe:
         job.train_loader = keeper.loader(training, TrainPlan(job.order))
         job.eval_loader = keeper.loader(evaluated, EvalPlan(len(evaluated), job.config.data.batch_size))
         alone = self.program.of_head(self.head)
+        job.train_loader.dataset = alone.dataset(job.train_loader.dataset)
         _, job.train_step, job.several_steps = alone.phases()[0]
         job.eval_step, job.statistics_step = alone.evaluation(), None
         if job.parallel.is_main:
@@ -113,7 +114,7 @@ class ProbeFirst:
         keeper = keeper_of(job, self.program, self.head)
         kept = keeper.kept(job.train_source, "training", True)
         state, loader = program.state({"params": params}), keeper.loader(kept, TrainPlan(job.order))
-        update = program.phases()[0].train_step
+        loader.dataset, update = program.dataset(loader.dataset), program.phases()[0].train_step
         for step in range(total):
             state, _ = update(state, loader.dataset, loader.batch(step))
         examples = keeper.loader(kept, EvalPlan(len(kept), config.data.batch_size))

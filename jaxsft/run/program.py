@@ -116,6 +116,10 @@ class Program:
         axis_name, seed = self.parallel.axis_name, self.config.seed
         return self.parallel.compile(make_statistics_step(last.model, last.inputs, seed=seed, axis_name=axis_name))
 
+    def dataset(self, dataset: dict[str, Any]) -> dict[str, Any]:
+        """What the steps of training are called with beside a batch, of the set that the loader has on the devices."""
+        return dataset
+
     def state(self, variables: Any) -> TrainState:
         """The state before the first update, on every device."""
         with_average = bool(self.config.train.ema or self.config.train.swa_epochs)

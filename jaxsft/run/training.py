@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -285,8 +285,16 @@ def silent_orbax() -> Iterator[None]:
 
 
 @silent_orbax()
-def train(config: ConfigDict, workdir: Location, profile: int = 0, in_session: bool = False) -> None:
+def train(
+    config: ConfigDict,
+    workdir: Location,
+    profile: int = 0,
+    in_session: bool = False,
+    ready: Callable[[ConfigDict], tuple[Job, str]] = prepare,
+) -> None:
     """Fine-tune as `config` says, in `workdir`, and print where the run lies and its accuracy.
+
+    `ready` makes the run ready, as `prepare` does by what the config says alone.
 
     Raises:
       UserError: the config, the data, the weights or the directory do not allow it; found before anything is written.
@@ -297,7 +305,7 @@ def train(config: ConfigDict, workdir: Location, profile: int = 0, in_session: b
     if finished:
         cli.say(f"{workdir}: finished at step {finished['step']}, accuracy {finished['accuracy']:.4f}")
         return
-    job, said = prepare(config)
+    job, said = ready(config)
     require_agreement(job, job.data, "the processes see different data", "give all of them the same images")
     with workdir_module.opened(workdir, job.parallel.is_main) as copy:
         workdir_module.create(copy, config, job.card, job.data, job.parallel.is_main)
