@@ -57,10 +57,8 @@ class Probe:
         for loader in (job.train_loader, job.eval_loader):
             loader.close()
         keeper = keeper_of(job, self.model, self.head)
-        training, evaluated = (
-            keeper.kept(job.train_source, "training", True),
-            keeper.kept(self.eval_source, "evaluation"),
-        )
+        training = keeper.kept(job.train_source, "training", substitute=True)
+        evaluated = keeper.kept(self.eval_source, "evaluation")
         job.train_loader = keeper.loader(training, TrainPlan(job.order))
         job.eval_loader = keeper.loader(evaluated, EvalPlan(len(evaluated), job.config.data.batch_size))
         make = lambda optimizer: self.step_of(job.config, self.head, optimizer, None, parallel.axis_name)
@@ -100,7 +98,7 @@ class ProbeFirst:
         config, parallel, path = alone(job.config), job.parallel, self.head.layer
         steps = max(round(config.train.probe_epochs * job.order.steps_per_epoch), 1)
         keeper = keeper_of(job, self.model, self.head)
-        kept = keeper.kept(job.train_source, "training", True)
+        kept = keeper.kept(job.train_source, "training", substitute=True)
         params = {path: jax.device_get(job.state.params[path])}
         optimizer = make_optimizer(config, params, make_schedule(config, job.order.steps_per_epoch, steps))
         state = parallel.replicate(TrainState.create({"params": params}, optimizer, with_average=False))
