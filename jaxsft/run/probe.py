@@ -70,7 +70,7 @@ class Probe:
         for loader in (job.train_loader, job.eval_loader):
             loader.close()
         keeper = keeper_of(job, self.program, self.head)
-        training = keeper.kept(job.train_source, "training", True)
+        training = keeper.kept(job.train_source, "training", substitute=True)
         evaluated = keeper.kept(self.eval_source, "evaluation")
         job.train_loader = keeper.loader(training, TrainPlan(job.order))
         job.eval_loader = keeper.loader(evaluated, EvalPlan(len(evaluated), job.config.data.batch_size))
@@ -112,7 +112,7 @@ class ProbeFirst:
             self.program.of_head(self.head), config=config, params=params, rate=rate, total=total
         )
         keeper = keeper_of(job, self.program, self.head)
-        kept = keeper.kept(job.train_source, "training", True)
+        kept = keeper.kept(job.train_source, "training", substitute=True)
         state, loader = program.state({"params": params}), keeper.loader(kept, TrainPlan(job.order))
         loader.dataset, update = program.dataset(loader.dataset), program.phases()[0].train_step
         for step in range(total):
