@@ -22,7 +22,7 @@ LAYERS = (
     ("jaxsft.models",),
     ("jaxsft.data", "jaxsft.interpret", "convert"),
     ("jaxsft.learn",),
-    ("jaxsft.allowed", "jaxsft.keys", "jaxsft.config", "jaxsft.recipes", "jaxsft.flags"),
+    ("jaxsft.allowed", "jaxsft.keys", "jaxsft.conflicts", "jaxsft.config", "jaxsft.recipes", "jaxsft.flags"),
     ("jaxsft.run", "jaxsft.parity", "jaxsft.data.show"),
     ("jaxsft.tune",),
     ("jaxsft", "jaxsft.bench"),  # the commands
