@@ -77,9 +77,9 @@ def evaluations(
       NotFinite: a loss is NaN or infinite.
     """
     job, _ = prepare(config, splits, shared)
-    job.begin(job, 0)
     meter = Meter(finite=True)
     try:
+        job.begin(job, 0)
         for steps in job.calls(0):
             meter.add(steps, job.update(steps))
             between()

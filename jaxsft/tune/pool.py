@@ -12,7 +12,7 @@ from jaxsft import cli
 from jaxsft.cli import UserError
 from jaxsft.data.base import Arrays, Part, Source
 from jaxsft.data.sources import open_training
-from jaxsft.data.splits import folds, strata
+from jaxsft.data.splits import folds
 from jaxsft.run.prepare import check_data
 
 Splits = tuple[Source, Source]  # to train and to evaluate on
@@ -55,13 +55,15 @@ def open_pool(config: ConfigDict, count: int, used: Sequence[int] | None = None)
     cli.say(f"reading {config.data.source} ...")
     source = open_training(config)
     check_data(config, source)
-    kinds = strata(source.labels)
-    smallest = int(np.unique(kinds, return_counts=True)[1].min())
+    if source.multi_label:
+        what = f"the images of {config.data.source} have several labels"
+        raise UserError(what, "search with images of one label each")
+    smallest = int(np.unique(source.labels, return_counts=True)[1].min())
     if count > len(source):
         raise UserError(f"--folds is {count}", f"there are {len(source)} training images: take fewer")
     if smallest < count:
         cli.warn(f"a class has {smallest} training images: it is not in each of {count} folds")
-    pool = Pool(source, folds(kinds, count, config.seed), count)
+    pool = Pool(source, folds(source.labels, count, config.seed), count)
     for fold in range(count) if used is None else used:
         check_data(config, pool.splits(fold)[0])
     return pool
