@@ -112,8 +112,8 @@ def is_rand_augment(value: Any) -> bool:
 
 
 def are_weights(value: Any) -> bool:
-    """Whether `value` is no or some finite numbers of 0 and more."""
-    return all(0 <= x < inf for x in value) and (not value or max(value) > 0)
+    """Whether `value` is no or some finite numbers of 0 and more, or ('balanced',)."""
+    return value == ("balanced",) or (all(0 <= x < inf for x in value) and (not value or max(value) > 0))
 
 
 def are_multipliers(value: Any) -> bool:
@@ -121,12 +121,32 @@ def are_multipliers(value: Any) -> bool:
     return all(len(pair) == 2 and is_pattern(pair[0]) and 0 <= pair[1] < inf for pair in value)
 
 
+def are_epochs(value: Any) -> bool:
+    """Whether `value` is pairs of a regular expression and an epoch above 0."""
+    return all(len(pair) == 2 and is_pattern(pair[0]) and 0 < pair[1] < inf for pair in value)
+
+
+def are_betas(value: Any) -> bool:
+    """Whether `value` is no or two shares below 1."""
+    return len(value) in (0, 2) and all(0 <= x < 1 for x in value)
+
+
+def are_classes(value: Any) -> bool:
+    """Whether `value` is no or several names, 'old=new' among them, each old and each new one once."""
+    if len(value) == 1 or not all(isinstance(entry, str) for entry in value):
+        return False
+    pairs = [entry.split("=", 1) if "=" in entry else [entry, entry] for entry in value]
+    return all(map(all, pairs)) and all(len(set(names)) == len(pairs) for names in zip(*pairs, strict=True))
+
+
 ANY = Allowed("", lambda v: True)  # of its type
 SEED = Allowed("0 to 2**63 - 1", lambda v: 0 <= v < 2**63)
 CHECKPOINT = Allowed("'last', 'best' or a step", lambda v: v in ("last", "best") or v.isdecimal())
 PATTERNS = Allowed("a tuple of regular expressions", lambda v: all(is_pattern(p) for p in v))
 SOURCE = Allowed("'tfds:NAME', 'folder:PATH', 'csv:FILE', 'hf:NAME' or 'sample'", bool)
+SOURCE_OR_NONE = Allowed(f"'' or {SOURCE.text}", lambda v: True)
 SPLIT = Allowed("a split such as train[:90%]", bool)
+DELIMITER = Allowed("'' or one character, no letter and no digit", lambda v: len(v) < 2 and not v.isalnum())
 RESIZE = Allowed(f"None or image_size to {LARGEST}", lambda v: v is None or v <= LARGEST)
 SHARES = Allowed("two shares of the area, 0 < low <= high <= 1", lambda v: is_range(v) and v[1] <= 1)
 RATIOS = Allowed("two ratios, 0 < low <= high", is_range)
@@ -134,5 +154,8 @@ JITTER = Allowed("four numbers of 0 or more, the last at most 0.5", is_jitter)
 RAND_AUGMENT = Allowed("two numbers, operations 1 to 10 and magnitude 0 to 30", is_rand_augment)
 RGB = Allowed("three numbers", is_rgb)
 RGB_ABOVE_0 = Allowed("three numbers above 0", lambda v: is_rgb(v) and min(v) > 0)
-CLASS_WEIGHTS = Allowed("numbers of 0 or more, not all 0", are_weights)
+CLASS_WEIGHTS = Allowed("numbers of 0 or more, not all 0, or 'balanced'", are_weights)
+CLASSES = Allowed("a tuple of two names or more, each once, 'old=new' among them", are_classes)
 MULTIPLIERS = Allowed("a tuple of pairs (regular expression, factor of 0 or more)", are_multipliers)
+EPOCHS = Allowed("a tuple of pairs (regular expression, epoch above 0)", are_epochs)
+BETAS = Allowed("no or two numbers, 0 to below 1", are_betas)

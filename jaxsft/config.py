@@ -94,7 +94,9 @@ def conflicts(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
     from jaxsft.data.augment import ERASING, RANDOM_CROP  # as in jaxsft.keys
 
     model, data, optim, train = config.model, config.data, config.optim, config.train
-    augment, resize = data.augment, data.resize_size
+    augment, resize, warmup = data.augment, data.resize_size, optim.warmup_steps
+    several = bool(data.label_delimiter)
+    keeps = train.method == "probe" and train.keep_features
     return (
         (
             RANDOM_CROP in augment[1:],
@@ -122,9 +124,39 @@ def conflicts(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
             "change one of them",
         ),
         (
-            optim.name == "sgd" and optim.nesterov and not optim.momentum,
+            optim.name in ("sgd", "lars", "muon") and optim.nesterov and not optim.momentum,
             "config.optim.nesterov needs a momentum",
             "set --config.optim.momentum=0.9 or --noconfig.optim.nesterov",
+        ),
+        (
+            optim.name in ("sgd", "lars") and bool(optim.betas),
+            f"config.optim.betas is {optim.betas}, and {optim.name} has none",
+            "leave them out: --config.optim.betas=",
+        ),
+        (
+            optim.name in ("sgd", "lars", "lion") and optim.eps is not None,
+            f"config.optim.eps is {optim.eps}, and {optim.name} has none",
+            "leave it out: --config.optim.eps=None",
+        ),
+        (
+            bool(optim.l2_sp) and not model.weights,
+            "config.optim.l2_sp without config.model.weights has nothing to stay near to",
+            "name weights, or set --config.optim.weight_decay instead",
+        ),
+        (
+            bool(model.classes) and model.num_classes not in (None, len(model.classes)),
+            f"config.model.classes has {len(model.classes)} names, and config.model.num_classes is {model.num_classes}",
+            "leave out num_classes",
+        ),
+        (
+            bool(model.classes) and model.head != "auto",
+            f"config.model.classes decides on the head by name, and config.model.head is {model.head!r}",
+            "leave out one of them",
+        ),
+        (
+            bool(model.classes) and not model.weights,
+            "config.model.classes without config.model.weights has no head to change",
+            "name weights whose classes have names, such as a run",
         ),
         (
             bool(model.freeze) and not model.weights,
@@ -137,9 +169,99 @@ def conflicts(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
             "name weights, or set --config.model.batch_norm=train",
         ),
         (
-            train.steps is None and optim.warmup_epochs >= train.epochs,
+            bool(model.unfreeze) and not model.freeze,
+            "config.model.unfreeze without config.model.freeze has nothing that could begin later",
+            "freeze what is to wait, such as --config.model.freeze='^(?!fc)'",
+        ),
+        (
+            train.steps is None and any(epoch >= train.epochs for _, epoch in model.unfreeze),
+            f"config.model.unfreeze is {model.unfreeze}, and the run ends at epoch {train.epochs:g}",
+            "begin earlier, or train longer",
+        ),
+        (
+            optim.schedule == "onecycle" and bool(optim.warmup_epochs if warmup is None else warmup),
+            "config.optim.schedule is 'onecycle', which has a warm-up of its own",
+            "set --config.optim.warmup_epochs=0 and leave out warmup_steps; onecycle_warmup says how long its own is",
+        ),
+        (
+            optim.schedule_by == "epoch" and optim.schedule == "onecycle",
+            "config.optim.schedule is 'onecycle', which changes the rate at every update",
+            "set --config.optim.schedule_by=step",
+        ),
+        (
+            optim.schedule_by == "epoch" and warmup is not None,
+            f"config.optim.warmup_steps is {warmup} and config.optim.schedule_by is 'epoch'",
+            "set warmup_epochs instead, or --config.optim.schedule_by=step",
+        ),
+        (
+            optim.schedule_by == "epoch" and optim.warmup_epochs % 1 != 0,
+            f"config.optim.warmup_epochs is {optim.warmup_epochs} and config.optim.schedule_by is 'epoch'",
+            "warm up for whole epochs, or set --config.optim.schedule_by=step",
+        ),
+        (
+            train.method != "full" and not model.weights,
+            f"config.train.method={train.method!r} without config.model.weights probes random features",
+            "name weights, or set --config.train.method=full",
+        ),
+        (
+            keeps and bool(train.mixup or train.cutmix),
+            "config.train.mixup and cutmix mix images, and a probe that keeps features sees none",
+            "leave them out, or set --noconfig.train.keep_features",
+        ),
+        (
+            keeps and bool(train.teacher or data.unlabelled),
+            "config.train.teacher and data.unlabelled are about images, and a probe that keeps features sees none",
+            "leave them out, or set --noconfig.train.keep_features",
+        ),
+        (
+            train.method == "probe" and bool(model.unfreeze),
+            "config.model.unfreeze lets more train later, and of config.train.method='probe' only the head trains",
+            "set --config.train.method=full and freeze what is to wait, or take lp-ft",
+        ),
+        (
+            train.steps is None and warmup is None and optim.warmup_epochs >= train.epochs,
             "config.optim.warmup_epochs is not shorter than config.train.epochs",
             "warm up for less, or train longer",
+        ),
+        (
+            bool(data.unlabelled) and train.loss != "cross_entropy",
+            f"config.data.unlabelled is {data.unlabelled} and config.train.loss is {train.loss!r}",
+            "set it to cross_entropy: FixMatch gives an image the one class that it is surely of",
+        ),
+        (
+            bool(train.ema and train.swa_epochs),
+            "config.train.ema and config.train.swa_epochs are two averages",
+            "set one of them",
+        ),
+        (
+            train.steps is None and train.swa_epochs > train.epochs,
+            f"config.train.swa_epochs {train.swa_epochs} is more than the {train.epochs:g} of config.train.epochs",
+            "average over fewer, or train longer",
+        ),
+        (
+            train.steps is not None and warmup is not None and warmup >= train.steps,
+            f"config.optim.warmup_steps {warmup} is not less than config.train.steps {train.steps}",
+            "warm up for less, or train longer",
+        ),
+        (
+            train.loss == "focal" and train.label_smoothing > 0,
+            f"config.train.loss is 'focal' and config.train.label_smoothing is {train.label_smoothing:g}",
+            "set --config.train.label_smoothing=0, or take another loss",
+        ),
+        (
+            several and not data.source.startswith("csv:"),
+            f"config.data.label_delimiter is {data.label_delimiter!r}, and config.data.source is {data.source}",
+            "leave it out: a table, csv:FILE, has images with several labels",
+        ),
+        (
+            several and train.loss == "cross_entropy",
+            "config.train.loss is 'cross_entropy', and with config.data.label_delimiter images have several labels",
+            "set --config.train.loss=bce or focal",
+        ),
+        (
+            several and data.sampling == "balanced",
+            "config.data.sampling is 'balanced', and with config.data.label_delimiter images have several labels",
+            "set it to shuffle; --config.train.class_weights=balanced weighs the classes",
         ),
         (
             data.per_class is not None and data.fraction < 1,

@@ -12,7 +12,7 @@ import re
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -33,6 +33,14 @@ OTHER_NAMES = {
     "optim.schedule": "scheduler lr_scheduler lr_schedule sched",
     "optim.weight_decay": "wd l2",
     "optim.warmup_epochs": "warmup",
+    "optim.warmup_steps": "num_warmup_steps warmup_iters",
+    "optim.lr_scaling": "lr_base_scale scale_lr",
+    "optim.betas": "beta1 beta2 adam_beta1 adam_beta2 opt_betas",
+    "optim.eps": "epsilon adam_epsilon opt_eps",
+    "optim.trust_coefficient": "trust_coeff",
+    "optim.schedule_by": "sched_on_updates",
+    "optim.power": "poly_power lr_power",
+    "optim.onecycle_warmup": "pct_start",
     "optim.step_epochs": "step_size",
     "optim.step_factor": "gamma",
     "optim.clip_norm": "clip_grad grad_clip max_grad_norm gradient_clip_val",
@@ -47,13 +55,20 @@ OTHER_NAMES = {
     "data.erasing": "reprob random_erase random_erasing",
     "model.arch": "model backbone network",
     "model.weights": "pretrained ckpt init_checkpoint",
-    "model.num_classes": "classes nb_classes num_labels",
+    "model.unfreeze": "unfreeze_at gradual_unfreezing unfreeze_backbone_at_epoch",
+    "model.num_classes": "nb_classes num_labels",
+    "model.classes": "class_names label_names id2label",
+    "train.method": "linear_probe linear_probing training_strategy freeze_backbone",
     "train.epochs": "epoch num_epochs max_epochs num_train_epochs",
     "train.steps": "max_steps num_steps total_steps",
     "train.precision": "amp dtype mixed_precision fp16 bf16",
     "train.matmul_precision": "tf32 allow_tf32 float32_matmul_precision",
     "train.ema": "ema_decay model_ema",
     "train.label_smoothing": "smoothing",
+    "train.loss": "criterion loss_fn loss_function bce_loss",
+    "train.focal_gamma": "focal_loss_gamma",
+    "train.class_weights": "class_weight weight",
+    "data.label_delimiter": "label_delim label_separator label_sep",
     "train.mixup": "mixup_alpha",
     "train.cutmix": "cutmix_alpha",
     "train.log_every_steps": "log_interval log_every print_freq logging_steps",
@@ -67,13 +82,16 @@ OTHER_NAMES = {
 }
 
 
-def parse_flags(argv: Sequence[str], usage: str, strings: dict[str, str]) -> tuple[ConfigDict, dict[str, str], str]:
+def parse_flags(
+    argv: Sequence[str], usage: str, strings: dict[str, str], switches: Collection[str] = ()
+) -> tuple[ConfigDict, dict[str, str], str]:
     """Read a command line of `--config FILE[:VARIANT] [--config.KEY=VALUE ...]` and the options named in `strings`.
 
     Args:
       argv: the arguments after the program's name.
       usage: what --help prints first.
       strings: further options of one text value each, and their help.
+      switches: those of them that have no value: theirs is 'on' where they are given.
 
     Returns:
       The locked config, the values of the further options ('' where not given), and FILE[:VARIANT] as typed. Of what
@@ -88,7 +106,7 @@ def parse_flags(argv: Sequence[str], usage: str, strings: dict[str, str]) -> tup
         raise SystemExit(0)
     values = {"config": "", **dict.fromkeys(strings, "")}
     changes: dict[str, Any] = {}
-    for name, text in options(argv, strings):
+    for name, text in options(argv, strings, switches):
         if name in values:
             values[name] = text
         else:
@@ -105,11 +123,13 @@ def parse_flags(argv: Sequence[str], usage: str, strings: dict[str, str]) -> tup
     return config, values, config_flag
 
 
-def options(argv: Sequence[str], strings: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def options(
+    argv: Sequence[str], strings: Mapping[str, str], switches: Collection[str] = ()
+) -> Iterator[tuple[str, str]]:
     """The options of a command line: ('config', 'config.KEY' or one of `strings`, its value).
 
     Raises:
-      UserError: what is none, or has no value.
+      UserError: what is none, or has no value, or one that it can't have.
     """
     tokens = iter(argv)
     for token in tokens:
@@ -121,6 +141,10 @@ def options(argv: Sequence[str], strings: Mapping[str, str]) -> Iterator[tuple[s
             raise unknown(token, strings)
         if is_key and not equals and kinds()[key][0] is bool:
             value = str(not is_off)
+        elif name in switches:
+            if equals:
+                raise UserError(f"{token} can't be: {flag} has no value", f"give {flag} alone")
+            value = "on"
         elif is_off:
             raise UserError(f"{token} can't be", f"give --config.{key}=VALUE")
         elif not equals:

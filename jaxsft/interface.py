@@ -29,8 +29,8 @@ from jaxsft import cli, export, recipes, storage
 from jaxsft import config as config_module
 from jaxsft.buckets import BucketPath
 from jaxsft.cli import UserError
-from jaxsft.interpret.metrics import Evaluation
 from jaxsft.interpret.mistakes import Mistakes, mistakes
+from jaxsft.interpret.multilabel import Result
 from jaxsft.run import evaluation, prediction, saved, training
 from jaxsft.run import workdir as workdir_module
 from jaxsft.run.machine import keep_compilations
@@ -59,8 +59,10 @@ class Run(saved.Run):
         state = "finished" if self.finished else "not finished"
         return f"<{self.card.arch} of {self.card.num_classes} classes at step {self.step}, {self.workdir}, {state}>"
 
-    def evaluate(self, data: str = "", split: str = "") -> Evaluation:
+    def evaluate(self, data: str = "", split: str = "") -> Result:
         """Evaluate on every image once: loss, accuracy, top-5, accuracy by class and confusions.
+
+        Of several labels an image: loss, mean average precision, F1, the share that is right in all its labels.
 
         Args:
           data: a source as config.data.source names it; '': the run's own.
@@ -80,8 +82,9 @@ class Run(saved.Run):
           topk: classes an image.
 
         Returns:
-          {"file", "classes": [{"class", "probability"}, ...]} of each; a file that can't be read is named on stderr and
-          left out. An image in memory is called by its place, such as 'image 3'.
+          {"file", "classes": [{"class", "probability"}, ...]} of each, of a model of several labels an image also
+          "labels", the names of those above 0.5; a file that can't be read is named on stderr and left out. An image in
+          memory is called by its place, such as 'image 3'.
 
         Raises:
           UserError: there is no such file, or what was given is no image.

@@ -3,7 +3,7 @@
 python -m jaxsft.predict --workdir DIR IMAGE_OR_FOLDER ... [--topk 5] [--checkpoint last|best|STEP] [--json FILE]
 
 Folders are searched through as for training; a file that is named is tried whatever its ending. An image that can't be
-read is named on stderr and left out.
+read is named on stderr and left out. Of a model of several labels an image, those above 0.5 come first.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ def main() -> None:
     results = []
     for result in predict(run, paths, args.topk):
         listed = "  ".join(f"{entry['class']} {entry['probability']:.3f}" for entry in result["classes"])
+        if "labels" in result:
+            listed = f"{', '.join(result['labels']) or '-'} ({listed})"
         cli.say(f"{result['file']}: {listed}")
         results.append(result)
     if not results:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from jaxsft import cli, flags, recipes, storage, streams
 from jaxsft import config as config_module
-from jaxsft.run import processes, profile
+from jaxsft.run import parameters, processes, profile
 from jaxsft.run import workdir as workdir_module
 from jaxsft.run.training import train
 
@@ -29,15 +29,19 @@ def main() -> None:
     options = {
         "workdir": "where the run lies; default runs/<config file>[-<variant>]",
         "checkpoint": "of a run given as config.model.weights: last, best or a step",
+        "print-parameters": "print what trains, from when, at which rate and with which decay, and do nothing else",
         **profile.OPTIONS,
         **processes.OPTIONS,
     }
     assert __doc__ is not None
-    config, values, config_flag = flags.parse_flags(sys.argv[1:], __doc__, options)
+    config, values, config_flag = flags.parse_flags(sys.argv[1:], __doc__, options, switches=["print-parameters"])
     workdir = storage.location(values["workdir"] or Path("runs") / recipes.run_name(config_flag))
     if values["checkpoint"]:
         config.model.checkpoint = values["checkpoint"]
     config_module.check(config)
+    if values["print-parameters"]:
+        cli.write_output(sys.stdout, "".join(f"{line}\n" for line in parameters.lines(config)))
+        return
     profile_steps = profile.steps_of(values["profile"])
     workdir_module.check(workdir, config)
     machine.keep_compilations()

@@ -19,12 +19,15 @@ import torch
 
 from convert import names
 from jaxsft import config as config_module
+from jaxsft.learn.features import make_features_step
 from jaxsft.learn.losses import make_loss
+from jaxsft.learn.objective import Inputs, Objective
 from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.schedule import make_schedule
 from jaxsft.learn.state import TrainState
 from jaxsft.learn.steps import make_train_step
 from jaxsft.models.families import ARCHITECTURES
+from jaxsft.models.head import head_of
 from jaxsft.models.resnet import ResNet
 from jaxsft.parity import networks, oracle, ours
 from jaxsft.parity.compare import Options, class_weights, inputs
@@ -51,11 +54,10 @@ def train(parallel: DataParallel, tensors: oracle.Arrays, sync: bool, weights: t
     config = config_module.default()
     config.optim.update({"lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY, "schedule": "constant"})
     optimizer = make_optimizer(config, values["params"], make_schedule(config, 1, STEPS))
-    body = make_train_step(
-        model, optimizer, None, loss=make_loss(SMOOTHING, weights, parallel.axis_name), axis_name=parallel.axis_name
-    )
+    objective = Objective(model, Inputs(None), make_loss(SMOOTHING, weights, parallel.axis_name))
+    body = make_train_step(objective, optimizer, axis_name=parallel.axis_name)
     step = parallel.compile(body)
-    state = parallel.replicate(TrainState.create(values, optimizer, with_average=False))
+    state = parallel.replicate(TrainState.create(values, optimizer))
     result = {}
     for number in range(STEPS):
         batch = inputs(OPTIONS, CLASSES, number)
@@ -75,12 +77,29 @@ def dropping(parallel: DataParallel) -> dict[str, Any]:
     """The parameters of a small network that drops values and images, after STEPS updates."""
     optimizer = optax.sgd(LR, MOMENTUM)
     model = tiny.Tiny(dropout=0.5, axis_name=parallel.axis_name)
-    step = parallel.compile(make_train_step(model, optimizer, None, axis_name=parallel.axis_name))
-    state = parallel.replicate(TrainState.create(tiny.variables(), optimizer, with_average=False))
+    step = parallel.compile(make_train_step(Objective(model, Inputs(None)), optimizer, axis_name=parallel.axis_name))
+    state = parallel.replicate(TrainState.create(tiny.variables(), optimizer))
     for number in range(STEPS):
         images, labels = tiny.batch(number)
         example = np.arange(len(labels), dtype=np.int32)
         state, _ = step(state, {}, parallel.split({"example": example, "image": images, "label": labels}))
+    return tiny.state_dict(jax.device_get(state.variables()))
+
+
+def probing(parallel: DataParallel) -> dict[str, Any]:
+    """The parameters after STEPS updates of the head alone, on features that all devices have made of their shares."""
+    optimizer, values = optax.sgd(LR, MOMENTUM), tiny.variables()
+    model = tiny.Tiny(dropout=0.5, frozen=("",), axis_name=parallel.axis_name)
+    make = parallel.compile(make_features_step(model, "fc", None, axis_name=parallel.axis_name))
+    head = head_of(model, "fc", values, tiny.SIDE)
+    step = parallel.compile(make_train_step(Objective(head, Inputs(None)), optimizer, axis_name=parallel.axis_name))
+    state = parallel.replicate(TrainState.create(values, optimizer, with_average=False))
+    for number in range(STEPS):
+        images, labels = tiny.batch(number)
+        batch = {"example": np.arange(len(labels), dtype=np.int32), "label": labels}
+        sent = parallel.split({**batch, "image": images, "mask": np.ones(len(labels), bool)})
+        features = jax.device_get(make(parallel.replicate(values), {}, sent)["features"])
+        state, _ = step(state, {}, parallel.split({**batch, "image": features}))
     return tiny.state_dict(jax.device_get(state.variables()))
 
 
@@ -133,10 +152,12 @@ def main() -> None:
         tensors = oracle.state(networks.build(ARCH, CLASSES).double())
         whole = train(DataParallel("pmap", jax.devices()[:1]), tensors, False, WEIGHTS)
         dropped = dropping(DataParallel("pmap", jax.devices()[:1]))
+        probed = probing(DataParallel("pmap", jax.devices()[:1]))
         for backend in backends:
             for count in counts:
                 parallel = DataParallel(backend, jax.devices()[:count])
                 result[f"drops {backend} {count}"] = worst(dropping(parallel), dropped)
+                result[f"probes {backend} {count}"] = worst(probing(parallel), probed)
                 result[f"sync {backend} {count}"] = worst(train(parallel, tensors, True, WEIGHTS), whole)
         for backend in backends:
             count = max(counts)

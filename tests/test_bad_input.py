@@ -88,11 +88,38 @@ CASES: tuple[tuple[str, str], ...] = (
     (SAMPLE + " --config.optim.layer_decay=0", "config.optim.layer_decay is 0.0; it must be above 0, at most 1"),
     (
         SAMPLE + " --config.train.class_weights='(1.0, -1.0)'",
-        "config.train.class_weights is (1.0, -1.0); it must be numbers of 0 or more, not all 0",
+        "config.train.class_weights is (1.0, -1.0); it must be numbers of 0 or more, not all 0, or 'balanced'",
     ),
     (
         SAMPLE + " --config.train.class_weights='(1.0, 2.0)'",
         "config.train.class_weights has 2 numbers; give one for each of 10 classes",
+    ),
+    (SAMPLE + " --config.train.loss=bcee", "config.train.loss is 'bcee'; it must be 'cross_entropy', 'bce' or 'focal'"),
+    (SAMPLE + " --config.train.focal_gamma=-1", "config.train.focal_gamma is -1.0; it must be 0 or more"),
+    (
+        SAMPLE + " --config.train.loss=focal --config.train.label_smoothing=0.1",
+        "config.train.loss is 'focal' and config.train.label_smoothing is 0.1; set --config.train.label_smoothing=0,"
+        " or take another loss",
+    ),
+    (
+        SAMPLE + " --config.data.label_delimiter=ab",
+        "config.data.label_delimiter is 'ab'; it must be '' or one character, no letter and no digit",
+    ),
+    (
+        SAMPLE + " --config.data.label_delimiter=';' --config.train.loss=bce",
+        "config.data.label_delimiter is ';', and config.data.source is sample; leave it out: a table, csv:FILE, has"
+        " images with several labels",
+    ),
+    (
+        SAMPLE + " --config.data.source=csv:a.csv --config.data.label_delimiter=';'",
+        "config.train.loss is 'cross_entropy', and with config.data.label_delimiter images have several labels; set"
+        " --config.train.loss=bce or focal",
+    ),
+    (
+        SAMPLE + " --config.data.source=csv:a.csv --config.data.label_delimiter=' ' --config.train.loss=focal"
+        " --config.data.sampling=balanced",
+        "config.data.sampling is 'balanced', and with config.data.label_delimiter images have several labels; set it to"
+        " shuffle; --config.train.class_weights=balanced weighs the classes",
     ),
     (SAMPLE + " --config.train.steps_per_call=0", "config.train.steps_per_call is 0; it must be 1 to 1000"),
     ("bench tpu --topology v9:2x2", "--topology is 'v9:2x2'; it must be one of v4, v5e, v5p, v6e, a colon and ..."),
@@ -194,7 +221,8 @@ CASES: tuple[tuple[str, str], ...] = (
     (SAMPLE + " --config.checkpoint.keep=0", "config.checkpoint.keep is 0; it must be 1 or more"),
     (
         SAMPLE + " --config.checkpoint.best_metric=accuracyy",
-        "config.checkpoint.best_metric is 'accuracyy'; it must be '', 'accuracy', 'top5' or 'loss'",
+        "config.checkpoint.best_metric is 'accuracyy'; it must be '', 'accuracy', 'top5', 'loss', 'map', 'f1_micro' or"
+        " 'f1_macro'",
     ),
     (SAMPLE + " --config.parallel.backend=pjit", "config.parallel.backend is 'pjit'; it must be 'pmap' or 'shard_map'"),
     (

@@ -28,7 +28,7 @@ from jaxsft.cli import UserError
 from jaxsft.data.augment import preprocess
 from jaxsft.models import weights
 from jaxsft.models.weights import Preprocessing
-from jaxsft.run.job import prepare
+from jaxsft.run.prepare import prepare
 from tests.files import write
 from tests.oracle import tensors, torch_model
 

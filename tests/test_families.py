@@ -199,7 +199,7 @@ def test_a_head_that_is_not_there(tmp_path: Path) -> None:
     config.model.arch, config.model.weights = "plain", "body"
     body = init_variables(Plain(1), 3, 32)
     del body["params"]["classifier.1"]
-    _, variables, _, said = initial(config, ("a", "b", "c"), lambda *_: (body, card))
+    _, variables, _, said, _ = initial(config, ("a", "b", "c"), lambda *_: (body, card))
     assert variables["params"]["classifier.1"]["kernel"].shape == (8, 3)
     assert "which has no head, given one of 3" in said
 
@@ -215,7 +215,7 @@ def test_depth_and_kinds_are_the_familys() -> None:
     assert rates["classifier.1/bias"] == 1.0
     config.model.freeze = (".",)
     with pytest.raises(UserError, match="leave some to train, such as classifier.1"):
-        trainable.frozen_parameters(config, params)
+        trainable.rules(config, params)
 
 
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64")

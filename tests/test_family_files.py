@@ -97,7 +97,7 @@ def test_weights_for_another_image_size_are_taken(tmp_path: Path) -> None:
     config.model.arch, config.model.weights = "narrow_vit", "some"
     for side, tokens in ((SIDE, 17), (48, 37)):
         config.data.image_size = side
-        model, values, _, _ = initial(config, tuple("abc"), lambda *_: (variables, card))
+        model, values, *_ = initial(config, tuple("abc"), lambda *_: (variables, card))
         assert values["params"]["encoder"]["pos_embedding"].shape[1] == tokens
         assert jax.tree.map(np.shape, values) == jax.tree.map(lambda s: s.shape, variable_shapes(model, side))
     config.data.image_size = 60

@@ -42,7 +42,10 @@ def test_help_lists_every_key_and_what_it_may_be(capsys: pytest.CaptureFixture[s
     assert "what changes training images, in this order [a tuple of names: random_resized_crop, pad_crop," in words
     assert "small one for 64 px [a name: resnet18, resnet34," in words
     lines = said.splitlines()
-    assert "  --config.optim.name=sgd                 the optimizer, as torch.optim has it ['sgd' or 'adamw']" in lines
+    assert (
+        f"{'  --config.model.head_init=torch':42}of a fresh head; 'torch': U(+-1/sqrt(fan_in)) ['torch' or 'zeros']"
+        in lines
+    )
     assert " " * 42 + "['bilinear' or 'bicubic']" in lines  # not beside the meaning, where it would be broken
 
 

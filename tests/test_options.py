@@ -25,11 +25,13 @@ from jaxsft.data.base import Options
 from jaxsft.data.sources import open_splits
 from jaxsft.interpret import metrics
 from jaxsft.learn import losses
+from jaxsft.learn.fixmatch import FixMatch
+from jaxsft.learn.objective import Inputs, Objective
 from jaxsft.models import families, initial, layers, resnet
 from jaxsft.models.family import variable_shapes
 from jaxsft.models.resnet import BasicBlock, ResNet
 from jaxsft.models.weights import Preprocessing
-from jaxsft.run import checkpoint, job, log, training
+from jaxsft.run import checkpoint, job, log, prepare, program, training
 from jaxsft.run.pretrained import load_pretrained
 from jaxsft.run.working_copy import WorkingCopy
 from tests.tiny import compiled
@@ -41,9 +43,11 @@ TESTS = {
     "model.weights": "test_ports_are_kept_and_directories_used_as_they_are",
     "model.checkpoint": "test_a_run_is_gone_on_from",
     "model.num_classes": "test_the_model_is_the_configs",
+    "model.classes": "test_kept_rows_are_bit_equal_and_new_ones_as_of_a_fresh_head",
     "model.head": "test_a_head_is_kept_where_its_classes_are_the_datas",
     "model.head_init": "test_the_model_is_the_configs",
     "model.freeze": "test_first_step",
+    "model.unfreeze": "test_unfreezing_is_torchs",
     "model.dropout": "test_rates_are_torchvisions_or_the_configs",
     "model.stochastic_depth": "test_rates_are_torchvisions_or_the_configs",
     "model.batch_norm": "test_the_model_is_the_configs",
@@ -55,11 +59,15 @@ TESTS = {
     "data.fraction": "test_of_each_class_is_trained_on_what_the_config_says",
     "data.per_class": "test_of_each_class_is_trained_on_what_the_config_says",
     "data.class_order": "test_the_order_of_classes",
+    "data.label_delimiter": "test_tables_of_several_labels_an_image",
     "data.on_error": "test_a_broken_image_is_left_out_and_listed",
     "data.exif_orientation": "test_pictures_are_turned_as_they_say",
     "data.check_overlap": "test_a_registered_source",
     "data.resident_mb": "test_what_fits_is_held_in_memory",
     "data.workers": "test_worker_processes_change_nothing",
+    "data.unlabelled": "test_the_gradient_of_fixmatch_is_torchs",
+    "data.unlabelled_split": "test_unlabelled_images_come_in_an_order_of_their_own",
+    "data.unlabelled_ratio": "test_unlabelled_images_come_in_an_order_of_their_own",
     "data.image_size": "test_preprocessing_is_torchvisions",
     "data.resize_size": "test_preprocessing_is_torchvisions",
     "data.interpolation": "test_preprocessing_is_torchvisions",
@@ -77,25 +85,48 @@ TESTS = {
     "data.std": "test_preprocessing_is_torchvisions",
     "optim.name": "test_updates_are_torchs",
     "optim.lr": "test_updates_are_torchs",
+    "optim.lr_scaling": "test_the_rate_grows_with_the_batch",
     "optim.momentum": "test_updates_are_torchs",
     "optim.nesterov": "test_updates_are_torchs",
+    "optim.betas": "test_updates_are_the_published_ones",
+    "optim.eps": "test_updates_are_the_published_ones",
+    "optim.trust_coefficient": "test_updates_are_the_published_ones",
     "optim.weight_decay": "test_updates_are_torchs",
     "optim.decay_norm_and_bias": "test_updates_are_torchs",
     "optim.no_decay": "test_decay_by_kind_is_torchvisions",
+    "optim.l2_sp": "test_decay_towards_the_start_is_a_term_of_the_loss",
     "optim.schedule": "test_schedules_are_torchs",
+    "optim.schedule_by": "test_rates_are_torchs",
     "optim.warmup_epochs": "test_schedules_are_torchs",
+    "optim.warmup_steps": "test_rates_are_torchs",
     "optim.step_epochs": "test_steps_fall_at_whole_epochs",
     "optim.step_factor": "test_steps_fall_at_whole_epochs",
+    "optim.power": "test_rates_are_torchs",
+    "optim.onecycle_warmup": "test_rates_are_torchs",
     "optim.layer_decay": "test_updates_are_torchs",
     "optim.lr_multipliers": "test_updates_are_torchs",
+    "optim.sam": "test_the_two_gradients_of_sam_are_the_papers",
     "optim.clip_norm": "test_updates_are_torchs",
     "optim.accumulate": "test_gradient_accumulation_is_torchs",
+    "train.method": "test_kept_features_train_as_the_network_does",
+    "train.keep_features": "test_kept_features_train_as_the_network_does",
+    "train.probe_epochs": "test_fine_tuning_starts_from_the_head_of_a_probe",
+    "train.probe_lr": "test_fine_tuning_starts_from_the_head_of_a_probe",
     "train.epochs": "test_a_run_is_as_long_and_as_wide_as_its_config",
     "train.steps": "test_a_run_is_as_long_and_as_wide_as_its_config",
+    "train.loss": "test_bce_is_torchs",
+    "train.focal_gamma": "test_focal_is_torchvisions_or_its_formula",
     "train.label_smoothing": "test_gradient_accumulation_is_torchs",
     "train.class_weights": "test_gradient_accumulation_is_torchs",
     "train.mixup": "test_the_loss_of_mixed_images_is_torchs",
     "train.cutmix": "test_mixing_as_torchvision",
+    "train.ema_warmup": "test_the_decay_of_a_moving_average_warms_up",
+    "train.swa_epochs": "test_the_mean_over_epochs_is_torchs",
+    "train.teacher": "test_teachers_are_known_by_their_classes",
+    "train.distill_weight": "test_the_gradient_of_distillation_is_torchs",
+    "train.temperature": "test_the_gradient_of_distillation_is_torchs",
+    "train.fixmatch_threshold": "test_the_gradient_of_fixmatch_is_torchs",
+    "train.fixmatch_weight": "test_the_gradient_of_fixmatch_is_torchs",
     "train.ema": "test_the_moving_average_is_torchvisions",
     "train.precision": "test_the_model_is_the_configs",
     "train.matmul_precision": "test_every_product_is_as_the_config_says",
@@ -239,7 +270,7 @@ def test_the_model_is_the_configs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert initial.make_model(config_of(model__freeze=("^conv1",)), 7).frozen == ("^conv1",)
     monkeypatch.setattr(initial, "init_variables", zeros)
     for num_classes, width in ((None, 4), (9, 9)):
-        _, values, card, _ = initial.initial(config_of(model__num_classes=num_classes), tuple("abcd"), load_pretrained)
+        _, values, card, *_ = initial.initial(config_of(model__num_classes=num_classes), tuple("abcd"), load_pretrained)
         assert values["params"]["fc"]["kernel"].shape[1] == card.num_classes == width
     for head_init, bound in (("zeros", 0.0), ("torch", 16**-0.5)):
         model = initial.make_model(config_of(model__head_init=head_init), 50)
@@ -269,18 +300,27 @@ def test_remat_computes_the_same() -> None:
 def test_the_step_is_told_what_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it makes of it has tests of its own."""
     told: dict[str, Any] = {}
-    monkeypatch.setattr(job, "make_train_step", lambda *_, **options: told.update(options))
+    monkeypatch.setattr(program, "make_train_step", lambda _, __, **options: told.update(options))
     monkeypatch.setattr(losses, "make_loss", lambda *arguments: arguments)
     config = config_of(
-        optim__accumulate=4, train__label_smoothing=0.1, train__class_weights=(1.0, 2.0), train__mixup=0.2,
-        train__cutmix=0.3, train__ema=0.9, data__augment=("flip",), data__erasing=0.7,
+        optim__accumulate=4, train__loss="focal", train__focal_gamma=3.0, train__label_smoothing=0.1,
+        train__class_weights=(1.0, 2.0), train__mixup=0.2, train__cutmix=0.3, data__augment=("flip",),
+        data__erasing=0.7, data__unlabelled="sample", optim__sam=0.05, train__fixmatch_threshold=0.8,
+        train__fixmatch_weight=2.0,
     )  # fmt: skip
     config.seed = 5
-    job.train_step_of(config, None, None, None, "batch")
+    config.model.freeze = ("^a",)
+    params = {"a": np.zeros(1), "fc": {"kernel": np.zeros((1, 1))}}
+    devices = SimpleNamespace(axis_name="batch", devices=())
+    program.Program(config, None, params, lambda step: 0.1, 10, 100, devices).body()
     assert told == {
-        "augmentations": ("flip",), "amounts": Amounts(erasing=0.7), "mixup": 0.2, "cutmix": 0.3, "seed": 5,
-        "loss": (0.1, (1.0, 2.0), "batch"), "accumulate": 4, "ema": 0.9, "axis_name": "batch",
+        "seed": 5, "accumulate": 4, "sam": 0.05, "frozen": ("a",), "average": None, "axis_name": "batch",
     }  # fmt: skip
+    assert losses.loss_of(config, "batch") == (0.1, (1.0, 2.0), "batch", "focal", 3.0)
+    found = Objective.of(config, None, OF_WEIGHTS, losses.cross_entropy, None, Preprocessing())
+    inputs = Inputs(OF_WEIGHTS, ("flip",), Amounts(erasing=0.7))
+    unlabelled = dataclasses.replace(inputs, preprocessing=Preprocessing())
+    assert found == Objective(None, inputs, losses.cross_entropy, 0.2, 0.3, None, FixMatch(0.8, 2.0), unlabelled)
 
 
 # settings -> updates of the run, of an epoch, of 100 images
@@ -294,7 +334,7 @@ LENGTHS: tuple[tuple[dict[str, Any], int, int], ...] = (
 
 @pytest.fixture
 def _ten_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = job.open_splits
+    real = prepare.open_splits
 
     def open_few(config: Any) -> Any:
         train_source, evaluated = real(config)
@@ -302,7 +342,7 @@ def _ten_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
         keep = np.sort(np.concatenate(few))
         return train_source.select(keep), evaluated.select(np.arange(20))
 
-    monkeypatch.setattr(job, "open_splits", open_few)
+    monkeypatch.setattr(prepare, "open_splits", open_few)
 
 
 @pytest.mark.usefixtures("_ten_a_class")
@@ -310,13 +350,13 @@ def test_a_run_is_as_long_and_as_wide_as_its_config(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(initial, "init_variables", zeros)
     for settings, total, of_an_epoch in LENGTHS:
         config = config_of(**settings)
-        made, _ = job.prepare(config)
+        made, _ = prepare.prepare(config)
         assert (made.total_steps, made.order.steps_per_epoch) == (total, of_an_epoch), settings
         assert len(made.rates) == total
         assert len(made.order[0]) == config.data.batch_size
         assert len(made.order[of_an_epoch - 1]) == (10 if config.data.last_batch == "keep" else config.data.batch_size)
     source = made.train_source.select(np.r_[:60, 90:100])  # classes of unequal size
-    order = job.order_of(config_of(data__sampling="balanced", data__batch_size=70), source, made.parallel)
+    order = prepare.order_of(config_of(data__sampling="balanced", data__batch_size=70), source, made.parallel)
     counts = np.bincount(source.labels[order[0]], minlength=10)
     assert len(np.unique(source.labels)) * [len(order[0]) // len(np.unique(source.labels))] == list(counts[counts > 0])
 
@@ -342,7 +382,7 @@ def test_what_a_run_leaves_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         train__steps=14, train__log_every_steps=4, eval__every_epochs=0.75, checkpoint__every_steps=5,
         checkpoint__keep=2, optim__lr=0.1,
     )  # fmt: skip
-    made, _ = job.prepare(config)
+    made, _ = prepare.prepare(config)
     nothing = metrics.count(jnp.zeros((16, 10)), jnp.zeros(16, int), jnp.ones(16), jnp.ones(16, bool))
     made.train_step = jax.jit(lambda state, *_: (state.replace(step=state.step + 1), {k: nothing[k] for k in log.ZERO}))
     made.eval_step = jax.jit(lambda *_: nothing)

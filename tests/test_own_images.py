@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 
 from jaxsft.cli import Stop, UserError
-from jaxsft.data.fingerprint import difference
+from jaxsft.data.base import Arrays
+from jaxsft.data.fingerprint import difference, fingerprint
+from jaxsft.data.sources import SOURCES, open_splits, with_classes
 from jaxsft.flags import parse_flags
 from jaxsft.interpret import html
 from jaxsft.models.weights import INTERPOLATIONS, ModelCard, Preprocessing
-from jaxsft.run import checkpoint, evaluation, saved, training, workdir
+from jaxsft.run import checkpoint, evaluation, prepare, saved, training, workdir
 from jaxsft.run.log import records
 from tests import small
 
@@ -112,6 +117,88 @@ def test_a_run_is_bound_to_its_data(stopped: tuple[Path, Path], what: str) -> No
     with pytest.raises(UserError, match=said):
         run_here(path, own)
     assert {file: file.read_bytes() for file in path.glob("*.json*")} == before
+
+
+@pytest.mark.parametrize("lost", [lambda file: file.unlink(), lambda file: file.write_text("{")])
+def test_what_the_data_were_is_in_every_checkpoint_too(stopped: tuple[Path, Path], lost: Callable[[Path], Any]) -> None:
+    path, own = stopped
+    lost(path / "data.json")
+    (own / "train" / "bee" / "1.png").unlink()
+    with pytest.raises(UserError, match="18 images in its train split there, 17 here"):
+        run_here(path, own)
+
+
+OTHER_SETTINGS = {
+    "data.per_class": "5", "data.fraction": "0.5", "data.sampling": "balanced", "seed": "1",
+    "data.class_order": "numeric",
+    "data.train_split": "train[:17]", "data.eval_split": "val[:5]", "model.classes": "bee,ant,$_$",
+}  # fmt: skip
+
+
+def test_a_run_is_bound_to_what_chooses_its_data(stopped: tuple[Path, Path]) -> None:
+    """And to the order of its outputs: before anything is read."""
+    path, own = stopped
+    for key, value in OTHER_SETTINGS.items():
+        more = ("--config.model.weights=sample",) if key == "model.classes" else ()
+        with pytest.raises(UserError, match=rf"holds a run of another config: .*{re.escape(key)} \("):
+            run_here(path, own, f"--config.{key}={value}", *more)
+
+
+def test_classes_in_another_order_are_refused_whoever_means_it(stopped: tuple[Path, Path], monkeypatch) -> None:
+    path, own = stopped
+    real = prepare.open_splits
+
+    def reversed_splits(config: Any) -> Any:
+        return tuple(with_classes(source, source.class_names[::-1], "", "") for source in real(config))
+
+    monkeypatch.setattr(prepare, "open_splits", reversed_splits)
+    before = {file: file.read_bytes() for file in path.glob("*.json*")}
+    for how in ("stop", "continue"):
+        with pytest.raises(UserError, match=r"another order: output 0 is '\$_\$' there, 'bee' here; bring them into"):
+            run_here(path, own, f"--config.train.on_changed_data={how}")
+    assert {file: file.read_bytes() for file in path.glob("*.json*")} == before
+
+
+def fingerprints(source: str, *changes: Callable[[], None]) -> list[dict[str, Any]]:
+    """Of the data as they are, and after each of `changes`."""
+    config = small.config(f"--config.data.source={source}", "--config.data.train_split=train",
+                          "--config.data.eval_split=val")  # fmt: skip
+    return [fingerprint(*open_splits(config)) for change in (lambda: None, *changes) if change() is None]
+
+
+def test_a_table_and_arrays_are_known_again(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels that were swapped, rows in another order, and fewer of them; that is, what `difference` says of each."""
+    rows = [f"{path},{path.parent.name},{path.parts[-3]}" for path in sorted(images.rglob("*.png"))]
+    table = tmp_path / "table.csv"
+
+    def write(lines: list[str]) -> None:
+        table.write_text("\n".join(["path,label,split", *lines, ""]))
+
+    write(rows)
+    swap = {"ant": "bee", "bee": "ant", "$_$": "$_$"}
+    swapped = [",".join([path, swap[label], split]) for path, label, split in (row.split(",") for row in rows)]
+    changes = [lambda lines=lines: write(lines) for lines in (swapped, rows[::-1], rows[1:], rows)]
+    before, *after = fingerprints(f"csv:{table}", *changes)
+    said = [difference(before, data) for data in after]
+    assert said[0] == said[1] == "the 18 images of its train split have other names or labels, or another order"
+    assert "images" in said[2]
+    assert said[3] == ""
+
+    pixels, labels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8), np.arange(20, dtype=np.int32)
+    held = [Arrays(pixels, labels % 3, CLASSES)]
+    monkeypatch.setitem(SOURCES, "held", lambda name, split, options: dataclasses.replace(held[0], split=split))
+    others = (
+        Arrays(pixels, labels % 3, ("bee", "ant", "$_$")),
+        Arrays(pixels, (labels + 1) % 3, CLASSES),
+        Arrays(pixels[::-1], labels % 3, CLASSES),
+        Arrays(pixels[:19], labels[:19] % 3, CLASSES),
+    )
+    changes = [lambda other=other: held.__setitem__(0, other) for other in others]
+    before, *after = fingerprints("held:", *changes)
+    said = [difference(before, data) for data in after]
+    assert said[0] == "other classes: output 0 is 'ant' there, 'bee' here"
+    assert said[1] == said[2] == "the 20 images of its train split have other names or labels, or another order"
+    assert said[3] == "20 images in its train split there, 19 here"
 
 
 def test_who_means_it_goes_on_with_other_data(stopped: tuple[Path, Path]) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jaxsft.flags import parse_flags
-from jaxsft.run.job import Job, prepare
+from jaxsft.run.job import Job
+from jaxsft.run.prepare import prepare
 from tests.conftest import ROOT
 
 

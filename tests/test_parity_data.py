@@ -27,7 +27,7 @@ from jaxsft.data.sources import open_source
 from jaxsft.flags import parse_flags
 from jaxsft.models.weights import Preprocessing
 from jaxsft.parity import networks, oracle
-from jaxsft.run.job import prepare
+from jaxsft.run.prepare import prepare
 from tests.conftest import ROOT
 
 # Resize and crop of torchvision's presets V1 and V2, of CIFAR-10 at 224 and 64 px; up- and down-sampling.

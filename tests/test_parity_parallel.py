@@ -1,5 +1,5 @@
 """The step on several devices: "sync" batch norm equals the whole batch on one, "local" equals torch's DDP, and what
-dropout and stochastic depth drop is the same.
+dropout and stochastic depth drop is the same; a head alone, on features that all have made, is trained as on one.
 
 All in float64, so that only the order of summation differs: 1e-10 relative after two steps.
 """
@@ -31,12 +31,12 @@ def check(result: dict[str, float]) -> None:
 
 def test_some_devices(run) -> None:
     result = cases(run, "pmap", "4")
-    assert len(result) == 1 + 1 + 3
+    assert len(result) == 1 + 1 + 1 + 3
     check(result)
 
 
 @pytest.mark.full
 def test_all_numbers_of_devices(run) -> None:
     result = cases(run, "pmap,shard_map", "1,2,4,8")
-    assert len(result) == 2 * (4 + 4 + 3)
+    assert len(result) == 2 * (4 + 4 + 4 + 3)
     check(result)

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from jaxsft.interpret import metrics
+from jaxsft.learn.objective import Inputs, Objective
 from jaxsft.learn.state import TrainState
 from jaxsft.learn.steps import make_train_step
 from jaxsft.models import initial, resnet
@@ -22,8 +23,8 @@ from jaxsft.models.initial import make_model
 from jaxsft.models.precision import continued, resolved_precision, said, with_products
 from jaxsft.models.weights import ModelCard, Preprocessing
 from jaxsft.run import checkpoint, log, prediction, training
-from jaxsft.run.job import prepare
 from jaxsft.run.parallel import DataParallel
+from jaxsft.run.prepare import prepare
 from jaxsft.run.saved import Run
 from jaxsft.run.working_copy import WorkingCopy
 from tests import small
@@ -98,14 +99,14 @@ def program(name: str, platform: str) -> str:
     """The train step of a network, as StableHLO for a platform that need not be there."""
     model = NETWORKS[name](num_classes=3)
     optimizer, small_images = optax.sgd(0.1), Preprocessing(SIDE, SIDE)
-    create = partial(TrainState.create, optimizer=optimizer, with_average=False)
+    create = partial(TrainState.create, optimizer=optimizer)
     state = jax.eval_shape(create, variable_shapes(model, SIDE))
     batch = {
         "image": jax.ShapeDtypeStruct((4, 40, 40, 3), jnp.uint8),  # to be resized
         "label": jax.ShapeDtypeStruct((4,), jnp.int32),
         "example": jax.ShapeDtypeStruct((4,), jnp.int32),
     }
-    step = jax.jit(with_products(make_train_step(model, optimizer, small_images), "highest"))
+    step = jax.jit(with_products(make_train_step(Objective(model, Inputs(small_images)), optimizer), "highest"))
     return step.trace(state, {}, batch).lower(lowering_platforms=(platform,)).as_text()
 
 

@@ -198,13 +198,13 @@ def test_a_run_is_gone_on_from(run_directory: Path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(run_directory.parent))
     for checkpoint, step, factor in (("last", 4, 2), ("best", 2, 1), ("2", 2, 1), ("4", 4, 2)):
         config = train_config(weights="~/tuned", checkpoint=checkpoint)
-        _, variables, card, said = initial(config, NAMES, load_pretrained)
+        _, variables, card, said, _ = initial(config, NAMES, load_pretrained)
         assert isinstance(variables["params"]["fc"]["bias"], jax.Array)
         np.testing.assert_array_equal(variables["params"]["fc"]["bias"], bias * factor)
         assert said == f"{ARCH} of tuned at step {step}, its head of 7 classes kept, for they are the data's"
         assert (card.source, card.sha256, card.class_names) == (f"tuned at step {step}", "", NAMES)
         assert card.preprocessing == Preprocessing(54, 48)  # the run's 72 of 64 px, in proportion
-    _, variables, _, said = initial(train_config(weights=str(run_directory)), NAMES[::-1], load_pretrained)
+    _, variables, _, said, _ = initial(train_config(weights=str(run_directory)), NAMES[::-1], load_pretrained)
     assert "which are not the data's, replaced" in said
     assert not np.array_equal(variables["params"]["fc"]["bias"], bias * 2)
 
@@ -233,7 +233,7 @@ def test_weights_without_a_head_are_given_one(tmp_path: Path, conversions: list[
     config = train_config(weights=str(tmp_path / "body.safetensors"))
     for head in ("auto", "replace"):
         config.model.head = head
-        _, variables, card, said = initial(config, NAMES, load_pretrained)
+        _, variables, card, said, _ = initial(config, NAMES, load_pretrained)
         assert said == f"{ARCH} of body.safetensors, which has no head, given one of 7"
         assert variables["params"]["fc"]["kernel"].shape == (128, 7)
         assert card.num_classes == 7

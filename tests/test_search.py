@@ -23,10 +23,9 @@ from jaxsft.data.reading import EvalPlan, TrainPlan
 from jaxsft.data.splits import folds as folds_of
 from jaxsft.learn import steps
 from jaxsft.models.weights import Preprocessing
-from jaxsft.run import job as job_module
-from jaxsft.run import training
-from jaxsft.run.job import prepare
+from jaxsft.run import program, training
 from jaxsft.run.parallel import DataParallel
+from jaxsft.run.prepare import prepare
 from jaxsft.run.shared import NUMBERS, RATE, UPDATES, Number, Shared, numbers_of, program_key
 from jaxsft.tune import folds, loop, pool, range_test
 from jaxsft.tune.range_test import Curve, proposals
@@ -97,15 +96,15 @@ def test_numbers_as_arguments_compute_what_constants_do_and_compile_once(monkeyp
         original = getattr(module, name)  # called while a step is traced, before it is compiled
         monkeypatch.setattr(module, name, lambda *what, **how: (traced.append(name), original(*what, **how))[1])
 
-    watch(job_module, "train_step_of")
+    watch(program, "make_train_step")
     watch(steps, "evaluated_logits")
     config, other = config_with(ON), config_with({**ON, **OTHERS})
     assert set(NUMBERS) == {*ON, "optim.momentum", "train.mixup", "train.cutmix"}
     data, shared = parts(config), Shared()
     first = losses(config, data.splits(0), shared)
-    assert traced == ["train_step_of", "evaluated_logits"]
+    assert traced == ["make_train_step", "evaluated_logits"]
     second = losses(other, data.splits(1), shared)  # of 43 images after 42, 6 updates after 4
-    assert traced == ["train_step_of", "evaluated_logits"]
+    assert traced == ["make_train_step", "evaluated_logits"]
     # float32, whose sums XLA may order otherwise where a factor is a constant; the losses are sums of 16.
     assert np.allclose(second, losses(other, data.splits(1), None), rtol=1e-5)
     assert not np.allclose(first[:4], second[:4], rtol=1e-3)

@@ -17,8 +17,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from jaxsft.data.augment import train_images
 from jaxsft.interpret.metrics import Evaluation
-from jaxsft.learn import steps
+from jaxsft.learn import average, objective
 from jaxsft.learn.losses import make_loss
+from jaxsft.learn.objective import Inputs, Objective
 from jaxsft.learn.state import TrainState
 from jaxsft.learn.steps import make_eval_step, make_several, make_train_step
 from jaxsft.models.weights import Preprocessing
@@ -31,6 +32,7 @@ WEIGHTS = (0.2, 1.0, 3.0, 0.7)
 FROZEN = Tiny(frozen=("",))  # every batch norm on its running statistics
 DROPS = Tiny(dropout=0.5)
 ROUNDING = {"rtol": 1e-10, "atol": 1e-12}  # float64 sums in another order
+EMA = average.ema(0.9)
 EXAMPLES = np.arange(BATCH, dtype=np.int32)
 
 
@@ -45,24 +47,25 @@ def batch_of(number: int, **more: np.ndarray) -> dict[str, np.ndarray]:
     return {"example": EXAMPLES, "image": images, "label": labels, **more}
 
 
-def start(ema: float = 0.0) -> tuple[TrainState, optax.GradientTransformation]:
+def start(with_average: bool = False) -> tuple[TrainState, optax.GradientTransformation]:
     optimizer = optax.sgd(LR, MOMENTUM)
     values = jax.tree.map(jnp.asarray, tiny.variables())
-    return TrainState.create(values, optimizer, with_average=ema > 0), optimizer
+    return TrainState.create(values, optimizer, with_average), optimizer
 
 
-def told(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of `make_train_step`, the loss made of "smoothing" and "class_weights"."""
-    names = {"smoothing", "class_weights", "axis_name"} & options.keys()
-    rest = {name: value for name, value in options.items() if name not in ("smoothing", "class_weights")}
-    return {**rest, "loss": make_loss(**{name: options[name] for name in names})}
+def step_of(model: Any, optimizer: optax.GradientTransformation, **options: Any) -> Any:
+    """The train step, its loss made of "smoothing" and "class_weights", the rest for it and its objective."""
+    of_loss = {name: options[name] for name in ("smoothing", "class_weights", "axis_name") if name in options}
+    of_step = {name: options[name] for name in ("accumulate", "axis_name", "average") if name in options}
+    rest = {name: value for name, value in options.items() if name not in of_loss | of_step}
+    return make_train_step(Objective(model, Inputs(None), make_loss(**of_loss), **rest), optimizer, **of_step)
 
 
 @functools.cache
 def train(model: Any = Tiny(), **options: Any) -> list[tuple[TrainState, dict[str, Any]]]:  # noqa: B008
     """The state and the counts after each update."""
-    state, optimizer = start(options.get("ema", 0.0))
-    step, results = compiled(make_train_step(model, optimizer, None, **told(options))), []
+    state, optimizer = start("average" in options)
+    step, results = compiled(step_of(model, optimizer, **options)), []
     for number in range(UPDATES):
         state, counts = step(state, {}, batch_of(number))
         results.append((state, counts))
@@ -119,13 +122,13 @@ def test_the_moving_average_is_torchvisions(decay: float) -> None:
     Counters are the model's. torch averages these too and writes them back as whole numbers.
     """
     trained = tiny.in_torch(tiny.variables())
-    average = AveragedModel(trained, avg_fn=lambda old, new, _: decay * old + (1 - decay) * new, use_buffers=True)
-    for number, (state, _) in enumerate(train(ema=decay)):
+    theirs = AveragedModel(trained, avg_fn=lambda old, new, _: decay * old + (1 - decay) * new, use_buffers=True)
+    for number, (state, _) in enumerate(train(average=average.ema(decay))):
         values = {k: torch.tensor(v) for k, v in tiny.state_dict(state.variables()).items()}
         trained.load_state_dict(values)
-        average.update_parameters(trained)
+        theirs.update_parameters(trained)
         assert int(state.average["batch_stats"]["bn1"]["count"]) == 7 + number + 1
-        expected = average.module
+        expected = theirs.module
         expected.load_state_dict({"bn1.num_batches_tracked": values["bn1.num_batches_tracked"]}, strict=False)
         assert_same_as_torch(state.evaluated(), expected)
         if number:
@@ -133,7 +136,7 @@ def test_the_moving_average_is_torchvisions(decay: float) -> None:
 
 
 def test_the_average_changes_nothing_but_what_is_evaluated() -> None:
-    with_average, without = train(ema=0.9), train()
+    with_average, without = train(average=EMA), train()
     for (one, counts), (other, expected) in zip(with_average, without, strict=True):
         assert_same((one.variables(), one.opt_state, counts), (other.variables(), other.opt_state, expected))
         assert other.average is None
@@ -143,7 +146,7 @@ def test_the_average_changes_nothing_but_what_is_evaluated() -> None:
 def on_devices(devices: int, model: Any, **options: Any) -> list[tuple[TrainState, dict[str, Any]]]:
     """`train` on so many devices, each of which must come to the same result."""
     state, optimizer = start()
-    body = make_train_step(model, optimizer, None, **told({"axis_name": "batch", **options}))
+    body = step_of(model, optimizer, axis_name="batch", **options)
     step = compiled(jax.vmap(body, (None, None, 0), axis_name="batch"))
     results = []
     for number in range(UPDATES):
@@ -194,10 +197,10 @@ def test_statistics_of_their_own_are_averaged() -> None:
 
 
 def test_several_updates_a_call_are_bit_equal() -> None:
-    state, optimizer = start(ema=0.9)
-    body = make_train_step(Tiny(), optimizer, None, ema=0.9)
+    state, optimizer = start(with_average=True)
+    body = step_of(Tiny(), optimizer, average=EMA)
     several, found = compiled(make_several(body))(state, {}, [batch_of(n) for n in range(UPDATES)])
-    one_by_one = train(ema=0.9)
+    one_by_one = train(average=EMA)
     jax.tree.map(np.testing.assert_array_equal, several, one_by_one[-1][0])
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[counts for _, counts in one_by_one])
     jax.tree.map(np.testing.assert_array_equal, found, stacked)
@@ -212,11 +215,11 @@ def fixed_mix(key: Any, images: Any, partners: Any, mixup: float, cutmix: float)
 @pytest.mark.parametrize("options", [{"smoothing": 0.2}, {"class_weights": WEIGHTS}], ids=["soft", "weighted"])
 def test_the_loss_of_mixed_images_is_torchs(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of soft labels; with class weights that of both labels in the shares, each a weighted mean."""
-    monkeypatch.setattr(steps, "mix", fixed_mix)
+    monkeypatch.setattr(objective, "mix", fixed_mix)
     partner, (images, labels) = np.roll(np.arange(BATCH), 1), tiny.batch(0, BATCH)
     more = {"partner": partner, "partner_image": images[partner], "partner_label": labels[partner]}
     state, optimizer = start()
-    step = compiled(make_train_step(Tiny(), optimizer, None, mixup=0.3, cutmix=0.7, **told(options)))
+    step = compiled(step_of(Tiny(), optimizer, mixup=0.3, cutmix=0.7, **options))
     state, counts = step(state, {}, batch_of(0, **more))
 
     model = tiny.in_torch(tiny.variables()).train()
@@ -249,7 +252,8 @@ def test_pictures_are_drawn_by_seed_step_and_example() -> None:
 
     def update(seed: jax.Array, number: jax.Array, accumulate: int = 1) -> tuple[jax.Array, jax.Array]:
         state, optimizer = start()
-        step = make_train_step(FROZEN, optimizer, TO, augmentations=NAMES, seed=seed, accumulate=accumulate)
+        drawn = Objective(FROZEN, Inputs(TO, NAMES))
+        step = make_train_step(drawn, optimizer, seed=seed, accumulate=accumulate)
         dataset = {"images": jnp.asarray(PICTURES), "labels": jnp.asarray(labels)}
         state, counts = step(state.replace(step=number), dataset, {"example": jnp.asarray(example)})
         return state.params["conv1"]["kernel"], counts["loss"]

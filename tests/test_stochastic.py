@@ -12,7 +12,7 @@ import pytest
 import torch
 from torchvision.ops import StochasticDepth as TorchStochasticDepth
 
-from jaxsft.learn.steps import network_keys, step_key
+from jaxsft.learn.objective import network_keys, step_key
 from jaxsft.models.stochastic import MASKS, Dropout, Keys, StochasticDepth
 from jaxsft.parity.networks import Handed
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxsft.cli import UserError
 from jaxsft.data.base import Options
 from jaxsft.data.classes import in_order
-from jaxsft.data.table import open_csv
+from jaxsft.data.table import labels_in, open_csv
 from tests.files import write
 
 HALF = Options(eval_fraction=0.5)
@@ -141,6 +142,85 @@ def test_places_that_are_written_otherwise(place: Path, monkeypatch: pytest.Monk
     assert len(open_csv("~/a.csv", "train+val", HALF)) == 4
     with pytest.raises(UserError, match=r"ftp://host/a.csv can't be used: ftp:// is not known; name a local"):
         open_csv("ftp://host/a.csv", "train", HALF)
+
+
+def labelled(place: Path, lines: str, split: str = "train+val", **options) -> dict[str, set[str]]:
+    """The labels of each picture of a table, by its name from `place`."""
+    source = opened(place, lines, split, Options(eval_fraction=0.5, **options))
+    assert source.multi_label and source.labels.dtype == np.uint8
+    return {
+        path.removeprefix(f"{place}/"): {source.class_names[k] for k in np.flatnonzero(row)}
+        for path, row in zip(source.paths, source.labels, strict=True)
+    }
+
+
+SEVERAL = dict(zip(NAMES, ({"red"}, {"red", "round"}, set(), {"round", "blue"}), strict=True))
+CELLS = dict(zip(NAMES, ("red", "red{0}round", "", " blue{0}{0} round{0}blue "), strict=True))
+COLUMNS_OF_CLASSES = "id,red,image,blue,round\n" + "".join(
+    f"7,{int('red' in has)},{name},{int('blue' in has)},{int('round' in has)}.0\n" for name, has in SEVERAL.items()
+)
+# what -> the table, the delimiter of its labels
+OF_SEVERAL = {
+    "semicolons": ("path,labels\n" + "".join(f"{n},{c.format(';')}\n" for n, c in CELLS.items()), ";"),
+    "spaces, no header": ("".join(f"{n},{c.format(' ')}\n" for n, c in CELLS.items()), " "),
+    "bars in a table of semicolons": (
+        "labels;file\n" + "".join(f"{c.format('|')};{n}\n" for n, c in CELLS.items()),
+        "|",
+    ),
+    "commas, quoted": ("path,label\n" + "".join(f'{n},"{c.format(",")}"\n' for n, c in CELLS.items()), ","),
+    "a column a class": (COLUMNS_OF_CLASSES, ""),
+    "a column a class, tabs": (COLUMNS_OF_CLASSES.replace(",", "\t"), ""),
+}
+
+
+@pytest.mark.parametrize("case", OF_SEVERAL)
+def test_tables_of_several_labels_an_image(case: str, place: Path, capsys: pytest.CaptureFixture[str]):
+    lines, delimiter = OF_SEVERAL[case]
+    assert labelled(place, lines, label_delimiter=delimiter) == SEVERAL
+    source = opened(place, lines, options=Options(eval_fraction=0.5, label_delimiter=delimiter))
+    assert source.class_names == ("blue", "red", "round")
+    said = capsys.readouterr().err
+    assert ("a.csv: no classes, for they are not 0 or 1 in every line, are 'id'\n" in said) == ("column" in case)
+
+
+def test_several_labels_in_splits_are_those_of_train(place: Path):
+    rows = "".join(f"{n},{c.format(';')},{'val' if '1.png' in n else 'train'}\n" for n, c in CELLS.items())
+    with pytest.raises(UserError, match="split 'val' of csv:.* has the class 'round', which 'train' lacks"):
+        opened(place, rows, "", Options(label_delimiter=";"))
+    rows = rows.replace("bee/0.png,", "bee/0.png,blue;round")
+    assert labelled(place, rows, "", label_delimiter=";") == {n: SEVERAL[n] for n in NAMES if "1.png" in n}
+    # A class that has a column of its own is one, whatever images have it.
+    columns = "path,split,b,a,c\n" + "".join(f"{n},{'val' if '1.png' in n else 'train'},1,0,0\n" for n in NAMES)
+    assert opened(place, columns, "", Options()).class_names == ("a", "b", "c")
+
+
+def test_the_listing_is_of_several_labels_in_any_order(place: Path):
+    lines, delimiter = OF_SEVERAL["semicolons"]
+    listings = [
+        opened(place, text, "", Options(divide=False, label_delimiter=delimiter)).listing
+        for text in (lines, lines.replace("red;round", "round;red"), lines.replace("red;round", "round"))
+    ]
+    assert listings[0] == listings[1] != listings[2]
+    assert labels_in((), "g;b;e; a;c;f;b;d", {}, ";") == tuple("abcdefg")  # which hashing would change in each process
+
+
+WRONG_OF_SEVERAL = {
+    "twice": ("path,label\na.png,x;y\nb.png,x\na.png,z\n", r"line 4 of .* lists a.png again, after line 2; name all"),
+    "none": ("path,label\na.png,\nb.png,;\n", r"no line of .* has a label; name those of each image"),
+    "a path alone": ("a.png,x\nb.png\n", "line 2 of .* is not path,label"),
+    "no path": ("path,label\n,x;y\n", "line 2 of .* is not path,label"),
+    "a short line of columns": ("path,a,b\na.png,1,0\nb.png,1\n", "line 3 of .* has 2 cells, its header 3"),
+    "one column": ("path,a\na.png,1\n", "names neither columns"),
+    "columns of numbers": ("path,a,b\na.png,1,2\nb.png,2,0\n", "names neither columns"),
+    "two columns of one name": ("path,a,b,a\na.png,1,0,1\n", "has two columns 'a'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_OF_SEVERAL)
+def test_wrong_tables_of_several_labels(case: str, place: Path):
+    lines, message = WRONG_OF_SEVERAL[case]
+    with pytest.raises(UserError, match=message):
+        opened(place, lines, options=Options(label_delimiter=";"))
 
 
 ORDERS = [

@@ -17,7 +17,7 @@ import pytest
 
 from jaxsft import config as config_module
 from jaxsft.cli import UserError
-from jaxsft.learn.steps import network_keys, step_key
+from jaxsft.learn.objective import network_keys, step_key
 from jaxsft.models import (
     attention,
     convnext,

@@ -58,7 +58,10 @@ def test_leaves_a_whole_workdir_and_says_where(finished) -> None:
     assert said.splitlines()[-1].startswith(f"{workdir}: accuracy 0.")
     assert f"traced 2 steps: xprof --logdir {workdir}/profile --port 8791 (pip install xprof)" in said
     assert "; float32 (auto), products in full\n" in said
-    assert "<th>computed in<td class=number>float32 (auto), products in full<" in (workdir / "report.html").read_text()
+    report = (workdir / "report.html").read_text()
+    assert "<th>computed in<td class=number>float32 (auto), products in full<" in report
+    assert "<details><summary>38 in all</summary><table><tr><th>parameter<th>shape<th>trains from epoch<th>" in report
+    assert "<tr><td>fc/kernel<td>128x10<td>0<td>0.03<td>0.0005<tr>" in report
     lines = records(workdir)
     assert lines[-1]["final"] is True
     assert lines[-1]["count"] == 1000
@@ -199,11 +202,13 @@ def test_what_is_kept_is_the_head_of_the_weights(tmp_path: Path) -> None:
     for head, kept in (("auto", True), ("replace", False)):
         config = sample_config(head=head, weights=str(tmp_path / "port"))
         config.data.class_order = "numeric"
-        _, variables, card, _ = initial(config, SEVEN, load_pretrained)
+        _, variables, card, *_ = initial(config, SEVEN, load_pretrained)
         assert np.array_equal(variables["params"]["fc"]["kernel"], source) == kept
         assert (card.class_names, card.class_order) == (SEVEN, "numeric")
     # More outputs than the data has classes: whose they are is not known.
-    _, _, card, line = initial(sample_config(weights=str(tmp_path / "port"), num_classes=7), SEVEN[:5], load_pretrained)
+    _, _, card, line, *_ = initial(
+        sample_config(weights=str(tmp_path / "port"), num_classes=7), SEVEN[:5], load_pretrained
+    )
     assert "which are not the data's, replaced" in line
     assert card.class_names is None
     with pytest.raises(UserError, match="has a head of 7 classes; set --config.model.head=replace"):
@@ -211,7 +216,7 @@ def test_what_is_kept_is_the_head_of_the_weights(tmp_path: Path) -> None:
 
 
 def test_a_head_that_is_replaced_is_torchs_own_or_zeros() -> None:
-    _, variables, _, said = initial(sample_config(), tuple("abcdefghij"), load_pretrained)
+    _, variables, _, said, _ = initial(sample_config(), tuple("abcdefghij"), load_pretrained)
     assert "its head of 7 classes replaced by one of 10" in said
     kernel = np.asarray(variables["params"]["fc"]["kernel"])
     assert kernel.shape == (128, 10)
@@ -221,7 +226,7 @@ def test_a_head_that_is_replaced_is_torchs_own_or_zeros() -> None:
     body = load_file(SAMPLE)["layer4.0.conv2.weight"].transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(variables["params"]["layer4_0"]["conv2"]["kernel"], body)
 
-    _, variables, _, _ = initial(sample_config(head_init="zeros"), tuple("abcdefghij"), load_pretrained)
+    _, variables, *_ = initial(sample_config(head_init="zeros"), tuple("abcdefghij"), load_pretrained)
     assert not np.any(variables["params"]["fc"]["kernel"])
 
 

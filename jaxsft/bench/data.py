@@ -27,15 +27,13 @@ from jaxsft.data.folder import open_folder
 from jaxsft.data.loader import Loader, make_loader
 from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, Plan, TrainPlan
-from jaxsft.learn.optim import make_optimizer
-from jaxsft.learn.state import TrainState
 from jaxsft.models.families import ARCHITECTURES
 from jaxsft.models.family import init_variables
 from jaxsft.models.initial import make_model
 from jaxsft.models.weights import Preprocessing
 from jaxsft.progress import progress
-from jaxsft.run.job import train_step_of
 from jaxsft.run.parallel import DataParallel
+from jaxsft.run.program import Program
 
 PHOTOGRAPHS = ((375, 500), (500, 375), (480, 640), (427, 640))  # (height, width) px, as ImageNet's are
 WARM_UP, MOST_STEPS = 6, 30
@@ -147,9 +145,10 @@ def with_step(source: Source, args: argparse.Namespace) -> dict[str, float]:
     loader, parallel = loader_of(source, "train", args)
     model = make_model(config, len(source.class_names))
     variables = init_variables(model, 0, args.image_size)
-    optimizer = make_optimizer(config, variables["params"], lambda step: 1e-3)
-    update = parallel.compile(train_step_of(config, model, optimizer, loader.preprocessing, None), donate_first=True)
-    state = parallel.replicate(TrainState.create(variables, optimizer, with_average=False))
+    program = Program(
+        config, model, variables["params"], lambda step: 1e-3, 1000, 10_000, parallel, left=loader.preprocessing
+    )
+    update, state = program.phases()[0].train_step, program.state(variables)
     count = min(len(source) // args.batch_size - WARM_UP, MOST_STEPS)
     fixed = loader.batch(0)
     for step in range(WARM_UP):

@@ -20,7 +20,8 @@ from jaxsft import config as config_module
 from jaxsft.bench.step import above_zero
 from jaxsft.flags import parse_flags
 from jaxsft.run import log, training
-from jaxsft.run.job import Job, prepare
+from jaxsft.run.job import Job
+from jaxsft.run.prepare import prepare
 from jaxsft.run.working_copy import WorkingCopy
 
 

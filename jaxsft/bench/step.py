@@ -13,14 +13,12 @@ import optax
 from ml_collections import ConfigDict
 
 from jaxsft import cli, config
-from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.schedule import make_schedule
 from jaxsft.learn.state import TrainState
-from jaxsft.learn.steps import make_eval_step
 from jaxsft.models.families import ARCHITECTURES
 from jaxsft.models.initial import checked_shapes, make_model, preprocessing
-from jaxsft.run.job import train_step_of
 from jaxsft.run.parallel import DataParallel
+from jaxsft.run.program import Program
 
 CLASSES = 1000
 
@@ -92,20 +90,20 @@ def make_steps(c: ConfigDict, parallel: DataParallel, model: nn.Module | None = 
     parallel.check_batch(c.data.batch_size)
     model = model or make_model(c, CLASSES, parallel.statistics_axis(c.parallel.batch_norm), parallel.devices)
     shapes = checked_shapes(model, c.data.image_size)
-    optimizer = make_optimizer(c, shapes["params"], make_schedule(c, 1000, 10_000))
     size = c.data.image_size
     batch = {
         "image": jax.ShapeDtypeStruct((c.data.batch_size, size, size, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((c.data.batch_size,), jnp.int32),
         "example": jax.ShapeDtypeStruct((c.data.batch_size,), jnp.int32),
     }
-    to = preprocessing(c)
+    to, rate = preprocessing(c), make_schedule(c, 1000, 10_000)
+    program = Program(c, model, shapes["params"], rate, 1000, 10_000, parallel, left=to, to_evaluate=to)
     return Steps(
         model,
-        optimizer,
-        parallel.compile(train_step_of(c, model, optimizer, to, parallel.axis_name), donate_first=True),
-        parallel.compile(make_eval_step(model, to, axis_name=parallel.axis_name)),
-        jax.eval_shape(lambda variables: TrainState.create(variables, optimizer, with_average=False), shapes),
+        program.optimizer(),
+        program.phases()[0].train_step,
+        program.evaluation(),
+        jax.eval_shape(lambda variables: TrainState.create(variables, program.optimizer()), shapes),
         batch,
     )
 

@@ -28,7 +28,9 @@ class Options:
     upright: bool = True  # turn pictures as their EXIF orientation says
     resident_mb: int = 1024  # sets of one image size up to this are held as an array
     class_order: str = "text"  # 'text', torchvision's | 'numeric'
+    labelled: bool = True  # False: pictures may lie in a folder without folders of classes
     divide: bool = True  # data without splits is divided into 'train' and 'val'; else it is one split, 'all'
+    label_delimiter: str = ""  # between the labels of an image with several, in a table; '': it has one
 
     def __post_init__(self) -> None:
         """Expand `~` in `data_dir`.
@@ -51,6 +53,7 @@ class Options:
             data.exif_orientation,
             data.resident_mb,
             data.class_order,
+            label_delimiter=data.label_delimiter,
         )
 
     def fits(self, count: int, size: tuple[int, int]) -> bool:
@@ -65,7 +68,7 @@ class Source(abc.ABC):
     """
 
     class_names: tuple[str, ...]
-    labels: np.ndarray  # int32 [N]
+    labels: np.ndarray  # int32 [N]; of images with any number of labels uint8 [N, K], 1 where one has the label, else 0
     size: tuple[int, int] | None = None  # (height, width) in px where all images have one, else None
     bad: tuple[tuple[str, str], ...] = ()  # (file, reason) of what was left out
     split: str = ""  # what it is a part of, as the data calls it: "val", "train+test"
@@ -73,6 +76,11 @@ class Source(abc.ABC):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image has any number of labels, not one."""
+        return np.ndim(self.labels) == 2
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Image:
@@ -105,7 +113,7 @@ def changed(source: Source, **attributes: Any) -> Source:
 
 @dataclasses.dataclass(frozen=True)
 class Arrays(Source):
-    """Images of one size in memory: images uint8 [N, H, W, 3], labels int32 [N]."""
+    """Images of one size in memory: images uint8 [N, H, W, 3], labels as `Source` has them."""
 
     images: np.ndarray
     labels: np.ndarray

@@ -14,7 +14,7 @@ import PIL.Image
 from jaxsft.cli import UserError
 from jaxsft.data import decode
 from jaxsft.data.base import Options, Source
-from jaxsft.data.classes import in_order, numbered
+from jaxsft.data.classes import in_order, multi_hot, numbered
 from jaxsft.data.index import index
 from jaxsft.data.splits import canonical, partition, resolved, shuffled, slices
 from jaxsft.storage import Location
@@ -25,7 +25,7 @@ class Files(Source):
     """Images in files."""
 
     paths: tuple[str, ...]
-    labels: np.ndarray  # int32 [N]
+    labels: np.ndarray  # int32 [N] or uint8 [N, K]
     class_names: tuple[str, ...]
     size: tuple[int, int] | None = None
     upright: bool = True
@@ -47,12 +47,19 @@ class Row(NamedTuple):
     """One listed file."""
 
     path: str
-    label: str
+    label: str | tuple[str, ...]  # the name of its class; of any number of them, in their order
     key: str  # the path from where it is listed: the same wherever the data lies
 
 
-def open_rows(what: str, root: Location, groups: Mapping[str, Sequence[Row]], split: str, options: Options) -> Files:
-    """The files of `split`, each decoded once; the classes are those of 'train', where there is one.
+def open_rows(
+    what: str,
+    root: Location,
+    groups: Mapping[str, Sequence[Row]],
+    split: str,
+    options: Options,
+    class_names: tuple[str, ...] = (),
+) -> Files:
+    """The files of `split`, each decoded once; the classes, if not given, are those of 'train', where there is one.
 
     Numbers in slices such as 'train[:500]' count in a fixed random order, for files lie sorted by class.
 
@@ -62,6 +69,7 @@ def open_rows(what: str, root: Location, groups: Mapping[str, Sequence[Row]], sp
       groups: the files of each split.
       split: as `slices` takes it.
       options: of the config.
+      class_names: of all there are; (): those that training images have.
 
     Raises:
       UserError: no such split, a class that 'train' lacks, a broken image (with on_error 'raise').
@@ -70,14 +78,15 @@ def open_rows(what: str, root: Location, groups: Mapping[str, Sequence[Row]], sp
     parts = slices(split, {part: len(rows) for part, rows in groups.items()}, what)
     trained = [rows for part, rows in groups.items() if canonical(part) == "train" and rows]
     known = itertools.chain.from_iterable(trained or groups.values())
-    class_names = in_order((row.label for row in known), options.class_order)
+    class_names = class_names or in_order(itertools.chain.from_iterable(map(names_of, known)), options.class_order)
     rows: list[Row] = []
-    labels = np.empty(0, np.int32)
+    found: list[np.ndarray] = []
     for part, start, stop in parts:
-        numbers = numbered((row.label for row in groups[part]), class_names, f"split {part!r} of {what}")
+        numbers = labels_of(groups[part], class_names, f"split {part!r} of {what}")
         chosen = np.sort(shuffled(np.arange(len(numbers)), 0, 0)[start:stop])
         rows += [groups[part][i] for i in chosen]
-        labels = np.append(labels, numbers[chosen])
+        found.append(numbers[chosen])
+    labels = np.concatenate(found)
     known_of = index(root, split, [row.path for row in rows], options.upright)
     bad = tuple((row.path, error) for row, error in zip(rows, known_of.errors, strict=True) if error)
     if bad and options.on_error == "raise":
@@ -97,6 +106,18 @@ def open_rows(what: str, root: Location, groups: Mapping[str, Sequence[Row]], sp
     )
 
 
+def names_of(row: Row) -> tuple[str, ...]:
+    """The names of its classes, one or several."""
+    return (row.label,) if isinstance(row.label, str) else row.label
+
+
+def labels_of(rows: Sequence[Row], class_names: Sequence[str], what: str) -> np.ndarray:
+    """The labels of files, int32 [N], or of files with any number of them each uint8 [N, K]. Raises UserError."""
+    if rows and not isinstance(rows[0].label, str):
+        return multi_hot(map(names_of, rows), class_names, what)
+    return numbered((name for row in rows for name in names_of(row)), class_names, what)
+
+
 def listing(rows: Iterable[Row]) -> str:
     """sha256 of the keys and labels in their order."""
     digest = hashlib.sha256()
@@ -110,7 +131,8 @@ def with_eval_split(groups: dict[str, list[Row]], options: Options, what: str) -
     own = next(iter(groups))
     if len(groups) > 1 or (own and canonical(own) != "train"):
         return groups
-    parts = partition(np.array([row.label for row in groups[own]]), options, what, own)
+    class_names = in_order(itertools.chain.from_iterable(map(names_of, groups[own])), "text")
+    parts = partition(labels_of(groups[own], class_names, what), options, what, own)
     return {part: [groups[own][i] for i in indices] for part, indices in parts.items()}
 
 

@@ -13,14 +13,14 @@ from jaxsft.data.base import Arrays, Source
 MOST_IMAGES = 1000  # of an array whose pixels are looked at
 
 
-def fingerprint(train: Source, evaluated: Source) -> dict[str, Any]:
-    """{"classes": [names in their order], "train": {"images", "sha256"}, "eval": {...}}.
+def fingerprint(train: Source, evaluated: Source, unlabelled: Source | None = None) -> dict[str, Any]:
+    """{"classes": [names in their order], "train": {"images", "sha256"}, "eval": {...}}, and perhaps "unlabelled".
 
     The sha256 is of the list of names and labels as it was found, before broken images were left out: one that breaks
     later, and is left out then, does not make it another set. Of a source without a list it is of the labels and, where
     it is an array, of up to MOST_IMAGES of its images.
     """
-    parts = {"train": train, "eval": evaluated}
+    parts = {"train": train, "eval": evaluated} | ({"unlabelled": unlabelled} if unlabelled else {})
     return {
         "classes": list(train.class_names),
         **{name: {"images": len(part) + len(part.bad), "sha256": digest(part)} for name, part in parts.items()},
@@ -42,7 +42,7 @@ def difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     """In words what distinguishes the data that a run began with from those found now; '' where nothing does."""
     if there.get("classes") != here["classes"]:
         return "other classes: " + classes_difference(there.get("classes") or (), here["classes"])
-    for part in ("train", "eval"):
+    for part in (name for name in here if name != "classes"):
         before, now = there.get(part) or {}, here[part]
         if before.get("sha256") == now["sha256"]:
             continue

@@ -45,6 +45,9 @@ def open_folder(name: str, split: str, options: Options) -> Files:
                 raise UserError(f"{root / part} holds pictures but no class folders", "sort them into a folder a class")
             warn_once(f"{root / part} holds pictures but no class folders: it is left out")
             del groups[part]
+    if not options.labelled and not parts and scan(root)[1]:
+        groups = {"train": [Row(path, "", path.removeprefix(f"{root}{os.sep}")) for path in images(root, options)]}
+        return open_rows(what, root, groups, split, options)
     if not parts:
         groups = {"": classes_of(root, root, options, passed, must_hold=True)}
     if passed:

@@ -108,7 +108,7 @@ class Loader(Protocol):
 
 
 def on_devices(source: Arrays, devices: Devices) -> dict[str, jax.Array]:
-    """A set on every device: {"images": uint8 [N, H, W, 3], "labels": int32 [N]}."""
+    """A set on every device: {"images": uint8 [N, H, W, 3], "labels": int32 [N] or uint8 [N, K]}."""
     return devices.replicate({"images": source.images, "labels": source.labels})
 
 
@@ -116,11 +116,56 @@ class Resident:
     """A set that is on every device, the `dataset` of `on_devices`."""
 
     def __init__(self, dataset: dict[str, jax.Array], plan: Plan, devices: Devices, preprocessing: Preprocessing):
-        self.dataset, self.plan, self.devices, self.preprocessing = dataset, plan, devices, preprocessing
+        self.plan, self.devices, self.preprocessing = plan, devices, preprocessing
+        self.dataset = dict(dataset)  # more may be put into it
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """See Loader."""
         return self.devices.split(self.plan[step])
+
+    def batches(self) -> Iterator[dict[str, jax.Array]]:
+        """See Loader."""
+        return map(self.batch, range(len(self.plan)))
+
+    def close(self) -> None:
+        """See Loader."""
+
+
+class WithUnlabelled:
+    """A training set, and beside each of its batches one of unlabelled images, whose names begin with "unlabelled_"."""
+
+    def __init__(self, labelled: Loader, unlabelled: Loader):
+        self.labelled, self.unlabelled, self.preprocessing = labelled, unlabelled, labelled.preprocessing
+        images = {name: value for name, value in unlabelled.dataset.items() if name == "images"}
+        self.dataset = {**labelled.dataset, **{f"unlabelled_{name}": value for name, value in images.items()}}
+
+    def batch(self, step: int) -> dict[str, jax.Array]:
+        """See Loader."""
+        more = self.unlabelled.batch(step).items()
+        return {**self.labelled.batch(step), **{f"unlabelled_{name}": value for name, value in more}}
+
+    def batches(self) -> Iterator[dict[str, jax.Array]]:
+        """See Loader; there is no end to the unlabelled ones."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """See Loader."""
+        self.labelled.close()
+        self.unlabelled.close()
+
+
+class Sent:
+    """An array of the host, or of a file, whose rows go to the devices with each batch."""
+
+    def __init__(self, source: Arrays, plan: Plan, devices: Devices, preprocessing: Preprocessing):
+        self.dataset: dict[str, Any] = {}
+        self.source, self.plan, self.devices, self.preprocessing = source, plan, devices, preprocessing
+
+    def batch(self, step: int) -> dict[str, jax.Array]:
+        """See Loader."""
+        numbers = self.plan[step]
+        rows = numbers["example"]
+        return self.devices.split({"image": self.source.images[rows], "label": self.source.labels[rows], **numbers})
 
     def batches(self) -> Iterator[dict[str, jax.Array]]:
         """See Loader."""

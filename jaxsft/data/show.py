@@ -18,12 +18,13 @@ from jaxsft import cli, storage
 from jaxsft import config as config_module
 from jaxsft.data.augment import Amounts, train_images
 from jaxsft.data.base import Source
+from jaxsft.data.classes import said
 from jaxsft.data.loader import BadFiles, make_loader
 from jaxsft.data.order import Order
 from jaxsft.data.reading import TrainPlan
 from jaxsft.data.sources import open_splits
 from jaxsft.flags import parse_flags
-from jaxsft.learn.steps import gather
+from jaxsft.learn.objective import gather
 from jaxsft.models.initial import preprocessing
 from jaxsft.models.weights import Preprocessing
 from jaxsft.run.parallel import DataParallel
@@ -36,7 +37,7 @@ def batch_of(config: ConfigDict, source: Source, to: Preprocessing, most: int = 
     """The images and labels of the first batch, up to `most` of them.
 
     Returns:
-      float32 [N, crop_size, crop_size, 3] in 0..1, before mixing, and int32 [N].
+      float32 [N, crop_size, crop_size, 3] in 0..1, before mixing, and the labels.
     """
     order = Order(len(source), min(config.data.batch_size, len(source)), config.seed)
     names = tuple(config.data.augment)
@@ -59,7 +60,7 @@ def batch_of(config: ConfigDict, source: Source, to: Preprocessing, most: int = 
 
 
 def grid(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> matplotlib.figure.Figure:
-    """The images in rows of COLUMNS, each under the name of its class."""
+    """The images in rows of COLUMNS, each under the name of its class, or the names of several."""
     width, height = COLUMNS * CELL[0], -(-len(images) // COLUMNS) * CELL[1]
     figure = matplotlib.figure.Figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1))  # one for all: to lay out one for each picture took a second
@@ -67,7 +68,7 @@ def grid(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         left, top = number % COLUMNS * CELL[0] + MARGIN, number // COLUMNS * CELL[1] + TITLE
         axes.imshow(image, extent=(left, left + SIDE, top + SIDE, top), interpolation="nearest")
-        name = cli.printable(class_names[label])
+        name = cli.printable(said(label, class_names))
         axes.text(left + SIDE / 2, top - 0.03, name, fontsize=8, ha="center", parse_math=False)  # a $ is a $
     axes.set(xlim=(0, width), ylim=(height, 0))
     return figure

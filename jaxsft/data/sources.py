@@ -9,6 +9,7 @@ A config file adds its own with `register`.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,7 +27,9 @@ from jaxsft.data.reading import in_memory
 from jaxsft.data.splits import subset
 from jaxsft.data.table import open_csv
 from jaxsft.data.tfds import open_tfds
+from jaxsft.models.rows import names_of
 
+MOST_NAMED = 5  # classes in a message
 Opener = Callable[[str, str, Options], Source]  # (what follows the colon, the split as written, options)
 
 SOURCES: dict[str, Opener] = {
@@ -74,8 +77,13 @@ def open_source(spec: str, split: str, options: Options = Options()) -> Source: 
 
 
 def check_labels(source: Source, spec: str) -> None:
-    """Raise a UserError where a label is no number of a class."""
+    """Raise a UserError where a label is no number of a class, or of several labels neither 0 nor 1."""
     labels, classes = np.asarray(source.labels), len(source.class_names)
+    if labels.ndim == 2:
+        if labels.dtype != np.uint8 or labels.shape[1] != classes or labels.max(initial=0) > 1:
+            what = f"the labels of {spec} are {labels.dtype} {list(labels.shape)}, up to {labels.max(initial=0)}"
+            raise UserError(what, f"of several an image they must be uint8 [N, {classes}], 0 and 1")
+        return
     if labels.dtype.kind not in "iu":
         raise UserError(f"the labels of {spec} are {labels.dtype}", "they must be int32, numbers of classes")
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
@@ -91,12 +99,15 @@ def check_labels(source: Source, spec: str) -> None:
 def open_splits(config: Any) -> tuple[Source, Source]:
     """What a run trains on, cut down as `data.fraction` and `data.per_class` say, and what it is evaluated on.
 
+    Their classes are numbered as the training split has them, or where model.classes names the outputs, as it does;
+    of these some may be without images.
+
     Raises:
-      UserError: as `open_source`; a class to be evaluated that is not trained.
+      UserError: as `open_source`; a class to be evaluated that is not trained, or one that is no output.
     """
     data, options = config.data, Options.of(config)
     listing.forget()
-    train = open_source(data.source, data.train_split, options)
+    train = training(config, options)
     evaluated = open_source(data.source, data.eval_split, options)
     evaluated = with_classes(evaluated, train.class_names, f"the eval split of {data.source}", "the train split")
     if data.check_overlap:
@@ -112,7 +123,16 @@ def open_training(config: Any) -> Source:
     """
     options = Options.of(config)
     listing.forget()
-    return in_memory(cut_down(open_source(config.data.source, config.data.train_split, options), config), options)
+    return in_memory(cut_down(training(config, options), config), options)
+
+
+def training(config: Any, options: Options) -> Source:
+    """The training split, its classes numbered as model.classes says where it does. Raises UserError."""
+    data = config.data
+    source = open_source(data.source, data.train_split, options)
+    if outputs := names_of(config.model.classes):
+        return with_classes(source, outputs, f"the train split of {data.source}", "config.model.classes")
+    return source
 
 
 def cut_down(train: Source, config: Any) -> Source:
@@ -121,6 +141,19 @@ def cut_down(train: Source, config: Any) -> Source:
     if data.fraction == 1 and data.per_class is None:
         return train
     return train.select(subset(train.labels, data.fraction, data.per_class, config.seed))
+
+
+def open_unlabelled(config: Any) -> Source | None:
+    """The images of data.unlabelled, whose labels mean nothing; None where there are none to be.
+
+    Raises:
+      UserError: as `open_source`.
+    """
+    data = config.data
+    if not data.unlabelled:
+        return None
+    options = dataclasses.replace(Options.of(config), labelled=False)
+    return in_memory(open_source(data.unlabelled, data.unlabelled_split, options), options)
 
 
 def with_classes(source: Source, class_names: Sequence[str], what: str, whose: str) -> Source:
@@ -132,10 +165,19 @@ def with_classes(source: Source, class_names: Sequence[str], what: str, whose: s
     if source.class_names == tuple(class_names):
         return source
     numbers = {name: number for number, name in enumerate(class_names)}
-    foreign = [source.class_names[i] for i in np.unique(source.labels) if source.class_names[i] not in numbers]
+    occurring = np.flatnonzero(source.labels.any(0)) if source.multi_label else np.unique(source.labels)
+    foreign = [source.class_names[i] for i in occurring if source.class_names[i] not in numbers]
     if foreign:
-        raise UserError(f"{what} has the class {foreign[0]!r}, which {whose} lacks", "leave it out or train on it too")
+        names = ", ".join(map(repr, foreign[:MOST_NAMED])) + ", ..." * (len(foreign) > MOST_NAMED)
+        classes, them = ("class", "it") if len(foreign) == 1 else ("classes", "them")
+        raise UserError(
+            f"{what} has the {classes} {names}, which {whose} lacks", f"leave {them} out or train on {them} too"
+        )
     table = np.array([numbers.get(name, -1) for name in source.class_names], np.int32)
+    if source.multi_label:
+        labels = np.zeros((len(source), len(class_names)), np.uint8)
+        labels[:, table[occurring]] = source.labels[:, occurring]
+        return source.relabelled(labels, class_names)
     return source.relabelled(table[source.labels], class_names)
 
 

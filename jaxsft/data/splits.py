@@ -118,6 +118,20 @@ def position(edge: str, size: int, percent: bool) -> int:
     return number + size if edge.startswith("-") else number
 
 
+def strata(labels: np.ndarray) -> np.ndarray:
+    """What images are divided by: int [N], their class; of several labels the one that the fewest images have.
+
+    Of labels that equally many have the first counts. An image without any is of a class of its own kind, number K.
+
+    Args:
+      labels: of one class each [N], of any type that sorts; of any number of labels 0 and 1 [N, K].
+    """
+    if labels.ndim == 1:
+        return np.unique(labels, return_inverse=True)[1]
+    frequency = np.where(labels > 0, labels.sum(0, dtype=np.int64), len(labels) + 1)
+    return np.where(labels.any(1), frequency.argmin(1), labels.shape[1])
+
+
 def divided(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices to train on and to evaluate on, each sorted: of every class `fraction` (rounded) go to the second.
 
@@ -160,7 +174,7 @@ def partition(labels: np.ndarray, options: Options, what: str, own: str = "") ->
     'train' and 'val', of every class `options.eval_fraction`; or, not to be divided, the whole as 'all'.
 
     Args:
-      labels: [N], of any type that sorts.
+      labels: as for `strata`.
       options: of the config.
       what: the data's name, for messages.
       own: the name that the data has for its one part, by which the whole is known too.
@@ -170,7 +184,7 @@ def partition(labels: np.ndarray, options: Options, what: str, own: str = "") ->
     """
     if not options.divide:
         return dict.fromkeys(["all", *filter(None, [own])], np.arange(len(labels)))
-    train, held_out = divided(np.unique(labels, return_inverse=True)[1], options.eval_fraction, options.seed)
+    train, held_out = divided(strata(labels), options.eval_fraction, options.seed)
     if len(labels) and not len(held_out):
         raise UserError(
             f"{what} has a single image of each class: nothing is left to evaluate on",
@@ -185,11 +199,12 @@ def subset(labels: np.ndarray, fraction: float, per_class: int | None, seed: int
     Smaller parts of the same seed are contained in larger ones, so that learning curves are made of nested sets.
 
     Args:
-      labels: int [N].
+      labels: int [N]; or 0 and 1 [N, K]: an image counts among those of its rarest label (see `strata`).
       fraction: of every class, rounded, at least one image.
       per_class: not None: as many of every class, or all where it has fewer.
       seed: of the choice.
     """
+    labels = labels if labels.ndim == 1 else strata(labels)
     chosen = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)

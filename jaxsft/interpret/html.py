@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import json
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.figure
@@ -15,6 +17,7 @@ from ml_collections import ConfigDict
 
 from jaxsft.cli import printable
 from jaxsft.interpret.metrics import Evaluation
+from jaxsft.interpret.multilabel import METRICS, MultiLabelEvaluation, Result
 from jaxsft.models.weights import ModelCard
 
 STYLE = """
@@ -23,6 +26,7 @@ table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .15rem .8r
 td.number { text-align: right; font-variant-numeric: tabular-nums } img { max-width: 100% } h1 { font-size: 1.4rem }
 """
 MOST_CLASSES = 100  # beyond that a confusion matrix is a grey square
+CALLED = {"map": "mAP", "f1_micro": "F1, micro", "f1_macro": "F1, macro"}
 FEW_POINTS = 30  # of a curve: each is marked, so that a single one is seen, too
 
 
@@ -32,8 +36,9 @@ def page(
     config: ConfigDict,
     precision: str,
     records: list[dict[str, Any]],
-    result: Evaluation,
+    result: Result,
     batch: matplotlib.figure.Figure,
+    parameters: Sequence[tuple[str, ...]] = (),
 ) -> str:
     """The report of a run as HTML, its pictures inside.
 
@@ -45,20 +50,26 @@ def page(
       records: the lines of its metrics.jsonl.
       result: its last evaluation.
       batch: a picture of a batch as the model sees it.
+      parameters: how each was trained, a row each after that of the columns' names; or nothing.
     """
     names = tuple(map(printable, card.names))
     parts = [
         f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>",
         f"<h1>{html.escape(title)}: {html.escape(result.summary())}</h1>",
         table([(key, value) for key, value in facts(card, precision, records)]),
-        picture(curves(records, training_loss(config))),
+        picture(curves(records, training_loss(config, card.multi_label))),
         "<h2>By class</h2>",
-        table([(names[k], percent(value)) for k, value in by_accuracy(result)]),
     ]
-    if card.num_classes <= MOST_CLASSES:
+    if isinstance(result, MultiLabelEvaluation):
+        parts.append(of_several_labels(result, names))
+    else:
+        parts.append(table([(names[k], percent(value)) for k, value in by_accuracy(result)]))
+    if isinstance(result, Evaluation) and card.num_classes <= MOST_CLASSES:
         with matplotlib.rc_context({"text.parse_math": False}):  # what stands between two $ of a name is no formula
             parts += ["<h2>Confusions</h2>", picture(confusion(result.confusion, names))]
     parts += ["<h2>Of the first batch</h2>", picture(batch)]
+    if parameters:
+        parts.append(f"<h2>Parameters</h2>{folded(f'{len(parameters) - 1} in all', parameters)}")
     configuration = html.escape(json.dumps(config.to_dict(), indent=2))
     parts.append(f"<h2>Config</h2><pre>{configuration}</pre>")
     return "\n".join(parts)
@@ -71,7 +82,7 @@ def facts(card: ModelCard, precision: str, records: list[dict[str, Any]]) -> lis
     p = card.preprocessing
     size = f"short side {p.resize_size} px ({p.interpolation})"
     return [
-        ("model", f"{card.arch}, {card.num_classes} classes"),
+        ("model", f"{card.arch}, {card.num_classes} classes{', any number of them an image' * card.multi_label}"),
         ("weights", f"{card.source} {card.weights_version}".strip() or "from scratch"),
         ("sha256 of the weights", card.sha256 or "-"),
         ("input", f"{size}, middle {p.crop_size} px, mean {p.mean}, deviation {p.std}"),
@@ -82,33 +93,46 @@ def facts(card: ModelCard, precision: str, records: list[dict[str, Any]]) -> lis
     ]
 
 
-def training_loss(config: ConfigDict) -> str:
-    """What the loss of training is, where it is not the plain cross-entropy that evaluation has; else ''."""
+def training_loss(config: ConfigDict, multi_label: bool = False) -> str:
+    """What the loss of training is, where it is not the plain one that evaluation has; else ''.
+
+    That is cross-entropy, of several labels an image binary cross-entropy.
+    """
     train = config.train
+    names = {"bce": "binary cross-entropy", "focal": f"focal loss of gamma {train.focal_gamma:g}"}
+    is_other = train.loss != ("bce" if multi_label else "cross_entropy")
     parts = {"label smoothing": train.label_smoothing, "mixup": train.mixup, "cutmix": train.cutmix}
     said = [f"{name} {value:g}" for name, value in parts.items() if value]
-    return ", ".join([*said, *(["class weights"] if len(train.class_weights) else [])])
+    loss = [names.get(train.loss, "cross-entropy")] if is_other else []
+    return ", ".join([*loss, *said, *(["class weights"] if len(train.class_weights) else [])])
 
 
 def curves(records: list[dict[str, Any]], other_loss: str = "") -> matplotlib.figure.Figure:
-    """Loss and accuracy over the epochs, in training and in evaluation.
+    """Loss and accuracy over the epochs, in training and in evaluation; of several labels an image their METRICS too.
 
     Where the loss of training is an `other_loss` than evaluation's, its curve says so: the two have no common scale.
     """
-    figure = matplotlib.figure.Figure(figsize=(9, 3.2), layout="constrained")
-    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for split in ("train", "eval"):
-            points = [(r["epoch"], r[quantity]) for r in records if r["split"] == split and is_point(r, quantity)]
-            is_other = split == "train" and quantity == "loss" and other_loss
-            label = f"train, with {other_loss}" if is_other else split
-            style = "o-" if split == "eval" or len(points) <= FEW_POINTS else "-"
-            if points:
-                axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
-        axes.set(xlabel="epoch", ylabel=quantity)
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(frameon=False)
+    several = any(name in record for record in records for name in METRICS)
+    figure = matplotlib.figure.Figure(figsize=(13.5 if several else 9, 3.2), layout="constrained")
+    for axes, quantities in zip(figure.subplots(1, 2 + several), (("loss",), ("accuracy",), METRICS)):
+        plot(axes, records, quantities, other_loss)
     return figure
+
+
+def plot(axes: Any, records: list[dict[str, Any]], quantities: tuple[str, ...], other_loss: str) -> None:
+    """One or several quantities over the epochs, those that the lines of the log have."""
+    for quantity, split in itertools.product(quantities, ("train", "eval")):
+        points = [(r["epoch"], r[quantity]) for r in records if r["split"] == split and is_point(r, quantity)]
+        is_other = split == "train" and quantity == "loss" and other_loss
+        label = f"train, with {other_loss}" if is_other else split
+        style = "o-" if split == "eval" or len(points) <= FEW_POINTS else "-"
+        if points:
+            label = label if len(quantities) == 1 else CALLED[quantity]
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
+    axes.set(xlabel="epoch", ylabel=quantities[0] if len(quantities) == 1 else "")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(frameon=False)
 
 
 def is_point(record: dict[str, Any], quantity: str) -> bool:
@@ -140,14 +164,31 @@ def by_accuracy(result: Evaluation) -> list[tuple[int, float]]:
     return sorted(enumerate(result.per_class().tolist()), key=lambda pair: -np.nan_to_num(pair[1], nan=-1.0))
 
 
+def of_several_labels(result: MultiLabelEvaluation, names: tuple[str, ...]) -> str:
+    """Average precision, F1 and positives of each class as HTML, the best first."""
+    columns = ("average precision", "F1", f"images of {result.count}")
+    order = np.argsort(-np.nan_to_num(result.precision, nan=-1.0), kind="stable").tolist()
+    rows = [(names[k], percent(result.precision[k]), percent(result.f1[k]), str(result.positives[k])) for k in order]
+    return table(rows, columns)
+
+
 def percent(share: float) -> str:
     return "no examples" if np.isnan(share) else f"{100 * share:.1f} %"
 
 
-def table(rows: list[tuple[str, str]]) -> str:
-    """Two columns as HTML."""
-    cells = (f"<tr><th>{html.escape(name)}<td class=number>{html.escape(value)}" for name, value in rows)
-    return f"<table>{''.join(cells)}</table>"
+def table(rows: Sequence[tuple[str, ...]], columns: tuple[str, ...] = ()) -> str:
+    """A name and one or several values a row as HTML, under a line of what they are where `columns` says it."""
+    head = "".join(f"<th>{html.escape(column)}" for column in ("", *columns)) if columns else ""
+    cells = ("".join(f"<td class=number>{html.escape(value)}" for value in values) for _, *values in rows)
+    lines = (f"<tr><th>{html.escape(name)}{line}" for (name, *_), line in zip(rows, cells, strict=True))
+    return f"<table>{'<tr>' * bool(head)}{head}{''.join(lines)}</table>"
+
+
+def folded(summary: str, rows: Sequence[tuple[str, ...]]) -> str:
+    """A table of any number of columns, named by its first row, that opens at a click."""
+    names = "".join(f"<th>{html.escape(cell)}" for cell in rows[0])
+    cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows[1:])
+    return f"<details><summary>{html.escape(summary)}</summary><table><tr>{names}{cells}</table></details>"
 
 
 def picture(figure: matplotlib.figure.Figure) -> str:

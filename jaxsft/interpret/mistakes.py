@@ -13,6 +13,7 @@ import PIL.Image
 
 from jaxsft.cli import printable
 from jaxsft.data.base import Source
+from jaxsft.data.classes import said
 
 SHOWN = 128  # px, the longer side of a picture in a table
 CARD = "display:inline-block; margin:4px; width:140px; vertical-align:top; font-size:12px; overflow-wrap:anywhere"
@@ -23,9 +24,9 @@ class Mistake(NamedTuple):
 
     file: str  # or 'image 3', the number in its split, where it has none
     image: PIL.Image.Image
-    label: str  # the class that it is of
-    predicted: str  # the one that it is taken for
-    probability: float  # of that one
+    label: str  # the class that it is of; of several "ant, bee", of none "-"
+    predicted: str  # what it is taken for
+    probability: float  # of that; of several labels that of the surest mistake about one
 
 
 class Mistakes(tuple[Mistake, ...]):
@@ -40,10 +41,12 @@ def rank(answers: Mapping[str, np.ndarray], most: int) -> np.ndarray:
     """The rows of up to `most` wrong answers, the most probable ones first, of equals the first: int [n].
 
     Args:
-      answers: "label", "predicted" int32 [N] and "probability" float [N]; a NaN is no answer.
+      answers: "label", "predicted" int32 [N] or 0 and 1 [N, K], "probability" float [N]; a NaN is no answer.
       most: how many.
     """
-    wrong = np.flatnonzero((answers["label"] != answers["predicted"]) & ~np.isnan(answers["probability"]))
+    differs = answers["label"] != answers["predicted"]
+    differs = differs if differs.ndim == 1 else differs.any(1)
+    wrong = np.flatnonzero(differs & ~np.isnan(answers["probability"]))
     return wrong[np.argsort(-answers["probability"][wrong], kind="stable")][:most]
 
 
@@ -58,11 +61,12 @@ def mistakes(source: Source, answers: Mapping[str, np.ndarray], class_names: Seq
     """
     found = []
     for row in rank(answers, most):
-        number, label, predicted = (int(answers[name][row]) for name in ("example", "label", "predicted"))
+        number = int(answers["example"][row])
+        label, predicted = (said(answers[name][row], class_names) for name in ("label", "predicted"))
         image = source[number]
         image = PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else image
         probability = float(answers["probability"][row])
-        found.append(Mistake(source.name(number), image, class_names[label], class_names[predicted], probability))
+        found.append(Mistake(source.name(number), image, label, predicted, probability))
     return Mistakes(found)
 
 

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxsft.learn import loss_scale
+
 
 class TrainState(flax.struct.PyTreeNode):
     """Parameters, batch statistics, optimizer state and the number of updates made, one copy on every device.
@@ -20,14 +22,23 @@ class TrainState(flax.struct.PyTreeNode):
     params: Any
     batch_stats: Any
     opt_state: Any
-    average: Any = None  # {"params", "batch_stats"}: their moving average, where train.ema is on
+    average: Any = None  # {"params", "batch_stats"}: what is evaluated and kept, where train.ema or swa_epochs is on
+    loss_scale: Any = None  # of float16, see `loss_scale`
 
     @classmethod
-    def create(cls, variables: Any, optimizer: optax.GradientTransformation, with_average: bool) -> TrainState:
+    def create(
+        cls,
+        variables: Any,
+        optimizer: optax.GradientTransformation,
+        with_average: bool = False,
+        with_loss_scale: bool = False,
+    ) -> TrainState:
         """The state before the first update of {"params", "batch_stats"}; the latter may be absent."""
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         state = cls(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
-        return state.replace(average=jax.tree.map(jnp.copy, state.variables())) if with_average else state
+        if with_average:
+            state = state.replace(average=jax.tree.map(jnp.copy, state.variables()))
+        return state.replace(loss_scale=loss_scale.create()) if with_loss_scale else state
 
     def variables(self) -> dict[str, Any]:
         """What the current parameters compute with, for training."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from jaxsft.cli import UserError
@@ -16,6 +18,7 @@ from jaxsft.models.families import ARCHITECTURES, family_of
 from jaxsft.models.family import ImageSizeError, init_variables, variable_shapes
 from jaxsft.models.layers import Linear
 from jaxsft.models.precision import resolved_precision
+from jaxsft.models.rows import rows_of, with_rows
 from jaxsft.models.weights import ModelCard, Preprocessing
 
 TORCHVISION = Preprocessing()  # its weights' but for the V2 ones' 232 px
@@ -39,7 +42,7 @@ def make_model(
     Raises:
       UserError: a rate of dropout or stochastic depth for a network that has none.
     """
-    frozen = EVERYWHERE if config.model.batch_norm == "frozen" else tuple(config.model.freeze)
+    frozen = EVERYWHERE if config.model.batch_norm == "frozen" else frozen_patterns(config)
     architecture, rates = ARCHITECTURES[config.model.arch], {}
     module: Any = getattr(architecture, "func", architecture)  # of a partial
     fields = {field.name for field in dataclasses.fields(module)}
@@ -58,6 +61,14 @@ def make_model(
         remat=config.train.remat,
         **rates,
     )
+
+
+def frozen_patterns(config: ConfigDict) -> tuple[str, ...]:
+    """Regular expressions of the paths of what is not trained: model.freeze; of a probe all but the output layer."""
+    patterns = tuple(config.model.freeze)
+    if config.train.method == "probe":
+        patterns += (rf"^(?!{re.escape(family_of(config.model.arch).head)}(/|$))",)
+    return patterns
 
 
 def checked_shapes(model: nn.Module, image_size: int) -> dict[str, Any]:
@@ -88,15 +99,17 @@ def initial(
     pretrained: Pretrained,
     axis_name: str | None = None,
     devices: Sequence[Any] | None = None,
-) -> tuple[nn.Module, dict[str, Any], ModelCard, str]:
-    """The model, its variables, the card of the run, and a line that says what was done with the head.
+) -> tuple[nn.Module, dict[str, Any], ModelCard, str, tuple[str, ...]]:
+    """The model, its variables, the card of the run, a line that says what was done with the head, and what is fresh.
+
+    The latter are the paths of the parameters that did not come from weights.
 
     Ported weights keep their head where its classes are known and are the data's, and where config.model.head is
-    'keep'; else it is replaced by a fresh one.
+    'keep'; else it is replaced by a fresh one. With config.model.classes its rows go with their names.
 
     Args:
       config: of the run.
-      class_names: of the data.
+      class_names: of the data; with config.model.classes those.
       pretrained: how weights are had, as `run.pretrained.load_pretrained`.
       axis_name, devices: as for `make_model`.
 
@@ -108,7 +121,8 @@ def initial(
     num_classes = c.num_classes or len(class_names)
     if num_classes < len(class_names):
         raise UserError(f"config.model.num_classes is {num_classes}", f"the data has {len(class_names)} classes")
-    if (count := len(config.train.class_weights)) not in (0, num_classes):
+    weights = tuple(config.train.class_weights)
+    if (count := len(weights)) not in (0, num_classes) and weights != ("balanced",):
         raise UserError(
             f"config.train.class_weights has {count} numbers", f"give one for each of {num_classes} classes"
         )
@@ -117,13 +131,11 @@ def initial(
     names = class_names if num_classes == len(class_names) else None
     order = config.data.class_order
     card = ModelCard(c.arch, num_classes, names, preprocessing=preprocessing(config), class_order=order)
+    fresh: tuple[str, ...] = ()
     if not c.weights:
-        return (
-            model,
-            init_variables(model, config.seed, config.data.image_size),
-            card,
-            f"{c.arch} from scratch, {num_classes} classes",
-        )
+        variables = init_variables(model, config.seed, config.data.image_size)
+        fresh = tuple(traverse_util.flatten_dict(variables["params"], sep="/"))
+        return model, variables, card, f"{c.arch} from scratch, {num_classes} classes", fresh
 
     variables, origin = pretrained(c.weights, c.arch, c.checkpoint)
     card = dataclasses.replace(
@@ -135,12 +147,22 @@ def initial(
     )
     if resized := family_of(c.arch).resized:
         variables = resized(variables, config.data.image_size)
+    head, params = family_of(c.arch).head, variables["params"]
+    if c.classes:
+        rows, said = rows_of(c.classes, origin.class_names, origin.source)
+        params[head] = with_rows(init_head(model, params[head], config.seed), params[head], rows)
+        return model, variables, card, f"{c.arch} of {origin.source}, {said}", fresh_of(head, params)
     kept, said = decide_head(c.head, origin, num_classes, names)
     if not kept:
-        head, params = family_of(c.arch).head, variables["params"]
         old = params.get(head) or variable_shapes(model, config.data.image_size)["params"][head]
         params[head] = init_head(model, old, config.seed)
-    return model, variables, card, f"{c.arch} of {origin.source}, {said}"
+        fresh = fresh_of(head, params)
+    return model, variables, card, f"{c.arch} of {origin.source}, {said}", fresh
+
+
+def fresh_of(head: str, params: dict[str, Any]) -> tuple[str, ...]:
+    """The paths of the output layer's parameters."""
+    return tuple(f"{head}/{leaf}" for leaf in params[head])
 
 
 def decide_head(wanted: str, origin: ModelCard, num_classes: int, names: tuple[str, ...] | None) -> tuple[bool, str]:

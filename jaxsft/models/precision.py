@@ -24,7 +24,7 @@ PASSES = {"default": "1 bfloat16 pass", "high": "3 bfloat16 passes", "highest": 
 
 
 def resolved_precision(precision: str, devices: Sequence[Any]) -> str:
-    """What `precision`, a value of train.precision, is on `devices`: 'float32' or 'bfloat16'.
+    """What `precision`, a value of train.precision, is on `devices`: 'float32', 'bfloat16' or 'float16'.
 
     'auto' is bfloat16 where each of them multiplies it, as TPUs and newer GPUs do, else float32. `devices` are JAX's,
     of all processes, so that all say the same.
@@ -71,6 +71,7 @@ def said(precision: str, matmul_precision: str, devices: Sequence[Any]) -> str:
     """What a run computes in, for people: 'bfloat16 (auto), float32 products in 1 bfloat16 pass (default)'."""
     resolved = resolved_precision(precision, devices)
     name = f"{resolved} ({AUTO})" if precision == AUTO else resolved
+    name += " with a scaled loss" if resolved == "float16" else ""
     return f"{name}, {'' if resolved == 'float32' else 'float32 '}products {products(matmul_precision, devices[0])}"
 
 

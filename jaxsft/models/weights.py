@@ -60,6 +60,7 @@ class ModelCard:
     weights_version: str = ""  # torchvision's, such as IMAGENET1K_V2
     preprocessing: Preprocessing = Preprocessing()
     class_order: str = "text"  # of the data it was trained on: 'text' | 'numeric', as config.data.class_order
+    multi_label: bool = False  # whether an image has any number of labels: each class is decided on by itself
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -113,6 +114,8 @@ class ModelCard:
             raise ValueError(f"{len(names)} class names for {self.num_classes} classes")
         if not all(isinstance(text, str) for text in (self.source, self.sha256, self.weights_version)):
             raise ValueError("source, sha256 and weights_version are text")
+        if type(self.multi_label) is not bool:
+            raise ValueError(f"multi_label is {self.multi_label!r}")
         if self.class_order not in ("text", "numeric"):
             raise ValueError(f"class_order is {self.class_order!r}")
         if not all(type(size) is int and 0 < size <= 4096 for size in (p.resize_size, p.crop_size)):

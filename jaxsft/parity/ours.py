@@ -15,10 +15,11 @@ from convert import names
 from jaxsft import config as config_module
 from jaxsft.interpret.metrics import Evaluation
 from jaxsft.learn.losses import make_loss
+from jaxsft.learn.objective import Inputs, Objective, network_keys, step_key
 from jaxsft.learn.optim import make_optimizer
 from jaxsft.learn.schedule import make_schedule
 from jaxsft.learn.state import TrainState
-from jaxsft.learn.steps import make_eval_step, make_train_step, network_keys, step_key
+from jaxsft.learn.steps import make_eval_step, make_train_step
 from jaxsft.models.families import family_of
 from jaxsft.models.family import IMAGE_SIZE, ImageSize, variable_shapes
 from jaxsft.models.stochastic import MASKS
@@ -131,10 +132,9 @@ def train(model: nn.Module, arch: str, values: Any, recipe: Recipe, batches: Bat
     )
     rate = make_schedule(config, steps_per_epoch=1, total_steps=len(batches))
     optimizer = make_optimizer(config, values["params"], rate)
-    step = jax.jit(
-        make_train_step(model, optimizer, None, seed=SEED, loss=make_loss(recipe.smoothing, recipe.class_weights))
-    )
-    state = TrainState.create(values, optimizer, with_average=False)
+    objective = Objective(model, Inputs(None), make_loss(recipe.smoothing, recipe.class_weights))
+    step = jax.jit(make_train_step(objective, optimizer, seed=SEED))
+    state = TrainState.create(values, optimizer)
     for number, (images, labels, _) in enumerate(batches):
         dataset = {"images": images, "labels": labels}
         state, counts = step(state, dataset, {"example": np.arange(len(labels), dtype=np.int32)})

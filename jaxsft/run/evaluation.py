@@ -16,7 +16,9 @@ from jaxsft.data.loader import BadFiles, Loader, make_loader
 from jaxsft.data.reading import EvalPlan, in_memory
 from jaxsft.data.sources import open_source, with_classes
 from jaxsft.interpret.metrics import Evaluation
+from jaxsft.interpret.multilabel import MultiLabelEvaluation, Result
 from jaxsft.learn.steps import make_answer_step, make_eval_step
+from jaxsft.run import labelling
 from jaxsft.run.parallel import IN_FLIGHT, DataParallel, all_devices
 from jaxsft.run.saved import Run
 
@@ -34,12 +36,14 @@ def evaluate(
     variables: Any,
     loader: Loader,
     between: Callable[[], None] = lambda: None,
-) -> Evaluation:
-    """Run the compiled `eval_step` over all that `loader` brings and sum its counts.
+    multi_label: bool = False,
+) -> Result:
+    """Run the compiled `eval_step` over all that `loader` brings and make the metrics of it, of one label or several.
 
     After each batch `between` is called; it may raise to end the evaluation.
     """
-    return Evaluation.of(results(eval_step, variables, loader, between))
+    kind = MultiLabelEvaluation if multi_label else Evaluation
+    return kind.of(results(eval_step, variables, loader, between))
 
 
 def results(
@@ -68,7 +72,7 @@ def open_examples(run: Run, data: str = "", split: str = "", data_dir: str = "")
       data_dir: of TFDS; '': the run's.
 
     Raises:
-      UserError: they can't be had, or have a class that the model lacks.
+      UserError: they can't be had, have a class that the model lacks, or other kinds of labels, one or several.
     """
     options = Options.of(run.config)
     if data:
@@ -77,6 +81,7 @@ def open_examples(run: Run, data: str = "", split: str = "", data_dir: str = "")
         options = dataclasses.replace(options, data_dir=data_dir)
     name, batch_size = data or run.config.data.source, run.config.data.batch_size
     source = open_source(name, split or ("" if data else run.config.data.eval_split), options)
+    labelling.check_kind(source, name, run.card)
     if run.card.class_names is not None:
         source = with_classes(source, run.card.class_names, name, "the model")
     elif source.labels.max() >= run.card.num_classes:
@@ -97,12 +102,12 @@ def open_examples(run: Run, data: str = "", split: str = "", data_dir: str = "")
     return Examples(source, loader, parallel)
 
 
-def evaluate_run(run: Run, examples: Examples) -> Evaluation:
+def evaluate_run(run: Run, examples: Examples) -> Result:
     """The metrics of a saved run on all of `examples`, whose workers end."""
     _, loader, parallel = examples
     step = parallel.compile(make_eval_step(run.model, loader.preprocessing, axis_name=parallel.axis_name))
     try:
-        return evaluate(step, parallel.replicate(run.variables), loader)
+        return evaluate(step, parallel.replicate(run.variables), loader, multi_label=run.card.multi_label)
     finally:
         loader.close()
 
@@ -111,7 +116,8 @@ def answers_of(run: Run, examples: Examples, step: Callable[..., Any] | None = N
     """What a saved run takes each of `examples` for; their workers end. `step` is compiled for them already.
 
     Returns:
-      "example", "label" and "predicted" int32 [N], "probability" float [N]; without examples that can't be read.
+      "example", "label" and "predicted" int32 [N], "probability" float [N]; without examples that can't be read. Of
+      several labels an image "label" and "predicted" are uint8 [N, K].
     """
     _, loader, parallel = examples
     if step is None:

@@ -100,8 +100,9 @@ class Meter:
             for i, step in enumerate(steps):
                 if self._finite and not math.isfinite(counts["loss"][i]):
                     raise NotFinite(step, f"the loss is {counts['loss'][i]}")
-                self.sums = {key: self.sums[key] + counts[key][i] for key in self.sums}
-                self.epoch = {key: self.epoch[key] + counts[key][i] for key in self.epoch}
+                self.sums, self.epoch = (
+                    {key: sums.get(key, 0) + counts[key][i] for key in counts} for sums in (self.sums, self.epoch)
+                )
                 self.loss = counts["loss"][i] / max(counts["count"][i], 1)
 
 

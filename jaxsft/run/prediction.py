@@ -116,20 +116,23 @@ def batches(pictures: Sequence[Picture], to: Preprocessing, upright: bool) -> It
 def predict(run: Run, pictures: Sequence[Picture], topk: int) -> Iterator[dict[str, Any]]:
     """{"file", "classes": [{"class", "probability"}, ...]} of each readable picture, the most probable first.
 
+    Of a model of several labels an image each class has a probability of its own, and "labels" names all above 0.5.
+
     Raises:
       UserError: the network computes no numbers.
     """
-    to = run.card.preprocessing
+    to, names = run.card.preprocessing, run.card.names
+    to_probabilities = jax.nn.sigmoid if run.card.multi_label else jax.nn.softmax
 
     def body(variables: Any, images: jax.Array) -> jax.Array:
-        return jax.nn.softmax(run.model.apply(variables, normalise(images, to), train=False))
+        return to_probabilities(run.model.apply(variables, normalise(images, to), train=False))
 
     probabilities = jax.jit(with_products(body, run.config.train.matmul_precision))
-    for names, batch in batches(pictures, to, run.config.data.exif_orientation):
-        rows = np.asarray(probabilities(run.variables, batch))[: len(names)]
+    for files, batch in batches(pictures, to, run.config.data.exif_orientation):
+        rows = np.asarray(probabilities(run.variables, batch))[: len(files)]
         if not np.isfinite(rows).all():
             raise cli.UserError(f"the network of step {run.step} computes no numbers", "take another --checkpoint")
-        for name, row in zip(names, rows, strict=True):
+        for file, row in zip(files, rows, strict=True):
             best = np.argsort(-row, kind="stable")[:topk]
-            classes = [{"class": run.card.names[i], "probability": float(row[i])} for i in best]
-            yield {"file": name, "classes": classes}
+            labels = {"labels": [names[i] for i in np.flatnonzero(row > 0.5)]} if run.card.multi_label else {}
+            yield {"file": file, "classes": [{"class": names[i], "probability": float(row[i])} for i in best], **labels}

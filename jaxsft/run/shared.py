@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,8 @@ from jaxsft.data.base import Arrays
 from jaxsft.data.loader import on_devices
 from jaxsft.run.parallel import DataParallel
 
-RATE = ("optim.lr", "optim.schedule", "optim.warmup_epochs", "optim.step_epochs", "optim.step_factor", "train.epochs",
-        "train.steps")  # fmt: skip
+RATE = ("optim.lr", "optim.lr_scaling", "optim.schedule", "optim.warmup_epochs", "optim.step_epochs",
+        "optim.step_factor", "train.epochs", "train.steps")  # fmt: skip
 # At 0 these are off, which is another program.
 NUMBERS = ("optim.weight_decay", "optim.momentum", "optim.clip_norm", "train.label_smoothing", "train.mixup",
            "train.cutmix", "train.ema")  # fmt: skip
@@ -34,14 +34,6 @@ KEY = "numbers"  # in the data set that a step is called with
 UPDATES = 2**16  # rates that a step is called with at least: another number of them would be another program
 
 Step = Callable[..., Any]
-
-
-class Steps(NamedTuple):
-    """The compiled steps of a run; see `Job`."""
-
-    train: Step
-    several: Step
-    evaluate: Step
 
 
 class Number:

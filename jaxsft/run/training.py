@@ -18,7 +18,9 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from jaxsft import cli, storage
-from jaxsft.interpret.metrics import Evaluation
+from jaxsft.interpret.multilabel import Result
+from jaxsft.learn.schedule import peak_lr
+from jaxsft.learn.trainable import COLUMNS, table
 from jaxsft.models.precision import continued
 from jaxsft.progress import progress
 from jaxsft.run import checkpoint
@@ -26,8 +28,9 @@ from jaxsft.run import workdir as workdir_module
 from jaxsft.run.best import Best
 from jaxsft.run.checkpoint import Checkpoints, Unwritten
 from jaxsft.run.interrupts import Interrupted, Interrupts
-from jaxsft.run.job import Job, prepare
+from jaxsft.run.job import Job
 from jaxsft.run.log import Log, Meter, NotFinite, Throughput, records
+from jaxsft.run.prepare import prepare
 from jaxsft.run.profile import Profile
 from jaxsft.run.working_copy import WorkingCopy
 from jaxsft.storage import Location
@@ -54,7 +57,7 @@ class Trainer:
         self.speed = Throughput()
         self.began = self.epoch_began = time.perf_counter()
 
-    def run(self) -> Evaluation:
+    def run(self) -> Result:
         """Train to the end; the last evaluation, whose line of the log is written when all else is on disk."""
         job, total, every = self.job, self.job.total_steps, self.job.config.checkpoint.every_steps
         batch_size = job.config.data.batch_size
@@ -80,6 +83,8 @@ class Trainer:
 
     def update(self, steps: range) -> None:
         """The updates of one call, and the line of the log when it is time."""
+        if self.job.is_unfrozen(steps[0] - 1):
+            self.tell(f"epoch {self.job.epoch(steps[0] - 1):g}: more parameters train from here on, compiling ...")
         self.meter.add(steps, self.job.update(steps))
         self.speed.add(len(steps) * self.job.config.data.batch_size)
         step = steps[-1]
@@ -89,6 +94,9 @@ class Trainer:
             self.tell(f"compiled in {time.perf_counter() - self.began:.0f} s")
             self.speed.reset()  # what came so far was mostly compilation
             self.epoch_began = time.perf_counter()
+        elif self.job.is_unfrozen(steps[0] - 1):
+            self.meter.compute()
+            self.speed.reset()  # the step was compiled anew
         if step % self.job.config.train.log_every_steps == 0 or step == self.job.total_steps:
             self.write_train_line(step, self.meter.compute_and_reset(), self.speed.compute_and_reset())
         self.interrupts.poll()
@@ -99,7 +107,7 @@ class Trainer:
             self.bar.write(cli.printable(text))
             sys.stdout.flush()
 
-    def tell_epoch(self, step: int, result: Evaluation | None) -> None:
+    def tell_epoch(self, step: int, result: Result | None) -> None:
         """The line of an epoch: what it has learnt, and how long it took with its evaluation."""
         sums, now = self.meter.reset_epoch(), time.perf_counter()
         epochs = f"{self.job.epoch(step):g} of {self.job.epoch(self.job.total_steps):g}"
@@ -110,23 +118,29 @@ class Trainer:
         self.tell(f"epoch {epochs}: {', '.join(filter(None, parts))}")
         self.epoch_began = now
 
-    def evaluate(self, step: int) -> Evaluation:
+    def evaluate(self, step: int) -> Result:
         """Evaluate, write the line of the log, and note whether this is the best so far."""
+        self.job.estimate_statistics(step, between=self.interrupts.poll)
         result = self.job.evaluate(between=self.interrupts.poll)
         self.log.write("eval", step, epoch=self.job.epoch(step), **result.scalars())
         self.best.update(step, result.scalars())
         self.speed.reset()
         return result
 
-    def finish(self, total: int) -> Evaluation:
+    def finish(self, total: int) -> Result:
         """The last evaluation, the last checkpoint, and only then the line that says that the run is finished."""
-        result = self.job.evaluate(between=self.interrupts.poll)
+        self.job.estimate_statistics(total, between=self.interrupts.poll)
+        result, without = self.job.evaluate(between=self.interrupts.poll), {}
+        if self.job.state.average is not None:
+            last = self.job.evaluate(between=self.interrupts.poll, averaged=False)
+            self.tell(f"kept: the average, {result.summary()}; the last parameters, not kept: {last.summary()}")
+            without = {f"last_{name}": value for name, value in last.scalars().items() if name != "count"}
         self.best.update(total, result.scalars())
         self.tell_epoch(total, result)
         self.save(total)
         self.checkpoints.wait()
-        by_name = result.record(self.job.card.names)["per_class"]
-        self.log.write("eval", total, epoch=self.job.epoch(total), **result.scalars(), per_class=by_name, final=True)
+        more = {**without, "per_class": result.record(self.job.card.names)["per_class"], "final": True}
+        self.log.write("eval", total, epoch=self.job.epoch(total), **result.scalars(), **more)
         self.log.sync()
         return result
 
@@ -137,6 +151,7 @@ class Trainer:
             "meter": self.meter.compute(),
             "config": self.job.config.to_dict(),
             "card": card,
+            "data": self.job.data,
             "precision": self.job.precision,
         }
         self.log.sync()
@@ -160,10 +175,12 @@ class Trainer:
             accuracy=sums["top1"] / sums["count"],
             lr=float(self.job.rates[step - 1]),
             images_per_sec=images_per_sec,
+            **{name: sums[name] / sums["unlabelled"] for name in ("confident",) if "unlabelled" in sums},
+            **{name: sums[name] for name in ("skipped",) if name in sums},
         )
 
 
-def fit(job: Job, workdir: WorkingCopy, profile: int = 0, in_session: bool = False) -> Evaluation:
+def fit(job: Job, workdir: WorkingCopy, profile: int = 0, in_session: bool = False) -> Result:
     """Train from the newest intact checkpoint (or the start) to the end, and leave the files of a finished run.
 
     Args:
@@ -178,6 +195,7 @@ def fit(job: Job, workdir: WorkingCopy, profile: int = 0, in_session: bool = Fal
     """
     config, is_main = job.config, job.parallel.is_main
     start, meter = resume(job, workdir)
+    job.begin(job, start)
     best = Best.of(workdir.path, config.checkpoint.best_metric, start)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.train.on_nan, writes=is_main)
     traced = Profile(job, workdir, profile)  # is left last, after a signal once all is saved
@@ -300,7 +318,7 @@ def train(
     say(job, f"{workdir}: {result.summary()}, {time.perf_counter() - began:.0f} s")
 
 
-def write_report(job: Job, workdir: WorkingCopy, result: Evaluation) -> None:
+def write_report(job: Job, workdir: WorkingCopy, result: Result) -> None:
     """Leave report.html in the run's directory. Without one the run is whole."""
     from jaxsft.data import show  # here: a start need not wait for matplotlib
     from jaxsft.interpret import html
@@ -308,7 +326,10 @@ def write_report(job: Job, workdir: WorkingCopy, result: Evaluation) -> None:
     try:
         images, labels = show.batch_of(job.config, job.train_source, job.card.preprocessing, IN_REPORT)
         batch = show.grid(images, labels, job.train_source.class_names)
-        page = html.page(workdir.place.name, job.card, job.config, job.precision, records(workdir.path), result, batch)
+        lines, parameters = records(workdir.path), [COLUMNS, *table(job.rules, peak_lr(job.config))]
+        page = html.page(
+            workdir.place.name, job.card, job.config, job.precision, lines, result, batch, parameters=parameters
+        )
         storage.write_file(workdir.path / "report.html", page.encode(errors="replace"))
     except Exception as error:
         cli.warn(f"no report.html could be made: {type(error).__name__}: {error}")

@@ -74,7 +74,7 @@ def check_data(workdir: Location, card: ModelCard, data: dict[str, Any], on_chan
       workdir: of the run.
       card: what the model would be now.
       data: the fingerprint of the data now.
-      on_changed: 'stop', or 'continue' with other data of as many classes.
+      on_changed: 'stop', or 'continue' with other data of as many classes, not with the same in another order.
 
     Raises:
       UserError: the classes, the number of images, their names, labels or order differ; or the model has another head.
@@ -88,13 +88,18 @@ def check_data(workdir: Location, card: ModelCard, data: dict[str, Any], on_chan
             f"{workdir} holds a model of {before.num_classes} classes, the data have {card.num_classes}: {changed}",
             f"give another --workdir; there --config.model.weights={workdir} goes on from what this run has learnt",
         )
+    names = data["classes"]
+    if before and before.class_names and set(before.class_names) == set(names) and list(before.class_names) != names:
+        raise UserError(  # whatever on_changed says: what the model has learnt of one it would take for another
+            f"{workdir} holds a model of these classes in another order: {classes_difference(before.names, names)}",
+            "bring them into that order, or give another --workdir",
+        )
     if on_changed == "continue":
         return
-    if (workdir / DATA).exists():
-        there = read_json(workdir / DATA)
-    elif before and before.class_names:  # a run of before there was such a file
+    there = known_data(workdir)
+    if there is None and before and before.class_names:  # a run of before either was written
         there = {**data, "classes": list(before.class_names)}
-    else:
+    if there is None:
         return
     if found := difference(there, data):
         raise UserError(
@@ -108,6 +113,14 @@ def known_card(workdir: Location) -> ModelCard | None:
     with contextlib.suppress(UserError):
         return saved.read_card(workdir)
     return None
+
+
+def known_data(workdir: Location) -> dict[str, Any] | None:
+    """The fingerprint of the data that the run in `workdir` began with: of data.json, or else of its checkpoints."""
+    with contextlib.suppress(UserError):
+        return read_json(workdir / DATA)
+    found = saved.in_checkpoint(workdir, "data")
+    return found if isinstance(found, dict) else None
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:

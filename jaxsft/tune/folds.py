@@ -23,8 +23,8 @@ from jaxsft.learn.steps import make_answer_step
 from jaxsft.output import write_json
 from jaxsft.run import workdir as workdir_module
 from jaxsft.run.evaluation import Examples, answers_of
-from jaxsft.run.job import prepare
 from jaxsft.run.parallel import all_devices
+from jaxsft.run.prepare import prepare
 from jaxsft.run.saved import load_run
 from jaxsft.run.shared import Shared, devices_key, program_key
 from jaxsft.run.training import train

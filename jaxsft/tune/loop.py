@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 from jaxsft.cli import write_stderr
 from jaxsft.interpret.metrics import Evaluation
 from jaxsft.run.interrupts import SIGNALS
-from jaxsft.run.job import Job, prepare
+from jaxsft.run.job import Job
 from jaxsft.run.log import Meter, NotFinite
+from jaxsft.run.prepare import prepare
 from jaxsft.run.shared import Shared
 from jaxsft.tune.pool import Splits
 
@@ -78,12 +79,14 @@ def evaluations(
     job, _ = prepare(config, splits, shared)
     meter = Meter(finite=True)
     try:
+        job.begin(job, 0)
         for steps in job.calls(0):
             meter.add(steps, job.update(steps))
             between()
             if job.is_evaluated(steps[-1]):
                 meter.compute()
                 result = job.evaluate(between)
+                assert isinstance(result, Evaluation)  # `open_pool` takes no images of several labels
                 if not math.isfinite(result.loss):
                     raise NotFinite(steps[-1], f"the loss of the evaluation is {result.loss}")
                 yield result

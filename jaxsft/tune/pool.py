@@ -13,7 +13,7 @@ from jaxsft.cli import UserError
 from jaxsft.data.base import Arrays, Part, Source
 from jaxsft.data.sources import open_training
 from jaxsft.data.splits import folds
-from jaxsft.run.job import check_data
+from jaxsft.run.prepare import check_data
 
 Splits = tuple[Source, Source]  # to train and to evaluate on
 
@@ -55,6 +55,10 @@ def open_pool(config: ConfigDict, count: int, used: Sequence[int] | None = None)
     cli.say(f"reading {config.data.source} ...")
     source = open_training(config)
     check_data(config, source)
+    if source.multi_label:
+        raise UserError(
+            f"the images of {config.data.source} have several labels", "search with images of one label each"
+        )
     smallest = int(np.bincount(source.labels)[np.unique(source.labels)].min())
     if count > len(source):
         raise UserError(f"--folds is {count}", f"there are {len(source)} training images: take fewer")

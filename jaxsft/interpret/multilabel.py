@@ -1,0 +1,140 @@
+"""The evaluation of images with several labels each: average precision, F1, and how many are right in all labels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsft.interpret.metrics import Evaluation
+
+METRICS = ("map", "f1_micro", "f1_macro")  # that an evaluation of one label an image has not
+
+
+def count(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """Sums over the examples where `mask` holds, of one device.
+
+    Args:
+      logits: [N, K]; a label is predicted where its logit is above 0, its probability above 0.5.
+      labels: [N, K], 1 where an example has the label, else 0.
+      losses: [N].
+      mask: bool [N].
+
+    Returns:
+      "loss" float, "top1" and "count" int32 scalars: "top1" counts the examples all of whose labels are right. One
+      with a NaN is wrong.
+    """
+    right = ((logits > 0) == (labels > 0)).all(1) & ~jnp.isnan(logits).any(1)
+    return {
+        "loss": jnp.where(mask, losses, 0).sum(),
+        "top1": (mask & right).sum(dtype=jnp.int32),
+        "count": mask.sum(dtype=jnp.int32),
+    }
+
+
+def average_precision(scores: np.ndarray, is_positive: np.ndarray) -> float:
+    """The mean of the precision at each positive's rank: scikit-learn's average_precision_score; NaN without positives.
+
+    Examples of one score are taken together: their order can't matter.
+
+    Args:
+      scores: [N], none of them NaN.
+      is_positive: bool [N].
+    """
+    positives = int(is_positive.sum())
+    if not positives:
+        return float("nan")
+    order = np.argsort(-scores, kind="stable")
+    ranked, found = scores[order], np.cumsum(is_positive[order])
+    last = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), len(ranked) - 1)  # of each group of equals
+    precision = found[last] / (last + 1)
+    return float((np.diff(found[last], prepend=0) * precision).sum() / positives)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class MultiLabelEvaluation:
+    """The result over a whole split whose examples have any number of labels each."""
+
+    loss: float  # binary cross-entropy, mean over examples and classes
+    accuracy: float  # share of the examples all of whose labels are right, scikit-learn's accuracy_score
+    count: int
+    positives: np.ndarray  # int64 [K], the examples that have the label
+    precision: np.ndarray  # float64 [K], average precision; NaN without positives
+    f1: np.ndarray  # float64 [K], at a probability of 0.5; NaN where no example has the label and none is predicted it
+    f1_micro: float  # of all decisions together
+
+    @classmethod
+    def of(cls, batches: Iterable[dict[str, Any]]) -> MultiLabelEvaluation:
+        """From what `make_eval_step` returns of every batch, on the host: sums, and the scores of all examples."""
+        sums = {"loss": np.float64(0), "top1": 0, "count": 0}
+        logits, labels = [], []
+        for batch in batches:
+            sums = {name: value + batch[name] for name, value in sums.items()}
+            logits.append(batch["logits"][batch["mask"]])
+            labels.append(batch["label"][batch["mask"]] > 0)
+        scores, has = np.concatenate(logits), np.concatenate(labels)
+        scores = np.where(np.isnan(scores).any(1, keepdims=True), -np.inf, scores)  # what can't be ranked comes last
+        n, predicted = int(sums["count"]), scores > 0
+        hits, all_of = (has & predicted).sum(0), has.sum(0) + predicted.sum(0)
+        with np.errstate(invalid="ignore"):
+            f1, f1_micro = 2 * hits / all_of, float(np.divide(2 * hits.sum(), all_of.sum()))
+        return cls(
+            float(sums["loss"] / n),
+            float(sums["top1"] / n),
+            n,
+            has.sum(0),
+            np.array([average_precision(scores[:, k], has[:, k]) for k in range(has.shape[1])]),
+            f1,
+            f1_micro,
+        )
+
+    def __repr__(self) -> str:
+        return f"<{self.summary()}>"
+
+    @property
+    def map(self) -> float:
+        """Mean average precision over the classes that have positives."""
+        return mean(self.precision)
+
+    @property
+    def f1_macro(self) -> float:
+        """The mean F1 of the classes that have one: f1_score(average="macro", zero_division=nan) of scikit-learn's."""
+        return mean(self.f1)
+
+    def summary(self) -> str:
+        """One line for people."""
+        right = round(self.accuracy * self.count)
+        f1 = f"F1 {self.f1_micro:.4f} (micro) {self.f1_macro:.4f} (macro)"
+        said = f"mAP {self.map:.4f}, {f1}, all labels right {self.accuracy:.4f} ({right} of {self.count})"
+        return f"{said}, loss {self.loss:.4f}"
+
+    def scalars(self) -> dict[str, Any]:
+        """Loss, accuracy, the METRICS and count, as metrics.jsonl has them."""
+        shares = {name: getattr(self, name) for name in METRICS}
+        return {"loss": self.loss, "accuracy": self.accuracy, **shares, "count": self.count}
+
+    def per_class(self) -> np.ndarray:
+        """Average precision of each class, float64 [K]; NaN for a class without positives."""
+        return self.precision
+
+    def record(self, class_names: tuple[str, ...]) -> dict[str, Any]:
+        """As JSON: the scalars, and by name per_class (average precision), f1_per_class and positives."""
+        shares = {"per_class": self.precision, "f1_per_class": self.f1}
+        by_name = {
+            key: {name: None if np.isnan(value) else value for name, value in zip(class_names, values.tolist())}
+            for key, values in shares.items()
+        }
+        return {**self.scalars(), **by_name, "positives": dict(zip(class_names, self.positives.tolist(), strict=True))}
+
+
+Result = Evaluation | MultiLabelEvaluation
+
+
+def mean(values: np.ndarray) -> float:
+    """The mean of those that are numbers; NaN where none is."""
+    numbers = values[~np.isnan(values)]
+    return float(numbers.mean()) if len(numbers) else float("nan")

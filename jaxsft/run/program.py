@@ -1,0 +1,152 @@
+"""What a run computes: its compiled steps, of training in each of its phases, of evaluation, and of a head alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from jaxsft.learn import trainable
+from jaxsft.learn.average import average_of
+from jaxsft.learn.distill import Teacher
+from jaxsft.learn.losses import loss_of
+from jaxsft.learn.objective import Objective
+from jaxsft.learn.optim import make_optimizer
+from jaxsft.learn.schedule import Schedule
+from jaxsft.learn.state import TrainState
+from jaxsft.learn.steps import make_eval_step, make_several, make_statistics_step, make_train_step
+from jaxsft.models.precision import resolved_precision
+from jaxsft.models.weights import Preprocessing
+from jaxsft.run.parallel import DataParallel
+from jaxsft.run.shared import Shared, devices_key, program_key, taking_numbers
+
+
+class Phase(NamedTuple):
+    """The steps from the time on when more parameters begin to train; compiled when they are first called."""
+
+    after: int  # updates done by then
+    train_step: Callable[..., Any]
+    several_steps: Callable[..., Any]  # `train_step` for a list of batches in one call
+
+
+def at_epoch(config: ConfigDict, model: nn.Module, rules: trainable.Rules, epoch: float) -> nn.Module:
+    """`model` whose batch norms run on running statistics in all that is frozen at `epoch`."""
+    if config.model.batch_norm == "frozen" or not config.model.unfreeze:
+        return model
+    return model.clone(frozen=trainable.frozen_modules(config, rules, epoch))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """All that the steps of a run are made of."""
+
+    config: ConfigDict
+    model: nn.Module
+    params: Any  # or their shapes
+    rate: Schedule
+    every: int  # updates of an epoch
+    total: int  # updates
+    parallel: DataParallel
+    fresh: tuple[str, ...] = ()  # paths of the parameters that did not come from weights
+    # What is left to be done on the device to the images of training, of evaluation and without labels; None: nothing.
+    left: Preprocessing | None = None
+    to_evaluate: Preprocessing | None = None
+    of_unlabelled: Preprocessing | None = None
+    class_weights: Sequence[float] | None = None  # as for `loss_of`
+    teacher: Teacher | None = None
+    shared: Shared | None = None  # whose steps are taken; their numbers come with the data set
+
+    @functools.cached_property
+    def rules(self) -> dict[str, trainable.Rule]:
+        """The rule of every parameter."""
+        return trainable.rules(self.config, self.params, self.fresh)
+
+    def network(self, epoch: float) -> nn.Module:
+        """The model whose batch norms run on running statistics in all that is frozen at `epoch`."""
+        return at_epoch(self.config, self.model, self.rules, epoch)
+
+    def optimizer(self, epoch: float = 0.0) -> optax.GradientTransformationExtraArgs:
+        """Of what trains at `epoch`; its state has one structure at every epoch."""
+        return make_optimizer(self.config, self.params, self.rate, self.fresh, epoch)
+
+    def objective(self, epoch: float = 0.0) -> Objective:
+        """What is minimised at `epoch`."""
+        loss = loss_of(self.config, self.parallel.axis_name, self.class_weights)
+        return Objective.of(self.config, self.network(epoch), self.left, loss, self.teacher, self.of_unlabelled)
+
+    def body(self, epoch: float = 0.0) -> Callable[..., Any]:
+        """The update at `epoch`, of one device."""
+        return make_train_step(
+            self.objective(epoch),
+            self.optimizer(epoch),
+            seed=self.config.seed,
+            accumulate=self.config.optim.accumulate,
+            sam=self.config.optim.sam,
+            frozen=trainable.waiting(self.rules, epoch),
+            average=average_of(self.config, self.total, self.every),
+            axis_name=self.parallel.axis_name,
+        )
+
+    def updates(self, epoch: float) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The compiled update at `epoch`, and the same for a list of batches in one call."""
+
+        def make(own: ConfigDict, rate: Schedule) -> Callable[..., Any]:
+            params = jax.eval_shape(lambda: self.params)  # what is shared holds nothing of the run that made it
+            return dataclasses.replace(self, config=own, rate=rate, params=params, shared=None).body(epoch)
+
+        body = self.body(epoch) if self.shared is None else taking_numbers(self.config, make)
+        compiled = (self.parallel.compile(step, donate_first=True) for step in (body, make_several(body)))
+        one, several = compiled
+        return one, several
+
+    def once(self, name: str, epoch: float, make: Callable[[], Any]) -> Any:
+        """What `make` makes, or what it made for another run of `shared` whose program is the same."""
+        if self.shared is None:
+            return make()
+        made_of = (self.left, self.to_evaluate, self.of_unlabelled, self.fresh, self.model.num_classes)
+        ends = (self.total, self.every) if self.config.train.swa_epochs else ()
+        weights = None if self.class_weights is None else tuple(map(float, self.class_weights))
+        key = program_key(self.config), devices_key(self.parallel)
+        return self.shared.once((name, epoch, *key, *made_of, ends, weights), make)
+
+    def phases(self) -> list[Phase]:
+        """The steps of training, in their order; without model.unfreeze there is one phase.
+
+        Raises:
+          UserError: a parameter would begin to train after the end of the run.
+        """
+        found = []
+        for after, epoch in trainable.phases(self.rules, self.every, self.total):
+            found.append(Phase(after, *self.once("update", epoch, functools.partial(self.updates, epoch))))
+        return found
+
+    def evaluation(self) -> Callable[..., Any]:
+        """The step of evaluation."""
+        body = make_eval_step(self.model, self.to_evaluate, axis_name=self.parallel.axis_name)
+        return self.once("evaluation", 0.0, lambda: self.parallel.compile(body))
+
+    def statistics(self) -> Callable[..., Any] | None:
+        """The step by which an average's batch statistics are estimated anew; None: it keeps those that it has."""
+        if not self.config.train.swa_epochs:
+            return None
+        last = self.objective(trainable.phases(self.rules, self.every, self.total)[-1][1])
+        axis_name, seed = self.parallel.axis_name, self.config.seed
+        return self.parallel.compile(make_statistics_step(last.model, last.inputs, seed=seed, axis_name=axis_name))
+
+    def state(self, variables: Any) -> TrainState:
+        """The state before the first update, on every device."""
+        with_average = bool(self.config.train.ema or self.config.train.swa_epochs)
+        precision = resolved_precision(self.config.train.precision, self.parallel.devices)
+        state = TrainState.create(variables, self.optimizer(), with_average, precision == "float16")
+        return self.parallel.replicate(state)
+
+    def of_head(self, head: nn.Module) -> Program:
+        """The same for the output layer alone, on features: as the state is the whole network's, the body stays."""
+        alone = {"left": None, "to_evaluate": None, "of_unlabelled": None, "teacher": None, "shared": None}
+        return dataclasses.replace(self, model=head, **alone)  # type: ignore[arg-type]
