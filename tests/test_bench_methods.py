@@ -1,0 +1,67 @@
+"""What methods are compared by: their recipes, and the loop of PyTorch's that stands beside ours."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxsft import config as config_module
+from jaxsft import recipes
+from jaxsft.bench import methods, reference
+from jaxsft.data.augment import preprocess
+from jaxsft.models.initial import preprocessing
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_method_has_a_recipe_that_goes_together(method: str) -> None:
+    args = argparse.Namespace(weights="a.pth", data_dir="d", overrides=["--config.optim.lr=0.02"])
+    flags = methods.flags_of(args, method, 25, 1)
+    config, _, _ = methods.parse_flags(flags, "", {})
+    config_module.check(config)
+    assert (config.seed, config.data.per_class, config.train.epochs, config.optim.lr) == (1, 25, 20, 0.02)
+    assert bool(config.model.weights) == (method != "scratch")
+    assert sum(config[section] != recipes.load("few_labels")[section] for section in ("optim", "model")) <= 2
+
+
+def test_torch_sees_the_pictures_that_we_see() -> None:
+    config = recipes.load("few_labels")
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    found = reference.inputs(pictures, config).numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(found, preprocess(pictures, preprocessing(config)), atol=1e-4)  # float32 over 0.2
+    moved = reference.augmented(pictures, ("pad_crop", "flip"), np.random.default_rng(1))
+    assert moved.shape == pictures.shape
+    assert (moved != pictures).any((1, 2, 3)).all()
+    assert reference.augmented(pictures, (), np.random.default_rng(1)) is pictures
+
+
+@pytest.mark.parametrize("method", ["full", "probe"])
+def test_the_loop_of_torch_trains(method: str, cifar7: Path) -> None:
+    """A few updates from real weights: better than chance; of a probe only the head has moved."""
+    config = recipes.load("few_labels")
+    config.data.update({"source": "sample", "train_split": "train", "eval_split": "test[:100]", "image_size": 32})
+    config.train.update({"steps": 8, "method": method})
+    assert 0.2 < reference.accuracy(config, str(cifar7)) < 0.9
+
+
+def test_rows_are_means_and_ranges(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:
+    """Over seeds; a run that is finished is not trained again, and PyTorch's accuracies are kept."""
+    monkeypatch.setattr(methods, "final_record", lambda workdir: {"accuracy": 0.6 + 0.01 * int(workdir.name[-1])})
+    monkeypatch.setattr(reference, "accuracy", lambda config, weights: 0.5 + 0.1 * config.seed)
+    args = argparse.Namespace(
+        weights="a.pth", data_dir="", workdir=tmp_path, methods=["full", "sam"], per_class=[25], seeds=3,
+        against=["torch"], overrides=[],
+    )  # fmt: skip
+    for _ in range(2):
+        found = methods.run(args)
+        monkeypatch.setattr(reference, "accuracy", None)
+    assert found["methods"]["full"][25]["accuracy"] == pytest.approx([0.6, 0.61, 0.62])
+    assert found["torch"] == {"full": {25: {**found["torch"]["full"][25], "mean": pytest.approx(0.6)}}}
+    assert "sam" not in found["torch"]
+    said = capsys.readouterr().out
+    assert "61.0 (60.0-62.0)" in said
+    assert "60.0 (50.0-70.0)" in said
+    command = found["methods"]["sam"][25]["command"]
+    assert command.startswith("python -m jaxsft.train --config=configs/few_labels.py:sam --config.model.weights=a.pth")
