@@ -110,6 +110,26 @@ def test_numbers_as_arguments_compute_what_constants_do_and_compile_once(monkeyp
     assert not np.allclose(first[:4], second[:4], rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "optim.name=adamw optim.lr_scaling=linear optim.schedule=onecycle",
+        "optim.name=lamb optim.schedule=polynomial optim.sam=0.1",
+        "optim.name=lars train.loss=bce optim.no_decay=norm",
+        "optim.name=lion optim.layer_decay=0.5 optim.accumulate=2",
+        "optim.name=muon model.freeze=layer1 optim.l2_sp=0",
+        "train.ema_warmup=True train.class_weights=1,2,1,1,1,1,1,1,1,1",
+    ],
+)
+def test_every_kind_of_update_takes_its_numbers_as_arguments(options: str) -> None:
+    mixing = ("train.mixup=0.2", "train.cutmix=0.2", "optim.nesterov=False")
+    changes = [*(f"{key}={value}" for key, value in ON.items()), *mixing, *options.split()]
+    config = small.config(*QUICK, *(f"--config.{change}" for change in changes))
+    job, _ = prepare(config, parts(config).splits(0), Shared())
+    text = job.train_step.lower(job.state, job.train_loader.dataset, job.train_loader.batch(0)).as_text()
+    assert f"tensor<{UPDATES}xf32>" in text  # the rates are there, and nothing has taken a number for a constant
+
+
 def test_mixing_takes_its_numbers_as_arguments() -> None:
     images = jax.random.normal(jax.random.key(0), (2, 4, 6, 6, 3))
 
@@ -117,9 +137,10 @@ def test_mixing_takes_its_numbers_as_arguments() -> None:
     def ours(key: jax.Array, mixup: jax.Array, cutmix: jax.Array) -> Any:
         return mix(key, *images, Number(mixup), Number(cutmix))  # type: ignore[arg-type]
 
+    constant = jax.jit(lambda key: mix(key, *images, 0.3, 0.7))
     for seed in range(4):  # on both sides of the coin
         key = jax.random.key(seed)
-        for mine, theirs in zip(ours(key, 0.3, 0.7), mix(key, *images, 0.3, 0.7), strict=True):
+        for mine, theirs in zip(ours(key, 0.3, 0.7), constant(key), strict=True):
             assert np.allclose(mine, theirs, rtol=1e-5, atol=1e-6)  # float32
     assert ours._cache_size() == 1
 

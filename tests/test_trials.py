@@ -215,7 +215,7 @@ def test_a_signal_ends_the_trial_and_the_same_command_goes_on(place: Path, monke
         ("data.batch_size: ('float', 1, 2)", "OF: data.batch_size is ('float', 1, 2); write 'int': ..."),
         ("data.batch_size: ('int', 1, 2.5)", "OF: data.batch_size is ('int', 1, 2.5); both ends must..."),
         ("optim.name: ('float', 1, 2)", "OF: optim.name is ('float', 1, 2); it must be ('choice', ..."),
-        ("optim.name: ('choice', ['sgd', 'adam'])", "OF: optim.name has 'adam'; it must be 'sgd' or ..."),
+        ("optim.name: ('choice', ['sgd', 'adam'])", "OF: optim.name has 'adam'; it must be 'sgd', ..."),
         ("data.augment: ('choice', [('flop',)])", "OF: data.augment has 'flop'; did you mean 'flip'?"),
         ("optim.nesterov: ('choice', [1])", "OF: optim.nesterov has 1; it must be true or false"),
     ],

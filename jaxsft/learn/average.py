@@ -39,7 +39,7 @@ def ema(decay: float, warmup: bool = False) -> Move:
 
     def move(average: Any, values: Any, updates: jax.Array) -> Any:
         t = updates.astype(float)
-        rate = jnp.minimum(decay, (1 + t) / (10 + t)) if warmup else decay
+        rate = jnp.minimum(jnp.asarray(decay, float), (1 + t) / (10 + t)) if warmup else decay
 
         def one(old: jax.Array, new: jax.Array) -> jax.Array:
             if not jnp.issubdtype(new.dtype, jnp.floating):

@@ -23,8 +23,9 @@ from jaxsft.data.base import Arrays
 from jaxsft.data.loader import on_devices
 from jaxsft.run.parallel import DataParallel
 
-RATE = ("optim.lr", "optim.lr_scaling", "optim.schedule", "optim.warmup_epochs", "optim.step_epochs",
-        "optim.step_factor", "train.epochs", "train.steps")  # fmt: skip
+RATE = ("optim.lr", "optim.lr_scaling", "optim.schedule", "optim.schedule_by", "optim.warmup_epochs",
+        "optim.warmup_steps", "optim.step_epochs", "optim.step_factor", "optim.power", "optim.onecycle_warmup",
+        "train.epochs", "train.steps")  # fmt: skip
 # At 0 these are off, which is another program.
 NUMBERS = ("optim.weight_decay", "optim.momentum", "optim.clip_norm", "train.label_smoothing", "train.mixup",
            "train.cutmix", "train.ema")  # fmt: skip

@@ -28,7 +28,7 @@ NAME = "SPACE"
 # What decides which images there are: all trials share them, divided once.
 OF_ALL = ("data.source", "data.data_dir", "data.train_split", "data.eval_split", "data.eval_fraction", "data.fraction",
           "data.per_class", "data.class_order", "data.on_error", "data.exif_orientation", "data.check_overlap",
-          "data.resident_mb")  # fmt: skip
+          "data.resident_mb", "data.label_delimiter", "model.classes")  # fmt: skip
 
 
 class Dimension(NamedTuple):
