@@ -75,10 +75,10 @@ CASES: tuple[tuple[str, str], ...] = (
     (SAMPLE + " --config.optim.lr=nan", "config.optim.lr is nan; it must be above 0"),
     (SAMPLE + " --config.optim.lr=inf", "config.optim.lr is inf; it must be above 0"),
     (SAMPLE + " --config.optim.momentum=1", "config.optim.momentum is 1.0; it must be 0 to below 1"),
-    (SAMPLE + " --config.optim.name=adan", "config.optim.name is 'adan'; it must be 'sgd' or 'adamw'"),
+    (SAMPLE + " --config.optim.name=adan", "config.optim.name is 'adan'; it must be 'sgd', 'adamw', 'lamb', ..."),
     (
         SAMPLE + " --config.optim.schedule=cosin",
-        "config.optim.schedule is 'cosin'; it must be 'constant', 'cosine', 'linear' or 'step'",
+        "config.optim.schedule is 'cosin'; it must be 'constant', 'cosine', 'linear', 'step', ...",
     ),
     (
         SAMPLE + " --config.optim.momentum=0",
@@ -212,8 +212,8 @@ CASES: tuple[tuple[str, str], ...] = (
     (SAMPLE + " --config.train.label_smoothing=1", "config.train.label_smoothing is 1.0; it must be 0 to below 1"),
     (SAMPLE + " --config.train.ema=1", "config.train.ema is 1.0; it must be 0 to below 1"),
     (
-        SAMPLE + " --config.train.precision=float16",
-        "config.train.precision is 'float16'; it must be 'float32', 'bfloat16' or 'auto'",
+        SAMPLE + " --config.train.precision=float64",
+        "config.train.precision is 'float64'; it must be 'float32', 'bfloat16', 'float16' or 'auto'",
     ),
     (SAMPLE + " --config.train.on_nan=skip", "config.train.on_nan is 'skip'; it must be 'stop' or 'ignore'"),
     (SAMPLE + " --config.eval.every_epochs=0", "config.eval.every_epochs is 0.0; it must be above 0"),

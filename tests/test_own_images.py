@@ -228,7 +228,7 @@ def test_a_report_says_how_images_are_resized(interpolation: str) -> None:
 
 
 def test_a_report_that_fails_costs_no_run(images: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise RuntimeError("no font")
 
     monkeypatch.setattr(html, "page", fail)

@@ -126,10 +126,10 @@ def momentum_in_the_wrong_sense(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def decoupled_decay(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rule(config: Any, rate: Any) -> list[optax.GradientTransformation]:
+    def rule(config: Any, rules: Any, rate: Any) -> list[optax.GradientTransformation]:
         c = config.optim
         decay = optax.add_decayed_weights(c.weight_decay)
-        return [optax.trace(c.momentum, c.nesterov), decay, optax.scale_by_learning_rate(rate)]
+        return [optax.trace(c.momentum, c.nesterov), decay, optim.scale_by_rate(rate)]
 
     monkeypatch.setattr(optim, "update_rule", rule)
 

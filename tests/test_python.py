@@ -80,8 +80,8 @@ def test_no_module_takes_the_place_of_a_name() -> None:
     assert {name: getattr(jaxsft, name) for name in jaxsft.__all__} == before
     assert not any(isinstance(value, types.ModuleType) for value in before.values())
     assert "train" in modules and not set(modules) & set(jaxsft.__all__)
-    with pytest.raises(AttributeError, match="has no attribute 'tune'"):
-        jaxsft.tune  # noqa: B018  (it is asked for)
+    with pytest.raises(AttributeError, match="has no attribute 'fit'"):
+        jaxsft.fit  # noqa: B018  (it is asked for)
 
 
 def test_a_run_is_the_commands(run: jaxsft.Run, tmp_path: Path) -> None:
