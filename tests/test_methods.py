@@ -36,11 +36,6 @@ def _float64() -> Iterator[None]:
         yield
 
 
-def batch_of(number: int, **more: np.ndarray) -> dict[str, np.ndarray]:
-    images, labels = tiny.batch(number, BATCH)
-    return {"example": np.arange(BATCH, dtype=np.int32), "image": images, "label": labels, **more}
-
-
 def updated(objective: Objective, batch: dict[str, np.ndarray], dataset: Any = None, **options: Any) -> tuple[Any, Any]:
     """The state and the counts after one update by plain SGD; with `axis_name` on four devices, equal on all."""
     optimizer = optax.sgd(LR)
@@ -81,7 +76,7 @@ def test_the_two_gradients_of_sam_are_the_papers(case: str) -> None:
     """arXiv:2010.01412, algorithm 1: the gradient at w + rho * g / |g|; batch statistics are those of the pass at w."""
     options, network, still = SAM_CASES[case]
     rho = 0.7
-    state, counts = updated(Objective(network, Inputs(None)), batch_of(0), sam=rho, **options)
+    state, counts = updated(Objective(network, Inputs(None)), tiny.batch_of(0), sam=rho, **options)
 
     model = tiny.in_torch(tiny.variables()).train(network.frozen == ())
     images, labels = tiny.batch(0, BATCH)
@@ -142,7 +137,7 @@ def test_the_mean_over_epochs_is_torchs(total: int, every: int, epochs: int) -> 
 @pytest.mark.parametrize("devices", [None, 1])
 def test_batch_statistics_are_estimated_as_torchs_update_bn(devices: int | None) -> None:
     """The mean over the batches, the variances unbiased; frozen norms stay."""
-    model, batches = tiny.in_torch(tiny.variables()), [batch_of(n) for n in range(3)]
+    model, batches = tiny.in_torch(tiny.variables()), [tiny.batch_of(n) for n in range(3)]
     update_bn([nchw(batch["image"]) for batch in batches], model)
     step = make_statistics_step(Tiny(), Inputs(None), axis_name=devices and "batch")
     step = compiled(jax.vmap(step, (None, None, 0), axis_name="batch") if devices else step)
@@ -175,7 +170,7 @@ def test_the_gradient_of_distillation_is_torchs(independent: bool, mixes: bool, 
     partner = np.roll(np.arange(BATCH), 1)
     more = {"partner": partner, "partner_image": images[partner], "partner_label": labels[partner]} if mixes else {}
     objective = Objective(Tiny(), Inputs(None), mixup=float(mixes), teacher=teacher)
-    state, counts = updated(objective, batch_of(0, **more), {"teacher": tiny.variables(1)})
+    state, counts = updated(objective, tiny.batch_of(0, **more), {"teacher": tiny.variables(1)})
 
     inputs = nchw(0.3 * images + 0.7 * images[partner] if mixes else images)
     model, master = tiny.in_torch(tiny.variables()).train(), tiny.in_torch(tiny.variables(1)).eval()
@@ -212,7 +207,7 @@ def test_the_gradient_of_fixmatch_is_torchs(options: dict[str, Any], monkeypatch
     monkeypatch.setattr(Inputs, "strongly", lambda self: lambda *arguments: -self(*arguments))
     rng = np.random.default_rng(5)
     unlabelled = rng.standard_normal((ratio * BATCH, *tiny.batch(0)[0].shape[1:])) + rng.normal(0, 2, (32, 1, 1, 1))
-    batch = batch_of(0, unlabelled_example=np.arange(len(unlabelled), dtype=np.int32), unlabelled_image=unlabelled)
+    batch = tiny.batch_of(0, unlabelled_example=np.arange(len(unlabelled), dtype=np.int32), unlabelled_image=unlabelled)
     frozen = options != {}  # the parts of a batch have statistics of their own, which other tests compare
     network = Tiny(frozen=("",)) if frozen else Tiny()
     state, counts = updated(Objective(network, Inputs(None), fixmatch=FixMatch(threshold, weight)), batch, **options)
@@ -258,11 +253,11 @@ def test_updates_with_a_scale_are_those_without_and_what_is_not_finite_is_skippe
     values = jax.tree.map(jnp.asarray, tiny.variables())
     step = compiled(make_train_step(objective, optimizer, average=average.ema(0.5)))
     start = TrainState.create(values, optimizer, with_average=True, with_loss_scale=True)
-    scaled, counts = step(start, {}, batch_of(0))
-    plain, _ = step(start.replace(loss_scale=None), {}, batch_of(0))
+    scaled, counts = step(start, {}, tiny.batch_of(0))
+    plain, _ = step(start.replace(loss_scale=None), {}, tiny.batch_of(0))
     assert int(counts["skipped"]) == 0
     jax.tree.map(functools.partial(np.testing.assert_allclose, **ROUNDING), scaled.replace(loss_scale=None), plain)
-    poisoned = batch_of(1)
+    poisoned = tiny.batch_of(1)
     poisoned["image"][3, 0, 0, 0] = np.inf
     after, counts = step(scaled, {}, poisoned)
     assert int(counts["skipped"]) == 1

@@ -25,7 +25,7 @@ from jaxsft.data.base import Arrays
 from jaxsft.data.sources import check_labels, open_splits, with_classes
 from jaxsft.data.splits import divided, strata, subset
 from jaxsft.flags import parse_flags
-from jaxsft.interpret import html, multilabel
+from jaxsft.interpret import multilabel
 from jaxsft.interpret.mistakes import rank
 from jaxsft.interpret.multilabel import MultiLabelEvaluation
 from jaxsft.learn import objective
@@ -393,17 +393,3 @@ def test_models_and_data_of_another_kind_are_kept_apart(run: jaxsft.Run, images:
         run.evaluate("sample")
     with pytest.raises(UserError, match="best_metric is 'map', and sample has one label an image; take one of"):
         small.run_here(tmp_path / "run", "--config.checkpoint.best_metric=map")
-
-
-def test_a_report_names_the_loss_of_training() -> None:
-    config = small.config("--config.train.loss=focal")
-    config.unlock().train.label_smoothing = 0.0
-    assert html.training_loss(config) == "focal loss of gamma 2"
-    config.train.update({"loss": "bce", "class_weights": ("balanced",)})
-    assert html.training_loss(config) == "binary cross-entropy, class weights"
-    assert html.training_loss(config, multi_label=True) == "class weights"
-    config.train.update({"loss": "cross_entropy", "class_weights": ()})
-    assert html.training_loss(config) == ""
-    line = {"split": "eval", "epoch": 1.0, "loss": 0.5, "accuracy": 0.5, "map": 0.6, "f1_micro": 0.4, "f1_macro": None}
-    axes = html.curves([line]).axes
-    assert [axis.get_legend_handles_labels()[1] for axis in axes] == [["eval"], ["eval"], ["mAP", "F1, micro"]]

@@ -311,16 +311,15 @@ def test_the_step_is_told_what_the_config_says(monkeypatch: pytest.MonkeyPatch) 
     config.seed = 5
     config.model.freeze = ("^a",)
     params = {"a": np.zeros(1), "fc": {"kernel": np.zeros((1, 1))}}
-    devices = SimpleNamespace(axis_name="batch", devices=())
-    program.Program(config, None, params, lambda step: 0.1, 10, 100, devices).body()
+    program.Program(config, None, params, lambda step: 0.1, 10, 100, SimpleNamespace(axis_name="batch")).body()
     assert told == {
         "seed": 5, "accumulate": 4, "sam": 0.05, "frozen": ("a",), "average": None, "axis_name": "batch",
     }  # fmt: skip
     assert losses.loss_of(config, "batch") == (0.1, (1.0, 2.0), "batch", "focal", 3.0)
     found = Objective.of(config, None, OF_WEIGHTS, losses.cross_entropy, None, Preprocessing())
     inputs = Inputs(OF_WEIGHTS, ("flip",), Amounts(erasing=0.7))
-    unlabelled = dataclasses.replace(inputs, preprocessing=Preprocessing())
-    assert found == Objective(None, inputs, losses.cross_entropy, 0.2, 0.3, None, FixMatch(0.8, 2.0), unlabelled)
+    told_of = inputs, losses.cross_entropy, 0.2, 0.3, None, FixMatch(0.8, 2.0)
+    assert found == Objective(None, *told_of, dataclasses.replace(inputs, preprocessing=Preprocessing()))
 
 
 # settings -> updates of the run, of an epoch, of 100 images
@@ -396,6 +395,6 @@ def test_what_a_run_leaves_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("every", "steps_per_epoch", "at"), [(0.1, 11, 11), (0.3, 10, 9), (1.0, 7, 14), (2.5, 4, 10)])
 def test_an_evaluation_falls_on_the_step_that_is_written(every: float, steps_per_epoch: int, at: int) -> None:
-    settings = config_of(eval__every_epochs=every)
-    run = SimpleNamespace(config=settings, order=SimpleNamespace(steps_per_epoch=steps_per_epoch), total_steps=1000)
+    order = SimpleNamespace(steps_per_epoch=steps_per_epoch)
+    run = SimpleNamespace(config=config_of(eval__every_epochs=every), order=order, total_steps=1000)
     assert job.Job.is_evaluated(run, at)

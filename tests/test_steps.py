@@ -33,18 +33,12 @@ FROZEN = Tiny(frozen=("",))  # every batch norm on its running statistics
 DROPS = Tiny(dropout=0.5)
 ROUNDING = {"rtol": 1e-10, "atol": 1e-12}  # float64 sums in another order
 EMA = average.ema(0.9)
-EXAMPLES = np.arange(BATCH, dtype=np.int32)
 
 
 @pytest.fixture(autouse=True)
 def _float64() -> Iterator[None]:
     with jax.enable_x64(True):
         yield
-
-
-def batch_of(number: int, **more: np.ndarray) -> dict[str, np.ndarray]:
-    images, labels = tiny.batch(number, BATCH)
-    return {"example": EXAMPLES, "image": images, "label": labels, **more}
 
 
 def start(with_average: bool = False) -> tuple[TrainState, optax.GradientTransformation]:
@@ -67,7 +61,7 @@ def train(model: Any = Tiny(), **options: Any) -> list[tuple[TrainState, dict[st
     state, optimizer = start("average" in options)
     step, results = compiled(step_of(model, optimizer, **options)), []
     for number in range(UPDATES):
-        state, counts = step(state, {}, batch_of(number))
+        state, counts = step(state, {}, tiny.batch_of(number))
         results.append((state, counts))
     return results
 
@@ -150,7 +144,7 @@ def on_devices(devices: int, model: Any, **options: Any) -> list[tuple[TrainStat
     step = compiled(jax.vmap(body, (None, None, 0), axis_name="batch"))
     results = []
     for number in range(UPDATES):
-        parts = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch_of(number))
+        parts = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), tiny.batch_of(number))
         everywhere = step(state, {}, parts)
         jax.tree.map(lambda x: np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape)), everywhere)
         state, counts = jax.tree.map(lambda x: x[0], everywhere)
@@ -199,7 +193,7 @@ def test_statistics_of_their_own_are_averaged() -> None:
 def test_several_updates_a_call_are_bit_equal() -> None:
     state, optimizer = start(with_average=True)
     body = step_of(Tiny(), optimizer, average=EMA)
-    several, found = compiled(make_several(body))(state, {}, [batch_of(n) for n in range(UPDATES)])
+    several, found = compiled(make_several(body))(state, {}, [tiny.batch_of(n) for n in range(UPDATES)])
     one_by_one = train(average=EMA)
     jax.tree.map(np.testing.assert_array_equal, several, one_by_one[-1][0])
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[counts for _, counts in one_by_one])
@@ -220,7 +214,7 @@ def test_the_loss_of_mixed_images_is_torchs(options: dict[str, Any], monkeypatch
     more = {"partner": partner, "partner_image": images[partner], "partner_label": labels[partner]}
     state, optimizer = start()
     step = compiled(step_of(Tiny(), optimizer, mixup=0.3, cutmix=0.7, **options))
-    state, counts = step(state, {}, batch_of(0, **more))
+    state, counts = step(state, {}, tiny.batch_of(0, **more))
 
     model = tiny.in_torch(tiny.variables()).train()
     logits = model(nchw(0.3 * images + 0.7 * images[partner]))
@@ -277,7 +271,7 @@ def test_evaluation_counts_what_is_not_masked(devices: int | None) -> None:
     """On running statistics, with the plain loss, also where a device has nothing but padding."""
     images, labels = tiny.batch(0, BATCH)
     mask = np.arange(BATCH) < 11
-    batch = {**batch_of(0), "mask": mask}
+    batch = {**tiny.batch_of(0), "mask": mask}
     values = jax.tree.map(jnp.asarray, tiny.variables())
     if devices is None:
         counts = compiled(make_eval_step(Tiny(), None))(values, {}, batch)

@@ -88,3 +88,9 @@ def batch(number: int, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
     """Images float64 [size, SIDE, SIDE, 3] and labels int32 [size], others for each number."""
     rng = np.random.default_rng([7, number])
     return rng.standard_normal((size, SIDE, SIDE, 3)), rng.integers(CLASSES, size=size, dtype=np.int32)
+
+
+def batch_of(number: int, size: int = 16, **more: np.ndarray) -> dict[str, np.ndarray]:
+    """`batch` as a train step takes it, and what else it is to have."""
+    images, labels = batch(number, size)
+    return {"example": np.arange(size, dtype=np.int32), "image": images, "label": labels, **more}

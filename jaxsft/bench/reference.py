@@ -28,7 +28,7 @@ def accuracy(config: ConfigDict, weights: str) -> float:
       weights: a state_dict of torchvision's; '': from scratch.
 
     Raises:
-      UserError: torch is missing, or the images are not held in memory.
+      UserError: torch is missing, the weights do not fit, or the images are not held in memory.
     """
     try:
         import torch
@@ -44,7 +44,9 @@ def accuracy(config: ConfigDict, weights: str) -> float:
     model = torchvision_model(config.model.arch, len(train.class_names), config.data.image_size)
     if weights:
         state = {k: v for k, v in torch.load(weights, weights_only=True).items() if not k.startswith("fc.")}
-        model.load_state_dict(state, strict=False)
+        missing, unused = model.load_state_dict(state, strict=False)
+        if unused or any(not name.startswith("fc.") for name in missing):
+            raise UserError(f"{weights} does not fit a {config.model.arch}", "name a state_dict of torchvision's")
     model = model.to(memory_format=torch.channels_last)
     trained = model.fc.parameters() if is_probe else model.parameters()
     model.requires_grad_(not is_probe).fc.requires_grad_(True)

@@ -144,8 +144,8 @@ class WithUnlabelled:
         return {**self.labelled.batch(step), **{f"unlabelled_{name}": value for name, value in more}}
 
     def batches(self) -> Iterator[dict[str, jax.Array]]:
-        """See Loader; there is no end to the unlabelled ones."""
-        raise NotImplementedError
+        """See Loader; of the labelled images alone."""
+        return self.labelled.batches()
 
     def close(self) -> None:
         """See Loader."""

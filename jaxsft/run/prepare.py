@@ -167,7 +167,7 @@ def prepare(
         views = make_loader(unlabelled, plan, parallel, card.preprocessing, **{**train_options, "dataset": None})
         train_loader, of_unlabelled = WithUnlabelled(train_loader, views), views.preprocessing
     if teacher:
-        train_loader.dataset["teacher"] = parallel.replicate(taught_by)
+        train_loader.dataset = {**train_loader.dataset, "teacher": parallel.replicate(taught_by)}  # it may be shared
     program = (Program if shared is None else shared.program)(
         config=config,
         model=model,
