@@ -16,6 +16,7 @@ From a ResNet-18 at 64 px. Labelled are 25 or 250 images of each class out of th
 | `mixup`          | full, on mixed images                                                                  |
 | `sam`            | full, by sharpness-aware minimisation: two gradients an update                         |
 | `fixmatch`       | full, and FixMatch on all 5,000 images, their labels not looked at                     |
+| `combined`       | LP-FT and FixMatch, sure at 0.8, and the moving average is kept                        |
 """
 
 from ml_collections import ConfigDict
@@ -23,18 +24,24 @@ from ml_collections import ConfigDict
 from jaxsft.cli import UserError, nearest
 from jaxsft.config import default
 
+LP_FT = {"train.method": "lp-ft", "optim.lr": 0.003}
+UNLABELLED = {"data.unlabelled": "tfds:cifar10", "data.unlabelled_split": "train[45000:]"}
 METHODS = {
     "": {},
     "scratch": {"model.weights": ""},
-    "probe": {"train.method": "probe"},
+    "probe": {"train.method": "probe", "optim.lr": 0.3},
     "full": {},
-    "lp-ft": {"train.method": "lp-ft"},
-    "discriminative": {"optim.layer_decay": 0.5},
+    "lp-ft": LP_FT,
+    "discriminative": {"optim.layer_decay": 0.5, "optim.lr": 0.02},
     "ema": {"train.ema": 0.95, "train.ema_warmup": True},
     "mixup": {"train.mixup": 0.2},
     "sam": {"optim.sam": 0.05},
-    "fixmatch": {"data.unlabelled": "tfds:cifar10", "data.unlabelled_split": "train[45000:]"},
-}
+    "fixmatch": {**UNLABELLED, "optim.lr": 0.03},
+    "combined": {
+        **LP_FT, **UNLABELLED, "optim.lr": 0.01, "train.fixmatch_threshold": 0.8,
+        "train.ema": 0.99, "train.ema_warmup": True,
+    },
+}  # fmt: skip
 
 
 def get_config(method: str = "") -> ConfigDict:

@@ -17,11 +17,11 @@ from jaxsft.models.initial import preprocessing
 
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_has_a_recipe_that_goes_together(method: str) -> None:
-    args = argparse.Namespace(weights="a.pth", data_dir="d", overrides=["--config.optim.lr=0.02"])
+    args = argparse.Namespace(weights="a.pth", data_dir="d", longer=2, overrides=["--config.optim.lr=0.02"])
     flags = methods.flags_of(args, method, 25, 1)
     config, _, _ = methods.parse_flags(flags, "", {})
     config_module.check(config)
-    assert (config.seed, config.data.per_class, config.train.epochs, config.optim.lr) == (1, 25, 20, 0.02)
+    assert (config.seed, config.data.per_class, config.train.epochs, config.optim.lr) == (1, 25, 40, 0.02)
     assert bool(config.model.weights) == (method != "scratch")
     assert sum(config[section] != recipes.load("few_labels")[section] for section in ("optim", "model")) <= 2
 
@@ -43,20 +43,22 @@ def test_the_loop_of_torch_trains(method: str, cifar7: Path) -> None:
     config = recipes.load("few_labels")
     config.data.update({"source": "sample", "train_split": "train", "eval_split": "test[:100]", "image_size": 32})
     config.train.update({"steps": 8, "method": method})
-    assert 0.2 < reference.accuracy(config, str(cifar7)) < 0.9
+    config.model.weights = str(cifar7)
+    assert 0.2 < reference.accuracy(config) < 0.9
 
 
 def test_rows_are_means_and_ranges(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:
-    """Over seeds; a run that is finished is not trained again, and PyTorch's accuracies are kept."""
-    monkeypatch.setattr(methods, "final_record", lambda workdir: {"accuracy": 0.6 + 0.01 * int(workdir.name[-1])})
-    monkeypatch.setattr(reference, "accuracy", lambda config, weights: 0.5 + 0.1 * config.seed)
+    """Over seeds; a run that is finished is not trained again, PyTorch's neither."""
+    monkeypatch.setattr(methods, "ours", lambda config, shared: 0.6 + 0.01 * config.seed)
+    monkeypatch.setattr(reference, "accuracy", lambda config: 0.5 + 0.1 * config.seed)
     args = argparse.Namespace(
-        weights="a.pth", data_dir="", workdir=tmp_path, methods=["full", "sam"], per_class=[25], seeds=3,
-        against=["torch"], overrides=[],
+        weights="a.pth", data_dir="", workdir=tmp_path, methods=["full", "sam"], per_class=[25], seeds=[0, 1, 2],
+        longer=1, against=["torch"], overrides=[],
     )  # fmt: skip
     for _ in range(2):
         found = methods.run(args)
-        monkeypatch.setattr(reference, "accuracy", None)
+        for module, loop in ((reference, "accuracy"), (methods, "ours")):
+            monkeypatch.setattr(module, loop, lambda *_, **__: pytest.fail("trained again"))
     assert found["methods"]["full"][25]["accuracy"] == pytest.approx([0.6, 0.61, 0.62])
     assert found["torch"] == {"full": {25: {**found["torch"]["full"][25], "mean": pytest.approx(0.6)}}}
     assert "sam" not in found["torch"]

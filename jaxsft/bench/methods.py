@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import os
 import statistics
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from jaxsft import cli
 from jaxsft import config as config_module
-from jaxsft.bench import reference
-from jaxsft.bench.step import whole
+from jaxsft.bench import reference, step
+from jaxsft.data.sources import open_splits
 from jaxsft.flags import parse_flags
-from jaxsft.run.workdir import final_record
+from jaxsft.run.shared import Shared
+from jaxsft.tune.loop import evaluations
+
+Loop = Callable[[ConfigDict], float]  # trains as a config says; the accuracy at the end
 
 RECIPE = "configs/few_labels.py"
-METHODS = ("scratch", "probe", "full", "lp-ft", "discriminative", "ema", "mixup", "sam", "fixmatch")
+METHODS = (
+    "scratch", "probe", "full", "lp-ft", "discriminative", "ema", "mixup", "sam", "fixmatch", "combined",
+)  # fmt: skip
 IN_TORCH = ("scratch", "probe", "full")  # methods that have a loop of PyTorch's
 EPOCHS = {25: 20, 250: 5}  # images of a class -> epochs
 
@@ -28,16 +34,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench methods`."""
     parser.add_argument("--weights", required=True, help="a state_dict of torchvision's ResNet-18, a .pth file")
     parser.add_argument("--data-dir", default="", help="where TFDS's cifar10 is prepared")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/methods"), help="of the runs; default: %(default)s")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/methods"), help="of results; default: %(default)s")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
     parser.add_argument("--per-class", nargs="+", type=int, choices=EPOCHS, default=[*EPOCHS], help="labelled images")
-    parser.add_argument("--seeds", type=whole, default=3, help="how many; default: %(default)s")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: %(default)s")
+    parser.add_argument("--longer", type=step.whole, default=1, help="times as many epochs; default: %(default)s")
     parser.add_argument("--against", nargs="*", choices=["torch"], default=[], help="the same recipes in PyTorch")
     parser.add_argument("overrides", nargs="*", help="after a --: --config.KEY=VALUE ... of each run")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train what has not been trained in `workdir` yet, each run a command of its own; print a table, and return it.
+    """Train what has not been trained yet by `workdir`, print a table, and return it.
+
+    A run computes what its command does, and leaves its accuracy alone. Those of a method and a seed share one compiled
+    program.
 
     Returns:
       {"methods": {method: {images of a class: {"accuracy": [of each seed], "mean", "command"}}}, "torch": the same}.
@@ -46,13 +56,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       UserError: a run that can't be done.
     """
     found: dict[str, Any] = {"methods": {}, "torch": {}}
-    for per_class in args.per_class:
-        for seed in range(args.seeds):
-            for method in args.methods:
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    for method in args.methods:
+        for seed in args.seeds:
+            loops: dict[str, Loop] = {"methods": functools.partial(ours, shared=Shared())}
+            if args.against and method in IN_TORCH:
+                loops["torch"] = reference.accuracy
+            for per_class in args.per_class:
                 flags = flags_of(args, method, per_class, seed)
-                note(found["methods"], method, per_class, trained(args, flags, f"{method}-{per_class}-{seed}"), flags)
-                if args.against and method in IN_TORCH:
-                    note(found["torch"], method, per_class, in_torch(args, flags, method, per_class, seed), flags)
+                for kind, loop in loops.items():
+                    path = args.workdir / f"{kind}-{method}-{per_class}-{args.longer}-{seed}.json"
+                    note(found[kind], method, per_class, kept(path, flags, loop), flags)
     for kind, methods in found.items():
         for method, sizes in methods.items():
             for per_class, row in sizes.items():
@@ -70,7 +84,7 @@ def flags_of(args: argparse.Namespace, method: str, per_class: int, seed: int) -
         f"--config.model.weights={weights}",
         f"--config.data.data_dir={args.data_dir}",
         f"--config.data.per_class={per_class}",
-        f"--config.train.epochs={EPOCHS[per_class]}",
+        f"--config.train.epochs={EPOCHS[per_class] * args.longer}",
         f"--config.seed={seed}",
         *args.overrides,
     ]
@@ -83,31 +97,21 @@ def note(rows: dict[str, Any], method: str, per_class: int, accuracy: float, fla
     row["accuracy"].append(accuracy)
 
 
-def trained(args: argparse.Namespace, flags: list[str], name: str) -> float:
-    """The accuracy of a run, which is trained where it is not finished."""
-    workdir = args.workdir / name
-    if not final_record(workdir):
-        command = [sys.executable, "-m", "jaxsft.train", *flags, f"--workdir={workdir}"]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ)
-        if done.returncode:
-            raise cli.UserError(f"{name} ended with {done.returncode}: {done.stderr.strip()[-300:]}", "mend that")
-    record = final_record(workdir)
-    assert record is not None
-    cli.say(f"{name}: {record['accuracy']:.4f}")
+def kept(path: Path, flags: list[str], loop: Loop) -> float:
+    """The accuracy of a run, from `path` where that has it of the same `flags`; else of `loop`, and put there."""
+    record = json.loads(path.read_text()) if path.exists() else {}
+    if record.get("flags") != flags:
+        config, _, _ = parse_flags(flags, "", {})
+        config_module.check(config)
+        record = {"accuracy": loop(config), "flags": flags}
+        path.write_text(json.dumps(record))
+    cli.say(f"{path.stem}: {record['accuracy']:.4f}")
     return float(record["accuracy"])
 
 
-def in_torch(args: argparse.Namespace, flags: list[str], method: str, per_class: int, seed: int) -> float:
-    """The accuracy of PyTorch's loop, kept in `workdir`."""
-    kept = args.workdir / f"torch-{method}-{per_class}-{seed}.json"
-    if not kept.exists():
-        config, _, _ = parse_flags(flags, "", {})
-        config_module.check(config)
-        accuracy = reference.accuracy(config, config.model.weights)
-        kept.write_text(json.dumps({"accuracy": accuracy}))
-    accuracy = json.loads(kept.read_text())["accuracy"]
-    cli.say(f"{kept.stem}: {accuracy:.4f}")
-    return float(accuracy)
+def ours(config: ConfigDict, shared: Shared) -> float:
+    """The accuracy at the end of a run of ours."""
+    return [result.accuracy for result in evaluations(config, open_splits(config), shared)][-1]
 
 
 def said(values: list[float]) -> str:

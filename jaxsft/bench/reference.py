@@ -16,7 +16,7 @@ from jaxsft.learn.schedule import make_schedule
 CHUNK = 500  # images at a time in evaluation
 
 
-def accuracy(config: ConfigDict, weights: str) -> float:
+def accuracy(config: ConfigDict) -> float:
     """Train as `config` says, in float32, on a GPU of torch's or else the CPU, and return the share that is right.
 
     Of the eval split. float32 is multiplied as torch does by default: on a GPU, convolutions in TF32.
@@ -26,8 +26,7 @@ def accuracy(config: ConfigDict, weights: str) -> float:
     augmentation, the body in evaluation.
 
     Args:
-      config: of a run on images that are held in memory.
-      weights: a state_dict of torchvision's; '': from scratch.
+      config: of a run on images that are held in memory; its weights are a state_dict of torchvision's, or ''.
 
     Raises:
       UserError: torch is missing, the weights do not fit, or the images are not held in memory.
@@ -44,7 +43,7 @@ def accuracy(config: ConfigDict, weights: str) -> float:
     torch.manual_seed(config.seed)
     random, is_probe = np.random.default_rng(config.seed), config.train.method == "probe"
     model = torchvision_model(config.model.arch, len(train.class_names), config.data.image_size)
-    if weights:
+    if weights := config.model.weights:
         state = {k: v for k, v in torch.load(weights, weights_only=True).items() if not k.startswith("fc.")}
         missing, unused = model.load_state_dict(state, strict=False)
         if unused or any(not name.startswith("fc.") for name in missing):
