@@ -29,7 +29,7 @@ from jaxsft.config import default
 
 
 def finetune() -> ConfigDict:
-    """What we would start from: an ImageNet ResNet-18, all layers trained at one rate."""
+    """What we would start from: an ImageNet ResNet-18, a probe first and then all layers at one rate (LP-FT)."""
     config = default()
     config.data.source = "tfds:cifar10"
     config.data.image_size = 224  # 32 px would leave the last stage a single pixel
@@ -38,6 +38,7 @@ def finetune() -> ConfigDict:
     config.optim.nesterov = True
     config.optim.weight_decay = 5e-4
     config.optim.warmup_epochs = 1.0
+    config.train.method = "lp-ft"  # the best of docs/methods.md without images beside the labelled ones
     config.train.epochs = 10.0
     config.train.precision = "auto"
     return config
@@ -76,6 +77,7 @@ def sample() -> ConfigDict:
     config.data.image_size = 64
     config.data.batch_size = 100
     config.optim.lr = 0.02  # by cross-validation, see above
+    config.train.method = "full"
     config.train.epochs = 20.0
     config.train.log_every_steps = 20
     config.eval.every_epochs = 4.0

@@ -26,6 +26,7 @@ def get_config(arch: str = "resnet18") -> ConfigDict:
     config.optim.nesterov = True
     config.optim.weight_decay = 1e-4
     config.optim.warmup_epochs = 1.0
+    config.train.method = "lp-ft"  # a probe, then everything: the best of docs/methods.md for labelled images
     config.train.epochs = 10.0
     config.train.label_smoothing = 0.1
     config.train.precision = "auto"

@@ -281,6 +281,7 @@ def config_of(table: Path, *overrides: str):
     return parse_flags(
         [
             "--config=configs/folder.py", f"--config.model.arch={small.ARCH}", "--config.model.weights=",
+            "--config.train.method=full",
             "--config.data.image_size=32", "--config.data.batch_size=8", "--config.train.steps=6",
             "--config.optim.warmup_epochs=0", "--config.data.augment=", "--config.checkpoint.every_steps=2",
             "--config.checkpoint.keep=9", f"--config.data.source=csv:{table}", "--config.train.loss=bce", *overrides,

@@ -47,6 +47,7 @@ def run_here(path: Path, images: Path, *overrides: str, report: bool = False) ->
     config, _, _ = parse_flags(
         [
             "--config=configs/folder.py", f"--config.model.arch={small.ARCH}", "--config.model.weights=",
+            "--config.train.method=full",
             "--config.data.image_size=32",
             "--config.data.batch_size=4", "--config.train.steps=6", "--config.optim.warmup_epochs=0",
             "--config.data.workers=0", "--config.checkpoint.every_steps=2", "--config.checkpoint.keep=9",
