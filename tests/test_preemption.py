@@ -79,6 +79,15 @@ def test_a_signal_is_answered_with_a_checkpoint_of_the_step(run, undisturbed, tm
     assert finish(run, tmp_path) == undisturbed
 
 
+def test_a_signal_while_features_are_computed_is_told(run, tmp_path):
+    """They are a part of making the initial state: there is nothing to save yet."""
+    sample = ("--config=configs/cifar10.py:sample", "--config.train.method=lp-ft", "--config.data.image_size=32")
+    done = run("-m", "tests.victim", "features", 1, 0, "SIGTERM", *sample, "--workdir", tmp_path)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("stopped: SIGTERM before the first step; there was nothing to save")
+
+
 def test_a_second_interrupt_leaves_at_once(run, tmp_path):
     """Also where Python's own handlers can't run: the main thread stays in one call of C for a minute."""
     script = (

@@ -2,8 +2,8 @@
 
 python -m tests.victim MOMENT COUNT MS SIGNAL ARGUMENTS...
 
-MOMENT is 'compilation', 'step', 'evaluation' or 'checkpoint'; the signal comes MS milliseconds after the COUNT-th of
-them has begun, so that it falls into its middle, wherever that is.
+MOMENT is 'features', 'compilation', 'step', 'evaluation' or 'checkpoint'; the signal comes MS milliseconds after the
+COUNT-th of them has begun, so that it falls into its middle, wherever that is.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import threading
 from typing import Any
 
 from jaxsft import cli, train
-from jaxsft.run import checkpoint, job, training
+from jaxsft.run import checkpoint, features, job, training
 
 MOMENTS: dict[str, tuple[Any, str]] = {
+    "features": (features.Keeper, "features"),
     "compilation": (job.Job, "compile_evaluation"),
     "step": (job.Job, "update"),
     "evaluation": (training.Trainer, "evaluate"),

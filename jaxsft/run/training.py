@@ -195,7 +195,8 @@ def fit(job: Job, workdir: WorkingCopy, profile: int = 0, in_session: bool = Fal
     """
     config, is_main = job.config, job.parallel.is_main
     start, meter = resume(job, workdir)
-    job.begin(job, start)
+    with Interrupts(job.parallel, in_session):  # features of many images take minutes, and leave nothing to save
+        job.begin(job, start)
     best = Best.of(workdir.path, config.checkpoint.best_metric, start)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.train.on_nan, writes=is_main)
     traced = Profile(job, workdir, profile)  # is left last, after a signal once all is saved
