@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxsft import cli
+from jaxsft import cli, output, storage
 from jaxsft import config as config_module
 from jaxsft.bench import reference, step
 from jaxsft.data.sources import open_splits
@@ -32,7 +32,9 @@ EPOCHS = {25: 20, 250: 5}  # images of a class -> epochs
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench methods`."""
-    parser.add_argument("--weights", required=True, help="a state_dict of torchvision's ResNet-18, a .pth file")
+    parser.add_argument(
+        "--weights", required=True, type=file, help="a state_dict of torchvision's ResNet-18, a .pth file"
+    )
     parser.add_argument("--data-dir", default="", help="where TFDS's cifar10 is prepared")
     parser.add_argument("--workdir", type=Path, default=Path("runs/methods"), help="of results; default: %(default)s")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
@@ -41,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--longer", type=step.whole, default=1, help="times as many epochs; default: %(default)s")
     parser.add_argument("--against", nargs="*", choices=["torch"], default=[], help="the same recipes in PyTorch")
     parser.add_argument("overrides", nargs="*", help="after a --: --config.KEY=VALUE ... of each run")
+
+
+def file(text: str) -> str:
+    """Argparse's `type` for a file that is there: the first runs, from scratch, would not miss it."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return text
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -53,10 +62,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       {"methods": {method: {images of a class: {"accuracy": [of each seed], "mean", "command"}}}, "torch": the same}.
 
     Raises:
-      UserError: a run that can't be done.
+      UserError: `workdir` can't be written, or a run can't be done.
     """
     found: dict[str, Any] = {"methods": {}, "torch": {}}
-    args.workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        args.workdir.mkdir(parents=True, exist_ok=True)
+        storage.try_to_write(args.workdir)
+    except OSError as error:
+        raise cli.UserError(f"{args.workdir} can't be written: {error.strerror}", "give another --workdir") from None
     for method in args.methods:
         for seed in args.seeds:
             loops: dict[str, Loop] = {"methods": functools.partial(ours, shared=Shared())}
@@ -104,7 +117,7 @@ def kept(path: Path, flags: list[str], loop: Loop) -> float:
         config, _, _ = parse_flags(flags, "", {})
         config_module.check(config)
         record = {"accuracy": loop(config), "flags": flags}
-        path.write_text(json.dumps(record))
+        output.write_json(path, record)
     cli.say(f"{path.stem}: {record['accuracy']:.4f}")
     return float(record["accuracy"])
 
