@@ -11,8 +11,11 @@ import pytest
 from jaxsft import config as config_module
 from jaxsft import recipes
 from jaxsft.bench import methods, reference
+from jaxsft.cli import Stop
 from jaxsft.data.augment import preprocess
 from jaxsft.models.initial import preprocessing
+from jaxsft.run.shared import Shared
+from tests import small
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
@@ -45,6 +48,12 @@ def test_the_loop_of_torch_trains(method: str, cifar7: Path) -> None:
     config.train.update({"steps": 8, "method": method})
     config.model.weights = str(cifar7)
     assert 0.2 < reference.accuracy(config) < 0.9
+
+
+def test_a_loss_that_is_not_finite_is_one_line() -> None:
+    config = small.config("--config.optim.lr=1e30", "--config.train.steps=3", "--config.optim.warmup_epochs=0")
+    with pytest.raises(Stop, match="is (nan|inf) at step"):
+        methods.ours(config, Shared())
 
 
 def test_rows_are_means_and_ranges(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:

@@ -17,6 +17,7 @@ from jaxsft import config as config_module
 from jaxsft.bench import reference, step
 from jaxsft.data.sources import open_splits
 from jaxsft.flags import parse_flags
+from jaxsft.run.log import NotFinite
 from jaxsft.run.shared import Shared
 from jaxsft.tune.loop import evaluations
 
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
       UserError: `workdir` can't be written, or a run can't be done.
+      Stop: a loss is not finite.
     """
     found: dict[str, Any] = {"methods": {}, "torch": {}}
     try:
@@ -123,8 +125,11 @@ def kept(path: Path, flags: list[str], loop: Loop) -> float:
 
 
 def ours(config: ConfigDict, shared: Shared) -> float:
-    """The accuracy at the end of a run of ours."""
-    return [result.accuracy for result in evaluations(config, open_splits(config), shared)][-1]
+    """The accuracy at the end of a run of ours. Raises Stop where a loss is not finite."""
+    try:
+        return [result.accuracy for result in evaluations(config, open_splits(config), shared)][-1]
+    except NotFinite as found:
+        raise cli.Stop(str(found), "lower config.optim.lr") from None
 
 
 def said(values: list[float]) -> str:
