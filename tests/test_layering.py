@@ -21,7 +21,7 @@ LAYERS = (
     ("jaxsft.output",),
     ("jaxsft.models",),
     ("jaxsft.data", "jaxsft.interpret", "convert"),
-    ("jaxsft.learn",),
+    ("jaxsft.learn", "jaxsft.ship"),
     ("jaxsft.allowed", "jaxsft.keys", "jaxsft.conflicts", "jaxsft.config", "jaxsft.recipes", "jaxsft.flags"),
     ("jaxsft.run", "jaxsft.parity", "jaxsft.data.show"),
     ("jaxsft.tune",),

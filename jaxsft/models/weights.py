@@ -61,6 +61,7 @@ class ModelCard:
     preprocessing: Preprocessing = Preprocessing()
     class_order: str = "text"  # of the data it was trained on: 'text' | 'numeric', as config.data.class_order
     multi_label: bool = False  # whether an image has any number of labels: each class is decided on by itself
+    temperature: float = 1.0  # what logits are divided by before they become probabilities, fitted by `evaluate`
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -116,6 +117,8 @@ class ModelCard:
             raise ValueError("source, sha256 and weights_version are text")
         if type(self.multi_label) is not bool:
             raise ValueError(f"multi_label is {self.multi_label!r}")
+        if type(self.temperature) not in (int, float) or not 0 < self.temperature < 1e6:
+            raise ValueError(f"temperature is {self.temperature!r}")
         if self.class_order not in ("text", "numeric"):
             raise ValueError(f"class_order is {self.class_order!r}")
         if not all(type(size) is int and 0 < size <= 4096 for size in (p.resize_size, p.crop_size)):

@@ -1,0 +1,1 @@
+"""How a model leaves: as weights, as a compiled function, quantised, with its card, or behind a port."""
