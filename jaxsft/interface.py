@@ -104,7 +104,7 @@ class Run(saved.Run):
           UserError: as `evaluate`.
         """
         examples = evaluation.open_examples(self, data, split)
-        source, answers = examples.source, evaluation.answers_of(self, examples)
+        source, answers = examples.source, evaluation.evaluate_run(self, examples).answers
         names = (*source.class_names, *self.card.names[len(source.class_names) :])
         return mistakes(source, answers, names, most)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jaxsft.interpret.metrics import Evaluation
 from jaxsft.learn.losses import cross_entropy
 
 ROWS, BATCH = 203, 64  # the last batch holds 11
-count = jax.jit(lambda *arrays: metrics.count(arrays[0], arrays[1], cross_entropy(arrays[0], arrays[1]), arrays[2]))
+answer = jax.jit(lambda *arrays: {**metrics.answer(*arrays), "loss": cross_entropy(*arrays), "label": arrays[1]})
 
 
 def evaluate(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray | None = None) -> Evaluation:
@@ -24,8 +25,8 @@ def evaluate(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray | None = N
         rows = np.minimum(np.arange(start, start + BATCH), len(labels) - 1)
         counted = np.arange(start, start + BATCH) < len(labels)
         counted &= True if mask is None else mask[rows]
-        batches.append(jax.device_get(count(logits[rows], labels[rows], counted)))
-    return Evaluation.of(batches)
+        batches.append({**jax.device_get(answer(logits[rows], labels[rows])), "mask": counted})
+    return Evaluation.of(batches, logits.shape[1])
 
 
 def draw(classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -129,11 +130,41 @@ def test_masked_rows_are_nowhere() -> None:
     np.testing.assert_array_equal(found.confusion, expected.confusion)
 
 
-def test_counts_stay_whole_where_float32_would_not() -> None:
-    """16 million rows and more: batches are summed on the host in float64."""
-    many = 2**24 + 1
-    full = {"loss": np.float32(1), "top1": np.int32(many), "top5": np.int32(many), "count": np.int32(many)}
-    batch = {**count(np.zeros((BATCH, 12), np.float32), np.zeros(BATCH, np.int32), np.ones(BATCH, bool)), **full}
-    found = Evaluation.of([batch, batch])
-    assert found.count == 2 * many
-    assert found.accuracy == 1.0
+def test_the_loss_is_summed_where_float32_would_stop() -> None:
+    """Ten million rows of which each is less than a rounding of their sum in float32."""
+    losses = np.full(10_000_000, 0.1, np.float32)
+    rows = np.zeros(len(losses), np.int8)
+    found = Evaluation.of([{"loss": losses, "label": rows, "rank": rows, "mask": rows == 0}], 12)
+    assert (found.count, found.accuracy) == (len(losses), 1.0)
+    assert found.loss == pytest.approx(float(np.float32(0.1)), rel=1e-12)
+
+
+def test_sums_of_training_are_those_of_the_answers() -> None:
+    logits, labels = draw(12)
+    logits[::7, 3] = np.nan
+    losses, mask = cross_entropy(logits, labels), np.arange(ROWS) % 3 > 0
+    counts = jax.device_get(metrics.count(logits, labels, np.nan_to_num(losses), mask))
+    found = Evaluation.of([{**jax.device_get(answer(logits, labels)), "mask": mask}], 12)
+    assert counts["count"] == found.count
+    assert counts["top1"] == round(found.accuracy * found.count)
+    assert counts["loss"] == pytest.approx(np.nan_to_num(losses)[mask].sum(), rel=1e-6)
+
+
+def test_a_label_outside_the_head_is_never_right() -> None:
+    logits, labels = draw(6)
+    rank = np.asarray(metrics.rank_of(logits, np.where(np.arange(ROWS) % 2, 6, -1).astype(np.int32)))
+    assert (rank == 6).all()
+    assert (np.asarray(metrics.rank_of(logits, labels)) < 6).all()
+
+
+def test_memory_does_not_grow_with_the_classes_squared() -> None:
+    """Of 20,000 classes, whose confusion matrix would take 3 GB, and 100 batches: a few MB."""
+    rows = np.arange(200, dtype=np.int32)
+    batch = {"label": rows, "predicted": rows, "rank": rows % 7, "loss": rows.astype(np.float32), "mask": rows >= 0}
+    tracemalloc.start()
+    found = Evaluation.of((batch for _ in range(100)), 20_000)
+    record = found.record(tuple(map(str, range(20_000))))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (found.count, record["count"]) == (20_000, 20_000) and "confusion" not in record
+    assert peak < 10e6

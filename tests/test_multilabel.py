@@ -32,7 +32,7 @@ from jaxsft.learn import objective
 from jaxsft.learn.losses import balanced_weights, make_loss
 from jaxsft.learn.objective import Inputs, Objective
 from jaxsft.learn.state import TrainState
-from jaxsft.learn.steps import make_answer_step, make_eval_step, make_train_step
+from jaxsft.learn.steps import make_eval_step, make_train_step
 from jaxsft.models.weights import ModelCard
 from jaxsft.parity.oracle import nchw
 from jaxsft.run import checkpoint, prepare, program, saved, training, workdir
@@ -65,10 +65,10 @@ def evaluate(logits: np.ndarray, labels: np.ndarray) -> MultiLabelEvaluation:
     for start in range(0, len(labels), BATCH):
         numbers = np.arange(start, start + BATCH)
         rows, mask = np.minimum(numbers, len(labels) - 1), numbers < len(labels)
-        losses = make_loss(name="bce")(jnp.asarray(logits[rows]), labels[rows])
-        counts = multilabel.count(jnp.asarray(logits[rows]), labels[rows], losses, mask)
-        batches.append({**jax.device_get(counts), "logits": logits[rows], "label": labels[rows], "mask": mask})
-    return MultiLabelEvaluation.of(batches)
+        scores, label = jnp.asarray(logits[rows]), labels[rows]
+        answers = {**multilabel.answer(scores, label), "loss": make_loss(name="bce")(scores, label)}
+        batches.append({**jax.device_get(answers), "logits": logits[rows], "label": label, "mask": mask})
+    return MultiLabelEvaluation.of(batches, logits.shape[1])
 
 
 def assert_scikit_learns(found: MultiLabelEvaluation, logits: np.ndarray, labels: np.ndarray) -> None:
@@ -192,24 +192,22 @@ def test_evaluation_is_exact_whatever_the_devices_and_the_padding(devices: int) 
     values = jax.tree.map(jnp.asarray, tiny.variables())
     axis = {"axis_name": "batch"} if devices > 1 else {}
     model = tiny.in_torch(tiny.variables()).eval()
-    results, answers, logits, labels = [], [], [], []
+    results, logits, labels = [], [], []
     for number, count in enumerate((SIZE, 3)):
         images, label = several(number)
         mask, example = np.arange(SIZE) < count, np.arange(SIZE, dtype=np.int32)
         batch = {"example": example, "image": images, "label": label, "mask": mask}
-        for body, found in ((make_eval_step, results), (make_answer_step, answers)):
-            step = body(Tiny(), None, **axis)
-            of_batch = on_devices(devices, step, values, batch) if axis else compiled(step)(values, {}, batch)
-            found.append(jax.device_get(of_batch))
+        step = make_eval_step(Tiny(), None, **axis)
+        of_batch = on_devices(devices, step, values, batch) if axis else compiled(step)(values, {}, batch)
+        results.append(jax.device_get(of_batch))
         logits.append(model(nchw(images[:count])).detach().numpy())
         labels.append(label[:count])
     scores, has = np.concatenate(logits), np.concatenate(labels)
-    found = MultiLabelEvaluation.of(results)
+    found = MultiLabelEvaluation.of(results, tiny.CLASSES)
     assert_scikit_learns(found, scores, has)
     loss = torch.nn.BCEWithLogitsLoss()(torch.tensor(scores), torch.tensor(has).double())
     assert found.loss == pytest.approx(loss.item(), rel=1e-12)
-    whole = {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
-    kept = {name: value[whole["mask"]] for name, value in whole.items()}
+    kept = found.answers
     np.testing.assert_array_equal(kept["predicted"], scores > 0)
     probability = np.abs(1 / (1 + np.exp(-scores)) - has)  # of what each label is not
     np.testing.assert_allclose(kept["probability"], probability.max(1), rtol=1e-12)

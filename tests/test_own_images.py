@@ -21,7 +21,7 @@ from jaxsft.data.sources import SOURCES, open_splits, with_classes
 from jaxsft.flags import parse_flags
 from jaxsft.interpret import html
 from jaxsft.models.weights import INTERPOLATIONS, ModelCard, Preprocessing
-from jaxsft.run import checkpoint, evaluation, prepare, saved, training, workdir
+from jaxsft.run import checkpoint, prepare, saved, training, workdir
 from jaxsft.run.log import records
 from tests import small
 
@@ -325,29 +325,6 @@ def test_a_nan_is_never_right(images: Path, tmp_path: Path) -> None:
     assert set(last["per_class"].values()) == {0.0}
     with pytest.raises(UserError, match="keeps no best checkpoint"):
         saved.read(tmp_path / "run", "best")
-
-
-def test_an_evaluation_of_many_classes_holds_one_matrix() -> None:
-    """Of 1,000 classes and 100 batches: 8 MB, not 100 times 4."""
-    import tracemalloc
-
-    def counts():
-        for _ in range(100):
-            yield {"loss": np.float32(1), "top1": np.int32(1), "top5": np.int32(1), "count": np.int32(2),
-                   "per_label": np.ones(1000, np.int32), "confusion": np.ones((1000, 1000), np.int32)}  # fmt: skip
-
-    class Loader:
-        dataset = None
-
-        def batches(self):
-            return counts()
-
-    tracemalloc.start()
-    result = evaluation.evaluate(lambda variables, dataset, batch: batch, None, Loader())
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert result.count == 200 and result.confusion.sum() == 100 * 1000**2
-    assert peak < 40e6  # the sum in int64, and what is in flight
 
 
 def test_a_training_loss_of_another_kind_says_so_and_one_point_is_seen() -> None:

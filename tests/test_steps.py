@@ -274,15 +274,15 @@ def test_evaluation_counts_what_is_not_masked(devices: int | None) -> None:
     batch = {**tiny.batch_of(0), "mask": mask}
     values = jax.tree.map(jnp.asarray, tiny.variables())
     if devices is None:
-        counts = compiled(make_eval_step(Tiny(), None))(values, {}, batch)
+        answers = compiled(make_eval_step(Tiny(), None))(values, {}, batch)
     else:
         body = make_eval_step(Tiny(), None, axis_name="batch")
         parts = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
-        counts = jax.tree.map(
+        answers = jax.tree.map(
             lambda x: x[0], compiled(jax.vmap(body, (None, None, 0), axis_name="batch"))(values, {}, parts)
         )
     logits = tiny.in_torch(tiny.variables()).eval()(nchw(images[:11])).detach()
-    found = Evaluation.of([jax.device_get(counts)])
+    found = Evaluation.of([jax.device_get(answers)], CLASSES)
     expected = torch.nn.CrossEntropyLoss()(logits, torch.tensor(labels[:11]).long())
     predicted = logits.argmax(1).numpy()
     assert found.count == 11

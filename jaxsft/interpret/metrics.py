@@ -1,88 +1,150 @@
-"""Exact counts of an evaluation, and what is said of them.
+"""Exact results of an evaluation, and what is said of them.
 
-The device sums counts over examples, devices and batches; ratios are taken once, on the host. A mean of batch means
-would weigh a partial batch wrongly.
+The device says of each example what the model takes it for; sums and ratios are taken once, on the host. A mean of
+batch means would weigh a partial batch wrongly, and a confusion matrix a batch would take memory with the classes
+squared.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+UNRANKED = -1  # the prediction of a row with a NaN
+MOST_IN_RECORD = 1000  # classes whose confusion matrix is written in full: a million numbers
+
+
+def rank_of(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """How many classes are ranked before an example's label: int32 [N], 0 where the label is predicted.
+
+    A class is before the label's when its logit is larger, or equal at a smaller index: ties are broken in one way
+    only. A row with a NaN ranks nothing, and a label outside the head has no rank: K, more than any other.
+
+    Args:
+      logits: [N, K].
+      labels: int32 [N].
+    """
+    classes = logits.shape[-1]
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1, mode="clip")
+    earlier = jnp.arange(classes) < labels[:, None]
+    before = ((logits > own) | ((logits == own) & earlier)).sum(1, dtype=jnp.int32)
+    is_ranked = ~jnp.isnan(logits).any(1) & (labels >= 0) & (labels < classes)
+    return jnp.where(is_ranked, before, classes)
+
 
 def count(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """Sums over the examples where `mask` holds, of one device.
+    """Sums over the examples where `mask` holds, of one device: "loss" float, "top1" and "count" int32 scalars.
 
     Args:
       logits: [N, K].
       labels: int32 [N].
       losses: [N].
       mask: bool [N].
-
-    Returns:
-      "loss" float, "top1", "top5" and "count" int32 scalars, "per_label" int32 [K], the examples of each label, and
-      "confusion" int32 [K, K] (row: label, column: the class predicted). A class counts as ranked before the label's
-      when its logit is larger, or equal at a smaller index: ties are broken in one way only. A row with a NaN ranks
-      nothing: it counts as wrong for top1 and top5 and has no prediction to stand in "confusion".
     """
-    classes = logits.shape[-1]
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    earlier = jnp.arange(classes) < labels[:, None]
-    ranked = mask & ~jnp.isnan(logits).any(1) & (labels >= 0) & (labels < classes)
-    rank = ((logits > own) | ((logits == own) & earlier)).sum(1)
-    predicted = logits.argmax(1)  # the first of equals, as above
     return {
         "loss": jnp.where(mask, losses, 0).sum(),
-        "top1": (ranked & (rank < 1)).sum(dtype=jnp.int32),
-        "top5": (ranked & (rank < 5)).sum(dtype=jnp.int32),
+        "top1": (mask & (rank_of(logits, labels) == 0)).sum(dtype=jnp.int32),
         "count": mask.sum(dtype=jnp.int32),
-        "per_label": jnp.zeros(classes, jnp.int32).at[labels].add(mask.astype(jnp.int32)),
-        "confusion": jnp.zeros((classes, classes), jnp.int32).at[labels, predicted].add(ranked.astype(jnp.int32)),
     }
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class Evaluation:
-    """The result over a whole split."""
+def answer(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+    """What a model takes each example for.
 
-    loss: float  # mean over examples
-    accuracy: float
-    top5: float
-    count: int
-    per_label: np.ndarray  # int64 [K]
-    confusion: np.ndarray  # int64 [K, K]
+    Args:
+      logits: [N, K].
+      labels: int32 [N].
+
+    Returns:
+      "predicted" int32 [N], of equal logits the first, UNRANKED in a row with a NaN; its "probability", float [N]; the
+      "rank" of the label, as `rank_of` has it.
+    """
+    predicted = jnp.where(jnp.isnan(logits).any(1), UNRANKED, logits.argmax(1)).astype(jnp.int32)
+    return {
+        "predicted": predicted,
+        "probability": jax.nn.softmax(logits).max(1),
+        "rank": rank_of(logits, labels),
+    }
+
+
+def gathered(batches: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """The answers about every batch, "mask" bool [B] among them, as one array each without what is masked."""
+    kept: list[dict[str, np.ndarray]] = []
+    for batch in batches:
+        mask = np.asarray(batch["mask"])
+        kept.append({name: np.asarray(value)[mask] for name, value in batch.items() if name != "mask"})
+    return {name: np.concatenate([batch[name] for batch in kept]) for name in kept[0]}
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class Evaluation:
+    """The result over a whole split.
+
+    Memory grows with the examples and with the classes, with the classes squared only where `confusion` is asked for.
+    """
+
+    num_classes: int
+    answers: Mapping[str, np.ndarray]  # "example", "label", "predicted", "rank" int32 [N]; "loss", "probability" [N]
 
     @classmethod
-    def of(cls, batches: Iterable[dict[str, Any]]) -> Evaluation:
-        """From the counts of every batch, on the host, each added as it comes: memory for one confusion matrix."""
-        total: dict[str, Any] = {}
-        for counts in batches:
-            for key, value in counts.items():
-                if key in total:
-                    total[key] += value
-                else:
-                    total[key] = np.array(value, np.float64 if key == "loss" else np.int64)
-        n = int(total["count"])
-        return cls(
-            float(total["loss"] / n),
-            float(total["top1"] / n),
-            float(total["top5"] / n),
-            n,
-            total["per_label"],
-            total["confusion"],
-        )
+    def of(cls, batches: Iterable[Mapping[str, Any]], num_classes: int) -> Evaluation:
+        """From what `make_eval_step` returns of every batch, on the host."""
+        return cls(num_classes, gathered(batches))
+
+    @property
+    def count(self) -> int:
+        """How many examples were evaluated."""
+        return len(self.answers["label"])
+
+    @functools.cached_property
+    def loss(self) -> float:
+        """Mean over the examples, summed in float64."""
+        return float(np.mean(self.answers["loss"], dtype=np.float64))
+
+    @functools.cached_property
+    def accuracy(self) -> float:
+        """Share of the examples whose label is predicted."""
+        return self.within(1)
+
+    @functools.cached_property
+    def top5(self) -> float:
+        """Share of the examples whose label is among the five most probable classes."""
+        return self.within(5)
+
+    def within(self, most: int) -> float:
+        """Share of the examples whose label is among the `most` most probable classes."""
+        rank = self.answers["rank"]
+        return float(((rank < most) & (rank < self.num_classes)).mean())
+
+    @functools.cached_property
+    def per_label(self) -> np.ndarray:
+        """How many examples have each label: int64 [K]."""
+        return np.bincount(self.answers["label"], minlength=self.num_classes)
+
+    @functools.cached_property
+    def right(self) -> np.ndarray:
+        """How many examples of each label are predicted so: int64 [K]."""
+        return np.bincount(self.answers["label"][self.answers["rank"] == 0], minlength=self.num_classes)
+
+    @functools.cached_property
+    def confusion(self) -> np.ndarray:
+        """Examples by label (row) and prediction (column), int64 [K, K]; those without a prediction are not in it."""
+        label, predicted = self.answers["label"].astype(np.int64), self.answers["predicted"]
+        codes = (label * self.num_classes + predicted)[predicted != UNRANKED]
+        return np.bincount(codes, minlength=self.num_classes**2).reshape(self.num_classes, self.num_classes)
 
     def __repr__(self) -> str:
         return f"<{self.summary()}>"
 
     def summary(self) -> str:
         """One line for people."""
-        right, classes = round(self.accuracy * self.count), len(self.confusion)
+        right, classes = round(self.accuracy * self.count), self.num_classes
         top5 = f", top-5 {self.top5:.4f}" + (f" of {classes} classes" if classes < 10 else "") if classes > 5 else ""
         return f"accuracy {self.accuracy:.4f} ({right} of {self.count}){top5}, loss {self.loss:.4f}"
 
@@ -93,13 +155,14 @@ class Evaluation:
     def per_class(self) -> np.ndarray:
         """Accuracy of each class, float64 [K]; NaN for a class without examples."""
         with np.errstate(invalid="ignore"):
-            return np.diag(self.confusion) / self.per_label
+            return self.right / self.per_label
 
     def record(self, class_names: tuple[str, ...]) -> dict[str, Any]:
-        """As JSON: loss, accuracy, top5, count, per_class by name, confusion."""
+        """As JSON: loss, accuracy, top5, count, per_class by name, confusion where there are few classes."""
         classes = zip(class_names, self.per_class().tolist(), strict=True)
+        few = self.num_classes <= MOST_IN_RECORD
         return {
             **self.scalars(),
             "per_class": {name: None if np.isnan(value) else value for name, value in classes},
-            "confusion": self.confusion.tolist(),
+            **({"confusion": self.confusion.tolist()} if few else {}),
         }

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsft.interpret.metrics import Evaluation
+from jaxsft.interpret.metrics import Evaluation, gathered
 
 METRICS = ("map", "f1_micro", "f1_macro")  # that an evaluation of one label an image has not
 
@@ -36,6 +37,21 @@ def count(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Arr
     }
 
 
+def answer(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+    """What a model takes each example for.
+
+    Args:
+      logits: [N, K].
+      labels: [N, K], 1 where an example has the label, else 0.
+
+    Returns:
+      "predicted" uint8 [N, K], 1 where the probability is above 0.5; "probability" float [N], that of the decision
+      about the label which is furthest from what it is.
+    """
+    furthest = jax.nn.sigmoid(jnp.where(labels > 0, -logits, logits)).max(1)
+    return {"predicted": (logits > 0).astype(jnp.uint8), "probability": furthest}
+
+
 def average_precision(scores: np.ndarray, is_positive: np.ndarray) -> float:
     """The mean of the precision at each positive's rank: scikit-learn's average_precision_score; NaN without positives.
 
@@ -55,42 +71,49 @@ def average_precision(scores: np.ndarray, is_positive: np.ndarray) -> float:
     return float((np.diff(found[last], prepend=0) * precision).sum() / positives)
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class MultiLabelEvaluation:
     """The result over a whole split whose examples have any number of labels each."""
 
-    loss: float  # binary cross-entropy, mean over examples and classes
-    accuracy: float  # share of the examples all of whose labels are right, scikit-learn's accuracy_score
-    count: int
-    positives: np.ndarray  # int64 [K], the examples that have the label
+    num_classes: int
+    answers: Mapping[str, np.ndarray]  # "example" int32 [N]; "label", "predicted" uint8, "logits" float [N, K]; "loss"
     precision: np.ndarray  # float64 [K], average precision; NaN without positives
     f1: np.ndarray  # float64 [K], at a probability of 0.5; NaN where no example has the label and none is predicted it
     f1_micro: float  # of all decisions together
 
     @classmethod
-    def of(cls, batches: Iterable[dict[str, Any]]) -> MultiLabelEvaluation:
-        """From what `make_eval_step` returns of every batch, on the host: sums, and the scores of all examples."""
-        sums = {"loss": np.float64(0), "top1": 0, "count": 0}
-        logits, labels = [], []
-        for batch in batches:
-            sums = {name: value + batch[name] for name, value in sums.items()}
-            logits.append(batch["logits"][batch["mask"]])
-            labels.append(batch["label"][batch["mask"]] > 0)
-        scores, has = np.concatenate(logits), np.concatenate(labels)
+    def of(cls, batches: Iterable[Mapping[str, Any]], num_classes: int) -> MultiLabelEvaluation:
+        """From what `make_eval_step` returns of every batch, on the host: the scores of all examples."""
+        answers = gathered(batches)
+        has, scores = answers["label"] > 0, answers["logits"]
         scores = np.where(np.isnan(scores).any(1, keepdims=True), -np.inf, scores)  # what can't be ranked comes last
-        n, predicted = int(sums["count"]), scores > 0
+        predicted = scores > 0
         hits, all_of = (has & predicted).sum(0), has.sum(0) + predicted.sum(0)
         with np.errstate(invalid="ignore"):
             f1, f1_micro = 2 * hits / all_of, float(np.divide(2 * hits.sum(), all_of.sum()))
-        return cls(
-            float(sums["loss"] / n),
-            float(sums["top1"] / n),
-            n,
-            has.sum(0),
-            np.array([average_precision(scores[:, k], has[:, k]) for k in range(has.shape[1])]),
-            f1,
-            f1_micro,
-        )
+        precision = np.array([average_precision(scores[:, k], has[:, k]) for k in range(num_classes)])
+        return cls(num_classes, answers, precision, f1, f1_micro)
+
+    @property
+    def count(self) -> int:
+        """How many examples were evaluated."""
+        return len(self.answers["label"])
+
+    @functools.cached_property
+    def loss(self) -> float:
+        """Binary cross-entropy, mean over examples and classes."""
+        return float(np.mean(self.answers["loss"], dtype=np.float64))
+
+    @functools.cached_property
+    def accuracy(self) -> float:
+        """Share of the examples all of whose labels are right, scikit-learn's accuracy_score; a NaN is wrong."""
+        right = (self.answers["predicted"] == self.answers["label"]).all(1)
+        return float((right & ~np.isnan(self.answers["logits"]).any(1)).mean())
+
+    @functools.cached_property
+    def positives(self) -> np.ndarray:
+        """How many examples have each label: int64 [K]."""
+        return (self.answers["label"] > 0).sum(0)
 
     def __repr__(self) -> str:
         return f"<{self.summary()}>"

@@ -12,11 +12,12 @@ import optax
 from jax import lax
 
 from jaxsft.data.augment import preprocess
+from jaxsft.interpret import metrics, multilabel
 from jaxsft.learn import loss_scale
 from jaxsft.learn.average import Move, mean_statistics, momenta
 from jaxsft.learn.gradient import make_gradient
 from jaxsft.learn.losses import binary_cross_entropy, cross_entropy
-from jaxsft.learn.objective import Batch, Dataset, Inputs, Objective, count, gather, network_keys, step_key
+from jaxsft.learn.objective import Batch, Dataset, Inputs, Objective, gather, network_keys, step_key
 from jaxsft.learn.state import TrainState
 from jaxsft.models.weights import Preprocessing
 
@@ -99,59 +100,31 @@ def make_statistics_step(
 
 
 def make_eval_step(
-    model: nn.Module, preprocessing: Preprocessing | None, *, axis_name: str | None = None
-) -> Callable[[Any, Dataset, Batch], Counts]:
-    """(variables, dataset, this device's batch with "mask") -> `count` summed over all devices.
-
-    The loss is cross-entropy; of several labels an image binary cross-entropy, and besides the sums there are "logits"
-    [B, K], "label" uint8 [B, K] and "mask" bool [B] of the examples of all devices, which ranks are made of. Without
-    `preprocessing` the images are the model's input as they are.
-    """
-
-    def eval_step(variables: Any, dataset: Dataset, batch: Batch) -> Counts:
-        batch = gather(dataset, batch)
-        logits = evaluated_logits(model, preprocessing, variables, batch)
-        several = batch["label"].ndim == 2
-        losses = (binary_cross_entropy if several else cross_entropy)(logits, batch["label"])
-        counts = count(logits, batch["label"], losses, batch["mask"])
-        each = {"logits": logits, "label": batch["label"], "mask": batch["mask"]} if several else {}
-        if axis_name is not None:
-            counts, each = lax.psum(counts, axis_name), lax.all_gather(each, axis_name, tiled=True)
-        return {**counts, **each}
-
-    return eval_step
-
-
-def make_answer_step(
-    model: nn.Module, preprocessing: Preprocessing | None, *, axis_name: str | None = None
+    model: nn.Module, preprocessing: Preprocessing | None, *, logits: bool = False, axis_name: str | None = None
 ) -> Callable[[Any, Dataset, Batch], dict[str, jax.Array]]:
     """(variables, dataset, this device's batch with "mask") -> what the model takes each example of all devices for.
 
-    That is "example", "label" and "predicted" int32 [B], the "probability" of the latter, float [B], and "mask" bool
-    [B]. Of equal logits the first counts, as in `metrics.count`. Of several labels an image "label" and "predicted" are
-    uint8 [B, K] (a probability above 0.5), and "probability" is that of the label which is furthest from what it is.
+    That is "example" int32 [B], its "label" and "loss", float [B], what `metrics.answer` says, or `multilabel.answer`
+    of several labels an image, and "mask" bool [B]. The loss is cross-entropy, of several labels binary cross-entropy.
+
+    Args:
+      model: the network.
+      preprocessing: what is left to be done to the images; without it they are the model's input as they are.
+      logits: return "logits" [B, K], too; of several labels they are there in any case.
+      axis_name: of the devices, where there are several.
     """
 
-    def answer_step(variables: Any, dataset: Dataset, batch: Batch) -> dict[str, jax.Array]:
+    def eval_step(variables: Any, dataset: Dataset, batch: Batch) -> dict[str, jax.Array]:
         batch = gather(dataset, batch)
-        logits = evaluated_logits(model, preprocessing, variables, batch)
-        if batch["label"].ndim == 2:
-            has = batch["label"] > 0
-            predicted, probability = (logits > 0).astype(jnp.uint8), jax.nn.sigmoid(jnp.where(has, -logits, logits))
-        else:
-            probability = jax.nn.softmax(logits)
-            predicted = probability.argmax(1).astype(jnp.int32)
+        images = batch["image"] if preprocessing is None else preprocess(batch["image"], preprocessing)
+        scores, labels = model.apply(variables, images, train=False), batch["label"]
+        several = labels.ndim == 2
         answers = {
             **{name: batch[name] for name in ("example", "label", "mask")},
-            "predicted": predicted,
-            "probability": probability.max(1),
+            "loss": (binary_cross_entropy if several else cross_entropy)(scores, labels),
+            **(multilabel if several else metrics).answer(scores, labels),
+            **({"logits": scores} if logits or several else {}),
         }
         return answers if axis_name is None else lax.all_gather(answers, axis_name, tiled=True)
 
-    return answer_step
-
-
-def evaluated_logits(model: nn.Module, preprocessing: Preprocessing | None, variables: Any, batch: Batch) -> jax.Array:
-    """The logits [b, K] of a batch's images in evaluation."""
-    images = batch["image"] if preprocessing is None else preprocess(batch["image"], preprocessing)
-    return model.apply(variables, images, train=False)
+    return eval_step

@@ -152,8 +152,8 @@ def evaluator(model: nn.Module, arch: str) -> Evaluate:
 
     def evaluate(tensors: Arrays, images: np.ndarray, labels: np.ndarray) -> tuple[float, int]:
         batch = {"example": np.arange(len(labels), dtype=np.int32), "mask": np.ones(len(labels), bool)}
-        counts = step(variables(model, tensors, arch, images.shape[1:3]), {"images": images, "labels": labels}, batch)
-        result = Evaluation.of([jax.device_get(counts)])
+        answers = step(variables(model, tensors, arch, images.shape[1:3]), {"images": images, "labels": labels}, batch)
+        result = Evaluation.of([jax.device_get(answers)], model.num_classes)
         return result.loss, round(result.accuracy * result.count)
 
     return evaluate

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from jaxsft.cli import UserError
 from jaxsft.data.base import Options, Source
@@ -17,7 +16,8 @@ from jaxsft.data.reading import EvalPlan, in_memory
 from jaxsft.data.sources import open_source, with_classes
 from jaxsft.interpret.metrics import Evaluation
 from jaxsft.interpret.multilabel import MultiLabelEvaluation, Result
-from jaxsft.learn.steps import make_answer_step, make_eval_step
+from jaxsft.learn.steps import make_eval_step
+from jaxsft.models.weights import ModelCard
 from jaxsft.run import labelling
 from jaxsft.run.parallel import IN_FLIGHT, DataParallel, all_devices
 from jaxsft.run.saved import Run
@@ -35,15 +35,15 @@ def evaluate(
     eval_step: Callable[..., Any],
     variables: Any,
     loader: Loader,
+    card: ModelCard,
     between: Callable[[], None] = lambda: None,
-    multi_label: bool = False,
 ) -> Result:
     """Run the compiled `eval_step` over all that `loader` brings and make the metrics of it, of one label or several.
 
     After each batch `between` is called; it may raise to end the evaluation.
     """
-    kind = MultiLabelEvaluation if multi_label else Evaluation
-    return kind.of(results(eval_step, variables, loader, between))
+    kind = MultiLabelEvaluation if card.multi_label else Evaluation
+    return kind.of(results(eval_step, variables, loader, between), card.num_classes)
 
 
 def results(
@@ -102,33 +102,21 @@ def open_examples(run: Run, data: str = "", split: str = "", data_dir: str = "")
     return Examples(source, loader, parallel)
 
 
-def evaluate_run(run: Run, examples: Examples) -> Result:
-    """The metrics of a saved run on all of `examples`, whose workers end."""
-    _, loader, parallel = examples
-    step = parallel.compile(make_eval_step(run.model, loader.preprocessing, axis_name=parallel.axis_name))
-    try:
-        return evaluate(step, parallel.replicate(run.variables), loader, multi_label=run.card.multi_label)
-    finally:
-        loader.close()
+def evaluate_run(run: Run, examples: Examples, step: Callable[..., Any] | None = None) -> Result:
+    """The metrics of a saved run on all of `examples`, whose workers end.
 
-
-def answers_of(run: Run, examples: Examples, step: Callable[..., Any] | None = None) -> dict[str, np.ndarray]:
-    """What a saved run takes each of `examples` for; their workers end. `step` is compiled for them already.
-
-    Returns:
-      "example", "label" and "predicted" int32 [N], "probability" float [N]; without examples that can't be read. Of
-      several labels an image "label" and "predicted" are uint8 [N, K].
+    Args:
+      run: whose model.
+      examples: without those that can't be read.
+      step: `make_eval_step`'s, compiled for them already.
     """
     _, loader, parallel = examples
     if step is None:
-        step = parallel.compile(make_answer_step(run.model, loader.preprocessing, axis_name=parallel.axis_name))
+        step = parallel.compile(make_eval_step(run.model, loader.preprocessing, axis_name=parallel.axis_name))
     try:
-        batches = list(results(step, parallel.replicate(run.variables), loader))
+        return evaluate(step, parallel.replicate(run.variables), loader, run.card)
     finally:
         loader.close()
-    whole = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-    kept = whole.pop("mask")
-    return {name: values[kept] for name, values in whole.items()}
 
 
 def of_split(source: Source) -> str:

@@ -113,7 +113,7 @@ class Job:
         `between` is called after each batch and may raise.
         """
         variables = self.state.evaluated() if averaged else self.state.variables()
-        return evaluate(self.eval_step, variables, self.eval_loader, between, multi_label=self.card.multi_label)
+        return evaluate(self.eval_step, variables, self.eval_loader, self.card, between)
 
     def close(self) -> None:
         """End the loaders' worker processes."""

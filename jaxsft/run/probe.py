@@ -118,7 +118,7 @@ class ProbeFirst:
         for step in range(total):
             state, _ = update(state, loader.dataset, loader.batch(step))
         examples = keeper.loader(kept, EvalPlan(len(kept), config.data.batch_size))
-        result = evaluate(program.evaluation(), state.variables(), examples, multi_label=job.card.multi_label)
+        result = evaluate(program.evaluation(), state.variables(), examples, job.card)
         return jax.device_get(state.params[path]), result
 
 

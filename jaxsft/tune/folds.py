@@ -19,10 +19,11 @@ from jaxsft.cli import UserError
 from jaxsft.data.base import Part, Source
 from jaxsft.data.loader import BadFiles, make_loader
 from jaxsft.data.reading import EvalPlan
-from jaxsft.learn.steps import make_answer_step
+from jaxsft.interpret.metrics import UNRANKED
+from jaxsft.learn.steps import make_eval_step
 from jaxsft.output import write_json
 from jaxsft.run import workdir as workdir_module
-from jaxsft.run.evaluation import Examples, answers_of
+from jaxsft.run.evaluation import Examples, evaluate_run
 from jaxsft.run.parallel import all_devices
 from jaxsft.run.prepare import prepare
 from jaxsft.run.saved import load_run
@@ -83,7 +84,9 @@ def predictions(pool: Pool, fold: int, run: Location, shared: Shared) -> list[li
     found = answers(run, pool.splits(fold)[1], numbers, shared)
     names, rows = pool.source.class_names, []
     for number in numbers.tolist():
-        predicted, probability = found.get(number, (None, None))  # None: it can't be read
+        predicted, probability = found.get(
+            number, (None, None)
+        )  # None: it can't be read, or the network computes no numbers
         taken_for = "" if predicted is None else name_of(names, predicted)
         surety = "" if probability is None else f"{probability:.6f}"
         label = names[pool.source.labels[number]]
@@ -108,12 +111,12 @@ def answers(run: Location, source: Source, numbers: np.ndarray, shared: Shared) 
     )
     step = shared.once(
         ("answers", program_key(saved.config), devices_key(parallel)),
-        lambda: parallel.compile(make_answer_step(saved.model, loader.preprocessing, axis_name=parallel.axis_name)),
+        lambda: parallel.compile(make_eval_step(saved.model, loader.preprocessing, axis_name=parallel.axis_name)),
     )
-    found = answers_of(saved, Examples(source, loader, parallel), step)
+    found = evaluate_run(saved, Examples(source, loader, parallel), step).answers
     example = found["example"] if isinstance(source, Part) else numbers[found["example"]]
-    triples = zip(example, found["predicted"], found["probability"], strict=True)
-    return {int(number): (int(predicted), float(probability)) for number, predicted, probability in triples}
+    triples = zip(example.tolist(), found["predicted"].tolist(), found["probability"].tolist(), strict=True)
+    return {number: (predicted, sure) for number, predicted, sure in triples if predicted != UNRANKED}
 
 
 def name_of(names: tuple[str, ...], output: int) -> str:
