@@ -128,3 +128,27 @@ def make_eval_step(
         return answers if axis_name is None else lax.all_gather(answers, axis_name, tiled=True)
 
     return eval_step
+
+
+def make_probability_step(
+    model: nn.Module,
+    preprocessing: Preprocessing | None,
+    multi_label: bool = False,
+    temperature: float = 1.0,
+    *,
+    axis_name: str | None = None,
+) -> Callable[[Any, Dataset, Batch], dict[str, jax.Array]]:
+    """(variables, dataset, this device's batch with "mask") -> "example", "mask" [B], "probability" float [B, K].
+
+    Of the examples of all devices: softmax(logits / temperature), of several labels an image the sigmoid.
+    """
+
+    def probability_step(variables: Any, dataset: Dataset, batch: Batch) -> dict[str, jax.Array]:
+        batch = gather(dataset, batch)
+        images = batch["image"] if preprocessing is None else preprocess(batch["image"], preprocessing)
+        logits = model.apply(variables, images, train=False) / temperature
+        probability = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
+        answers = {"example": batch["example"], "mask": batch["mask"], "probability": probability}
+        return answers if axis_name is None else lax.all_gather(answers, axis_name, tiled=True)
+
+    return probability_step
