@@ -1,4 +1,4 @@
-"""What stands for "nothing there" on an image, which integrated gradients start from and occlusion puts in its place."""
+"""What stands for nothing on an image: where integrated gradients start, and what occlusion covers it with."""
 
 from __future__ import annotations
 

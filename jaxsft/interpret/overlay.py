@@ -26,7 +26,7 @@ def overlay(image: np.ndarray, values: np.ndarray, signed: bool = False) -> np.n
     """
     if not signed:
         colours = matplotlib.colormaps["viridis"](np.clip(values, 0, 1))[..., :3] * 255
-        return blended(image, colours, np.float64(OPACITY))
+        return blended(image, colours, OPACITY)
     strength = np.clip(np.abs(values), 0, 1)[..., None]
     colours = np.where(values[..., None] > 0, FOR, AGAINST)
     grey = image @ np.array([0.299, 0.587, 0.114])  # of a television's brightness, as PIL's mode L
@@ -34,7 +34,7 @@ def overlay(image: np.ndarray, values: np.ndarray, signed: bool = False) -> np.n
     return blended(pale, colours, strength)
 
 
-def blended(below: np.ndarray, above: np.ndarray, opacity: np.ndarray) -> np.ndarray:
+def blended(below: np.ndarray, above: np.ndarray, opacity: np.ndarray | float) -> np.ndarray:
     """Colours over others, as whole levels."""
     return np.rint((1 - opacity) * below + opacity * above).clip(0, 255).astype(np.uint8)
 
