@@ -20,13 +20,14 @@ from jaxsft.interpret import explanations, integrated_gradients
 from jaxsft.interpret.baseline import BASELINES
 from jaxsft.interpret.explanations import METHODS, Explained
 from jaxsft.interpret.overlay import enlarged
-from jaxsft.run.explanation import PREDICTED, TRUE, Asked, explain
+from jaxsft.run.explanation import PREDICTED, TRUE, Asked, explain, windows
 from jaxsft.run.machine import keep_compilations
 from jaxsft.run.prediction import find_images
 from jaxsft.run.saved import Run, load_run
 
 INDEX, OVERVIEW = "index.html", "overview.png"
 LONGEST = 40  # letters of a name that a file's name takes over
+CALLED = {"mean": "the mean colour of the training data", "black": "black", "white": "white"}
 FAR = 0.05  # of the logit's change: attributions that miss it by more want more steps
 
 
@@ -58,7 +59,7 @@ def write(run: Run, pictures: list[Any], asked: Asked, folder: Path) -> list[dic
         sheet.write(explanations.FOOT)
     if not first:
         raise cli.UserError(f"none of {len(pictures)} images can be read", f"name {', '.join(decode.FORMATS)} files")
-    explanations.overview(first).savefig(folder / OVERVIEW, format="png", dpi=120)
+    (folder / OVERVIEW).write_bytes(explanations.overview(first))
     far = [e for e in entries if "completeness" in e and not is_complete(**e["completeness"])]
     if far:
         what = f"{len(far)} of the integrated gradients miss the change of the logit by more than {FAR:.0%}"
@@ -75,9 +76,11 @@ def facts(run: Run, asked: Asked) -> list[tuple[str, str]]:
     """What the sheet says of the model and of what was asked."""
     found = [("workdir", str(run.workdir)), ("methods", ", ".join(METHODS[name] for name in asked.methods))]
     if "integrated_gradients" in asked.methods:
-        found.append(("integrated gradients", f"{asked.steps} steps from {asked.baseline}"))
+        found.append(("integrated gradients", f"{asked.steps} steps from {CALLED[asked.baseline]}"))
     if "occlusion" in asked.methods:
-        found.append(("occlusion", f"windows filled with {asked.baseline}"))
+        window, stride = windows(run, asked)
+        of = f"{window} px, moved by {stride} px, covered with {CALLED[asked.baseline]}"
+        found.append(("occlusion", f"windows of {of}"))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -28,7 +29,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
 )
 SIGNED = ("integrated_gradients", "occlusion")  # whose values speak for a class or against it
 ROWS = 6  # pictures of an overview at most
-CELL = 1.7  # inches of one of its pictures
+CELL, DPI = 1.4, 100  # inches of one of its pictures, and dots in one of them
 
 
 class Completeness(NamedTuple):
@@ -65,7 +66,11 @@ class Explanation(NamedTuple):
 
     def said(self) -> str:
         """What was asked and how it was answered, in a line."""
-        parts = [f"{METHODS[self.method]} of {self.class_name}, probability {self.probability:.3f}"]
+        return f"{METHODS[self.method]} of {self.class_name}, {self.details()}"
+
+    def details(self) -> str:
+        """How likely the class is, where the map comes from, what attributions add up to."""
+        parts = [f"probability {self.probability:.3f}"]
         parts += [f"layer {self.layer}"] if self.layer else []
         if self.completeness:
             total, change = self.completeness
@@ -107,8 +112,10 @@ LEGEND = f"""<p class=legend><span>Grad-CAM: nothing <i style="background:{gradi
 <span>attributions: against <i style="background:{gradient((AGAINST, (235, 235, 235), FOR))}"></i> for the class</span>
 </p>"""
 SCOPED = """
-.jaxsft-explain section { margin: 1.5rem 0 } .jaxsft-explain .row { display: flex; flex-wrap: wrap; gap: 1rem }
-.jaxsft-explain figure { margin: 0; width: 224px; max-width: 100% } .jaxsft-explain img { width: 100%; display: block }
+.jaxsft-explain section { margin: 1.5rem 0 } .jaxsft-explain img { width: 100%; display: block }
+.jaxsft-explain .row { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(9.2rem, 1fr)) }
+@media (min-width: 60rem) { .jaxsft-explain .row { grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)) } }
+.jaxsft-explain figure { margin: 0; max-width: 18rem }
 .jaxsft-explain figcaption { font-size: .85em; line-height: 1.35; margin-top: .3rem; overflow-wrap: anywhere }
 .jaxsft-explain .legend { display: flex; flex-wrap: wrap; gap: .3rem 2rem; font-size: .85em; margin: .5rem 0 }
 .jaxsft-explain .legend i { display: inline-block; width: 7rem; height: .8em; vertical-align: -.05em }
@@ -120,8 +127,8 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --text: #e4e4e4; --page: #16181c; --line: #444 } }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; padding: 0 1rem; max-width: 75rem; color: var(--text);
   background: var(--page) }
-h1 { font-size: 1.4rem; overflow-wrap: anywhere } dl { display: grid; grid-template-columns: max-content 1fr;
-  gap: .1rem 1rem } dt { opacity: .75 } dd { margin: 0; overflow-wrap: anywhere }
+h1 { font-size: 1.4rem; overflow-wrap: anywhere } dl { display: grid; gap: .1rem 1rem;
+  grid-template-columns: fit-content(45%) 1fr } dt { opacity: .8 } dd { margin: 0; overflow-wrap: anywhere }
 section { border-top: 1px solid var(--line); padding-top: 1rem }
 """
 
@@ -144,36 +151,41 @@ def section(one: Explained) -> str:
     """A picture and its explanations as HTML, the pictures inside."""
     best = ", ".join(f"{name} {probability:.3f}" for name, probability in one.best)
     file = html.escape(printable(one.file))
-    parts = [figure(one.image, "what the model sees", f"{one.file}, as the model sees it")]
-    for explanation in one.explanations:
-        said = explanation.said()
-        parts.append(figure(explanation.over(one.image), said, f"{one.file}: {said}"))
+    parts = [figure(one.image, "The picture", "as the model sees it", f"{one.file}, as the model sees it")]
+    for each in one.explanations:
+        title = f"{METHODS[each.method]}: {each.class_name}"
+        parts.append(figure(each.over(one.image), title, each.details(), f"{each.said()}: {one.file}"))
     pictures = f"<div class=row>{''.join(parts)}</div>"
     return f"<section><h2>{file}</h2><p class=best>{html.escape(printable(best))}</p>{pictures}</section>\n"
 
 
-def figure(image: np.ndarray, caption: str, described: str) -> str:
+def figure(image: np.ndarray, title: str, details: str, described: str) -> str:
     """A picture, what it shows, and the same for who can't see it."""
     source = f"data:image/png;base64,{base64.b64encode(png(enlarged(image))).decode()}"
-    alt, text = (html.escape(printable(text), quote=True) for text in (described, caption))
-    return f'<figure><img src="{source}" alt="{alt}"><figcaption>{text}</figcaption></figure>'
+    title, details, alt = (html.escape(printable(text), quote=True) for text in (title, details, described))
+    caption = f"<figcaption><b>{title}</b><br>{details}</figcaption>"
+    return f'<figure><img src="{source}" alt="{alt}">{caption}</figure>'
 
 
-def overview(found: Sequence[Explained]) -> matplotlib.figure.Figure:
-    """The first ROWS pictures, one a row, each followed by its overlays."""
+def overview(found: Sequence[Explained]) -> bytes:
+    """The first ROWS pictures, one a row, each followed by its overlays, as the content of a PNG file."""
     rows, columns = found[:ROWS], 1 + len(found[0].explanations)
-    with matplotlib.rc_context({"text.parse_math": False, "font.size": 7}):  # a name's $ begins no formula
-        sheet = matplotlib.figure.Figure(figsize=(CELL * columns, (CELL + 0.3) * len(rows)), layout="constrained")
+    with matplotlib.rc_context({"text.parse_math": False, "font.size": 6.5}):  # a name's $ begins no formula
+        sheet = matplotlib.figure.Figure(figsize=(CELL * columns, (CELL + 0.35) * len(rows)), layout="constrained")
         for line, one in zip(sheet.subplots(len(rows), columns, squeeze=False), rows, strict=True):
             name, probability = one.best[0]
-            titles = [f"taken for {shortened(name)} ({probability:.2f})"]
-            titles += [f"{METHODS[each.method]}: {shortened(each.class_name)}" for each in one.explanations]
+            titles = [f"taken for\n{shortened(name)} ({probability:.2f})"]
+            titles += [f"{METHODS[each.method]}\n{shortened(each.class_name)}" for each in one.explanations]
             pictures = [one.image, *(each.over(one.image) for each in one.explanations)]
             for axes, picture, title in zip(line, pictures, titles, strict=True):
                 axes.imshow(np.asarray(enlarged(picture)))
-                axes.set_title(title, fontsize=7)
+                axes.set_title(title, fontsize=6.5)
                 axes.set_axis_off()
-    return sheet
+        drawn = io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box stands for it
+            sheet.savefig(drawn, format="png", dpi=DPI)
+    return png(PIL.Image.open(drawn).convert("RGB"))
 
 
 def shortened(name: str, most: int = 20) -> str:
