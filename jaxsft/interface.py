@@ -29,9 +29,10 @@ from jaxsft import cli, export, recipes, storage
 from jaxsft import config as config_module
 from jaxsft.buckets import BucketPath
 from jaxsft.cli import UserError
+from jaxsft.interpret.explanations import Explanations
 from jaxsft.interpret.mistakes import Mistakes, mistakes
 from jaxsft.interpret.multilabel import Result
-from jaxsft.run import evaluation, prediction, saved, training
+from jaxsft.run import evaluation, explanation, prediction, saved, training
 from jaxsft.run import workdir as workdir_module
 from jaxsft.run.machine import keep_compilations
 from jaxsft.storage import Location
@@ -92,6 +93,43 @@ class Run(saved.Run):
         if topk < 1:
             raise UserError(f"topk is {topk}", "it must be 1 or more")
         return list(prediction.predict(self, pictures_of(images), topk))
+
+    def explain(
+        self,
+        images: Picture | Iterable[Picture],
+        methods: str | Iterable[str] = "gradcam",
+        classes: str | Iterable[str] = "predicted",
+        *,
+        layer: str = "",
+        steps: int = 50,
+        baseline: str = "mean",
+        window: int | None = None,
+        stride: int | None = None,
+    ) -> Explanations:
+        """What on images speaks for a class; a notebook shows it.
+
+        Args:
+          images: as for `predict`.
+          methods: one or several of "gradcam", "gradcam++", "integrated_gradients", "occlusion".
+          classes: one or several by name; "predicted": the most probable; "true": the name of the file's folder.
+          layer: torch's name of the one whose map Grad-CAM takes, such as "layer3"; '': the last map of the image.
+          steps: of integrated gradients.
+          baseline: what they start from, and occlusion covers with: "mean" (of the training data), "black", "white".
+          window: px of the model's input that occlusion covers at once; None: an eighth of its side.
+          stride: px from one window to the next; None: half a window.
+
+        Returns:
+          For each image that can be read, in order: `file`, `image` uint8 [S, S, 3], `best` and `explanations`, one for
+          each class and method with its `values` float32 [S, S].
+
+        Raises:
+          UserError: there is no such file, method, class, layer, baseline or window.
+        """
+        methods, classes = ((one,) if isinstance(one, str) else tuple(one) for one in (methods, classes))
+        if not methods or not classes:
+            raise UserError("no method or no class is named", 'give such as "gradcam" and "predicted"')
+        asked = explanation.Asked(methods, classes, layer, steps, baseline, window, stride)
+        return Explanations(explanation.explain(self, pictures_of(images), asked))
 
     def mistakes(self, most: int = 20, data: str = "", split: str = "") -> Mistakes:
         """The images that the model takes for something else, the surest first; a notebook shows them.
