@@ -16,6 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsft.interpret import per_class
+from jaxsft.interpret.per_class import PerClass
+
 UNRANKED = -1  # the prediction of a row with a NaN
 MOST_IN_RECORD = 1000  # classes whose confusion matrix is written in full: a million numbers
 
@@ -123,14 +126,17 @@ class Evaluation:
         return float(((rank < most) & (rank < self.num_classes)).mean())
 
     @functools.cached_property
-    def per_label(self) -> np.ndarray:
-        """How many examples have each label: int64 [K]."""
-        return np.bincount(self.answers["label"], minlength=self.num_classes)
+    def classes(self) -> PerClass:
+        """Precision, recall, F1 and support of each class."""
+        return PerClass.of(self.answers["label"], self.answers["predicted"], self.num_classes)
 
-    @functools.cached_property
-    def right(self) -> np.ndarray:
-        """How many examples of each label are predicted so: int64 [K]."""
-        return np.bincount(self.answers["label"][self.answers["rank"] == 0], minlength=self.num_classes)
+    def per_class_table(self) -> list[per_class.Row]:
+        """A row for each class, in their order: its number, precision, recall, F1 and support."""
+        return self.classes.rows()
+
+    def confused(self, most: int = 10) -> list[tuple[int, int, int]]:
+        """Which classes are taken for which others, the most frequent first: [(label, predicted, count), ...]."""
+        return per_class.confused_pairs(self.answers["label"], self.answers["predicted"], most)
 
     @functools.cached_property
     def confusion(self) -> np.ndarray:
@@ -154,8 +160,7 @@ class Evaluation:
 
     def per_class(self) -> np.ndarray:
         """Accuracy of each class, float64 [K]; NaN for a class without examples."""
-        with np.errstate(invalid="ignore"):
-            return self.right / self.per_label
+        return self.classes.recall
 
     def record(self, class_names: tuple[str, ...]) -> dict[str, Any]:
         """As JSON: loss, accuracy, top5, count, per_class by name, confusion where there are few classes."""
