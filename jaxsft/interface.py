@@ -105,8 +105,7 @@ class Run(saved.Run):
         """
         examples = evaluation.open_examples(self, data, split)
         source, answers = examples.source, evaluation.evaluate_run(self, examples).answers
-        names = (*source.class_names, *self.card.names[len(source.class_names) :])
-        return mistakes(source, answers, names, most)
+        return mistakes(source, answers, evaluation.names_of(self, source), most)
 
     def export(self, path: Place) -> Location:
         """Write the weights to a new file, in the form that its name ends in, and say how they are read.

@@ -97,7 +97,8 @@ def of_one_label(answers: Mapping[str, np.ndarray], num_classes: int, number: in
         return np.array([each.average("macro")["f1"] for each in counts])
 
     label, predicted = answers["label"], answers["predicted"]
-    which = (np.flatnonzero(right), slice(None), np.flatnonzero(predicted >= 0))  # hits, support, predictions
+    # Hits, support, predictions:
+    which = (np.flatnonzero(right), np.arange(len(label)), np.flatnonzero(predicted >= 0))
     parts = [(of[rows], rows) for of, rows in zip((label, label, predicted), which, strict=True)]
     statistics = {
         "loss": mean_of(answers["loss"]),

@@ -70,8 +70,31 @@ def calibrate(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS, ada
     return Calibration(ece, float(distance.max()), edges, counts, accuracy, mean)
 
 
+def at_temperature(
+    logits: np.ndarray, labels: np.ndarray, temperature: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `calibrate` takes, and the negative log-likelihoods, at a temperature, in float64.
+
+    Args:
+      logits: float [N, K].
+      labels: int [N], or of several an image 0 and 1 [N, K].
+
+    Returns:
+      The probability of what is predicted, whether that is right, and minus the logarithm of the label's probability:
+      [N] each; of several labels an image those of each label, and whether it is there, [N K].
+    """
+    z = logits.astype(np.float64) / temperature
+    if labels.ndim == 2:
+        has = labels.ravel() > 0
+        nll = np.logaddexp(0, np.where(has, -z.ravel(), z.ravel()))
+        return np.exp(-np.logaddexp(0, -z.ravel())), has, nll
+    logarithms = z - np.logaddexp.reduce(z, axis=1, keepdims=True)
+    right = (z.argmax(1) == labels) & ~np.isnan(z).any(1)
+    return np.exp(logarithms.max(1)), right, -logarithms[np.arange(len(z)), labels]
+
+
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature at which the labels are most probable (Guo et al. 2017): of the least mean negative log-likelihood.
+    """The temperature of the least mean negative log-likelihood of the labels (Guo et al. 2017).
 
     The likelihood of softmax(logits / T), of several labels an image of sigmoid(logits / T), is convex in 1 / T, and
     Newton's method on its slope, in float64 and kept within a bracket, finds the one minimum. No prediction changes.

@@ -172,9 +172,10 @@ class MultiLabelEvaluation:
         return largest(self.answers["loss"], most)
 
     def interval(self, number: int = bootstrap.RESAMPLES, seed: int = bootstrap.SEED) -> dict[str, Interval]:
-        """The 95 % bootstrap intervals of "accuracy", "loss", "f1_micro", "f1_macro" and "ece"; see `bootstrap.intervals`.
+        """The 95 % bootstrap intervals of "accuracy", "loss", "f1_micro", "f1_macro" and "ece".
 
-        `number` is that of the resamples. The mean average precision has none, for each resample would be ranked anew.
+        They are those of `bootstrap.intervals`; `number` is that of the resamples. The mean average precision has none,
+        for each resample would be ranked anew.
         """
         return bootstrap.of_several_labels(self.answers, number, seed)
 

@@ -123,7 +123,7 @@ def make_eval_step(
         temperature in them.
       top: how many of the most probable classes to return, of one label an image.
       temperature: what logits are divided by before they become probabilities.
-      views: (prepared images, a view's number, int32) -> the model's input, whose probabilities are averaged over views.
+      views: (prepared images, a view's number, int32) -> the model's input; probabilities are averaged over the views.
       number_of_views: how many there are.
       axis_name: of the devices, where there are several.
     """
