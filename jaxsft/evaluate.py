@@ -19,18 +19,15 @@ if __name__ == "__main__":
     machine.ask_for_huge_pages()  # before the imports below: it starts this command anew
 
 import argparse
-import contextlib
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxsft import cli, output, storage
 from jaxsft.flags import parse_flags
 from jaxsft.interpret import bootstrap, predictions, tables
-from jaxsft.interpret.multilabel import Result
 from jaxsft.models.precision import said
 from jaxsft.models.weights import CARD
 from jaxsft.run import temperature
-from jaxsft.run.evaluation import Examples, evaluate_run, names_of, of_split, open_examples, step_of
+from jaxsft.run.evaluation import Examples, evaluate_into, names_of, of_split, open_examples
 from jaxsft.run.machine import keep_compilations
 from jaxsft.run.saved import Run, load_run
 
@@ -99,7 +96,8 @@ def evaluate(args: argparse.Namespace, run: Run, examples: Examples, fitted: Exa
     names, comparison = names_of(run, examples.source), temperature.Comparison(run.card.temperature)
     if fitted is not None:
         run = temperature.with_fitted(run, fitted)
-    result = evaluated(args, run, examples, comparison if fitted is not None else None)
+    see = comparison.see if fitted is not None else None
+    result = evaluate_into(run, examples, args.predictions or None, see)
     found = result.interval(args.bootstrap) if args.bootstrap else {}
     computed_in = said(run.config.train.precision, run.config.train.matmul_precision, examples.parallel.devices)
     record: dict[str, Any] = {
@@ -130,25 +128,6 @@ def evaluate(args: argparse.Namespace, run: Run, examples: Examples, fitted: Exa
     cli.say(f"{run.workdir} at step {run.step}: {result.summary()}{of_split(examples.source)}{views}; {computed_in}")
     for line in shown:
         cli.say(line)
-
-
-def evaluated(
-    args: argparse.Namespace, run: Run, examples: Examples, comparison: temperature.Comparison | None
-) -> Result:
-    """The metrics; meanwhile the table of predictions is written, where one is asked for."""
-    top = predictions.top_of(run.card.num_classes) if args.predictions else 0
-    step = step_of(run, examples, logits=comparison is not None, top=top)
-    watchers: list[Callable[[Mapping[str, Any]], None]] = [] if comparison is None else [comparison.see]
-
-    def see(batch: Mapping[str, Any]) -> None:
-        for watcher in watchers:
-            watcher(batch)
-
-    with contextlib.ExitStack() as stack:
-        if args.predictions:
-            names = names_of(run, examples.source)
-            watchers.append(stack.enter_context(predictions.table(args.predictions, examples.source, names)))
-        return evaluate_run(run, examples, step, see)
 
 
 if __name__ == "__main__":

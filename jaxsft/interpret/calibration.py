@@ -110,11 +110,11 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     if not np.isfinite(logits).all():
         raise UserError("no temperature fits: the network computes no numbers", "take another --checkpoint")
     low, high = 1 / MOST, 1 / LEAST
+    if slopes(logits, labels, low)[0] >= 0:
+        raise UserError("no temperature fits: the network knows nothing of these labels", "name another split")
     if slopes(logits, labels, high)[0] <= 0:
         said = f"no temperature fits: the network is right of all {len(labels)} images, and could be surer without end"
         raise UserError(said, what_to_do)
-    if slopes(logits, labels, low)[0] >= 0:
-        raise UserError("no temperature fits: the network knows nothing of these labels", "name another split")
     inverse = 1.0
     for _ in range(ITERATIONS):
         slope, curvature = slopes(logits, labels, inverse)

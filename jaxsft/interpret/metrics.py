@@ -209,6 +209,12 @@ class Evaluation:
     def __repr__(self) -> str:
         return f"<{self.summary()}>"
 
+    def _repr_html_(self) -> str:
+        """What IPython displays."""
+        from jaxsft.interpret import tables  # here: it imports this module
+
+        return tables.as_html(self)
+
     def summary(self) -> str:
         """One line for people."""
         right, classes = round(self.accuracy * self.count), self.num_classes

@@ -182,6 +182,12 @@ class MultiLabelEvaluation:
     def __repr__(self) -> str:
         return f"<{self.summary()}>"
 
+    def _repr_html_(self) -> str:
+        """What IPython displays."""
+        from jaxsft.interpret import tables  # here: it imports this module
+
+        return tables.as_html(self)
+
     @property
     def map(self) -> float:
         """Mean average precision over the classes that have positives."""

@@ -133,7 +133,8 @@ def line_of_loss(entry: Mapping[str, Any]) -> str:
     return f"  {entry['loss']:.4f}  {entry['file']}: {entry['label']}, {taken}"
 
 
-def as_html(result: Result, names: Sequence[str]) -> str:
+def as_html(result: Result) -> str:
     """The summary and the table, for a notebook."""
+    names = result.class_names or tuple(map(str, range(result.num_classes)))
     text = "\n".join([result.summary(), *lines(result, names, {}, 0)])
     return f"<pre>{html.escape(text)}</pre>"

@@ -16,6 +16,7 @@ from jaxsft.data.loader import BadFiles, Loader, make_loader
 from jaxsft.data.reading import EvalPlan, in_memory
 from jaxsft.data.sources import open_source, with_classes
 from jaxsft.data.views import Views
+from jaxsft.interpret import predictions
 from jaxsft.interpret.metrics import Evaluation
 from jaxsft.interpret.multilabel import MultiLabelEvaluation, Result
 from jaxsft.learn.steps import make_eval_step
@@ -23,6 +24,7 @@ from jaxsft.models.weights import ModelCard
 from jaxsft.run import labelling
 from jaxsft.run.parallel import IN_FLIGHT, DataParallel, all_devices
 from jaxsft.run.saved import Run
+from jaxsft.storage import Location
 
 WIDE = ("logits", "classes", "probabilities")  # of one label an image: what grows with the classes
 
@@ -171,6 +173,30 @@ def evaluate_run(
         first = ": ".join(next(iter(examples.left_out.items()), ("", "")))
         raise UserError(f"none of {len(examples.source)} images can be read, such as {first}", "name others")
     return result
+
+
+def evaluate_into(
+    run: Run,
+    examples: Examples,
+    table: Location | None,
+    see: Callable[[Mapping[str, Any]], None] | None = None,
+) -> Result:
+    """`evaluate_run`, and where there is to be a file `table` a row for each example in it; see `predictions.table`.
+
+    `see` is shown the answers about each batch, the "logits" among them.
+    """
+    top = predictions.top_of(run.card.num_classes) if table is not None else 0
+    step = step_of(run, examples, logits=see is not None, top=top)
+    if table is None:
+        return evaluate_run(run, examples, step, see)
+    with predictions.table(table, examples.source, names_of(run, examples.source)) as write:
+
+        def both(batch: Mapping[str, Any]) -> None:
+            write(batch)
+            if see is not None:
+                see(batch)
+
+        return evaluate_run(run, examples, step, both)
 
 
 def names_of(run: Run, source: Source) -> tuple[str, ...]:
