@@ -173,7 +173,7 @@ def test_a_run_on_data_that_lack_some_of_the_classes(port: Path, tmp_path: Path,
     run = load_run(tmp_path / "run")
     assert run.card.class_names == ("frog", "fox", "kitten", "owl")
     result = evaluate_run(run, open_examples(run))
-    assert result.per_label.tolist() == [0, 0, 5, 5]
+    assert result.classes.support.tolist() == [0, 0, 5, 5]
     config = small.config(f"--config.model.weights={tmp_path / 'run'}", "--config.model.classes=owl=barn owl,kitten")
     _, _, card, said, _ = initial(config, ("barn owl", "kitten"), load_pretrained)
     assert card.class_names == ("barn owl", "kitten")
