@@ -25,9 +25,11 @@ from torchvision.models.regnet import ResBottleneckBlock
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import StochasticDepth
 
-from convert.reference import NOT_IN_TORCHVISION, torch_network
+from convert import reference
+from convert.reference import torch_network
 
 SIDE = 64  # px of the images that running statistics are taken from
+NOT_IN_TORCHVISION = reference.NOT_IN_TORCHVISION
 Masks = Mapping[str, tuple[np.ndarray, ...]]  # torch's name of a module -> what each of its calls keeps, bool
 
 # The last norm of a residual branch, where its block adds the branch to a shortcut.

@@ -32,10 +32,10 @@ def facts(variables: Mapping[str, Any], card: ModelCard, step: int, images: str 
       images: what the exported program takes, in words; '': it is none.
 
     Returns:
-      arch; classes, their names in the order of the logits; multi_label; temperature, by which logits are divided before
-      softmax (of several labels an image: sigmoid); preprocessing, the fields of `models.weights.Preprocessing`; images;
-      step; sha256, `weights_sha256` of these weights; source, source_version and source_sha256 of those that training
-      began with; jaxsft, the version of this program.
+      arch; classes, their names in the order of the logits; multi_label; temperature, by which logits are divided
+      before softmax (of several labels an image: sigmoid); preprocessing, the fields of
+      `models.weights.Preprocessing`; images; step; sha256, `weights_sha256` of these weights; source, source_version
+      and source_sha256 of those that training began with; jaxsft, the version of this program.
     """
     return {
         "arch": card.arch,
