@@ -25,12 +25,12 @@ from torchvision.models.regnet import ResBottleneckBlock
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import StochasticDepth
 
-from convert.make_sample import resnet10_w16
-from convert.reference import torchvision_model
+from convert import reference
+from convert.reference import torch_network
 
 SIDE = 64  # px of the images that running statistics are taken from
+NOT_IN_TORCHVISION = reference.NOT_IN_TORCHVISION
 Masks = Mapping[str, tuple[np.ndarray, ...]]  # torch's name of a module -> what each of its calls keeps, bool
-NOT_IN_TORCHVISION: dict[str, Callable[[int], nn.Module]] = {"resnet10_w16": resnet10_w16}
 
 # The last norm of a residual branch, where its block adds the branch to a shortcut.
 LAST_NORM: dict[type[nn.Module], Callable[[Any], nn.Module | None]] = {
@@ -93,10 +93,7 @@ def build(arch: str, num_classes: int, seed: int = 0, image_size: int = 224) -> 
       UserError: torchvision has no such model.
     """
     torch.manual_seed(seed)
-    if arch in NOT_IN_TORCHVISION:
-        model = NOT_IN_TORCHVISION[arch](num_classes)
-    else:
-        model = torchvision_model(arch, num_classes, image_size)
+    model = torch_network(arch, num_classes, image_size)
     replace(model, nn.Hardsigmoid, lambda module: HardSigmoid())
     for kind in (nn.Dropout, StochasticDepth):
         replace(model, kind, lambda module: Handed(module.p) if module.p else module)
