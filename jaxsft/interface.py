@@ -108,20 +108,37 @@ class Run(saved.Run):
         names = (*source.class_names, *self.card.names[len(source.class_names) :])
         return mistakes(source, answers, names, most)
 
-    def export(self, path: Place) -> Location:
-        """Write the weights to a new file, in the form that its name ends in, and say how they are read.
+    def export(
+        self,
+        path: Place,
+        form: str = "",
+        *,
+        preprocessing: str = "",
+        image_size: tuple[int, int] | None = None,
+        images: Place | Iterable[Place] = (),
+    ) -> Location:
+        """Write the model to a new file, compare what was written with the model, and say how it is read.
 
         Args:
-          path: .pth or .safetensors: a state_dict of torchvision's; .stablehlo: images to logits, for any JAX.
+          path: .pth or .safetensors: a state_dict of torchvision's; .stablehlo: uint8 images to logits, for any JAX;
+            .onnx: images to logits; .md: the model card; of 'hf' a new folder.
+          form: 'torch', 'safetensors', 'stablehlo', 'onnx', 'card' or 'hf'; '': as `path` ends.
+          preprocessing: of onnx: 'inside', it takes uint8 [n, S, S, 3], resized and cropped; '' or 'outside', it takes
+            float32 [n, 3, S, S], normalised.
+          image_size: (height, width) in px of pictures that stablehlo and onnx then resize and crop themselves.
+          images: files and folders to compare on; none: of the run's evaluation split.
 
         Returns:
           `path`.
 
         Raises:
-          UserError: it has another ending, or exists, or can't be written.
+          UserError: it has another ending, or exists, or can't be written, or an optional package is missing.
+          Stop: what was written does not agree with the model; it is gone again.
         """
         path = place_of(path)
-        export.write(self, path)
+        named = (images,) if isinstance(images, Place) else images
+        how = export.How(preprocessing, image_size, tuple(map(place_of, named)))
+        export.write(self, path, form, how)
         return path
 
 

@@ -316,6 +316,7 @@ def train(
         result = fit(job, copy, profile, in_session)
         if job.parallel.is_main:
             write_report(job, copy, result)
+            write_card(job, copy)
     say(job, f"{workdir}: {result.summary()}, {time.perf_counter() - began:.0f} s")
 
 
@@ -334,3 +335,24 @@ def write_report(job: Job, workdir: WorkingCopy, result: Result) -> None:
         storage.write_file(workdir.path / "report.html", page.encode(errors="replace"))
     except Exception as error:
         cli.warn(f"no report.html could be made: {type(error).__name__}: {error}")
+
+
+def write_card(job: Job, workdir: WorkingCopy) -> None:
+    """Leave MODEL_CARD.md in the run's directory. Without one the run is whole."""
+    from jaxsft.run import model_card  # here: a start need not wait for what reads and writes YAML
+
+    try:
+        text = model_card.of_run(
+            workdir.path,
+            job.config,
+            job.card,
+            jax.device_get(job.state.evaluated()),
+            job.total_steps,
+            title=workdir.place.name,
+            data=job.data,
+            precision=job.precision,
+            versions=checkpoint.versions(),
+        )
+        storage.write_file(workdir.path / model_card.FILE, text.encode(errors="replace"))
+    except Exception as error:
+        cli.warn(f"no {model_card.FILE} could be made: {type(error).__name__}: {error}")
