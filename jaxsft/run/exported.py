@@ -90,7 +90,7 @@ def evaluate_programs(programs: Mapping[str, Program], examples: Examples, multi
         for name, program in programs.items():
             logits[name].append(program(batch["image"])[batch["mask"]])
     kind = MultiLabelEvaluation if multi_label else Evaluation
-    step = jax.jit(make_eval_step(Given(), None))  # type: ignore[arg-type]
+    step = jax.jit(make_eval_step(Given(), None))
 
     def counts(of: list[np.ndarray]) -> Iterator[dict[str, Any]]:
         for rows, own in zip(of, labels, strict=True):

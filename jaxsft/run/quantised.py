@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -54,20 +55,22 @@ class Cost(NamedTuple):
         )
 
 
-def onnx_files(run: Run, *, inside: bool, calibrate: int = CALIBRATE) -> Files:
+def onnx_files(run: Run, *, inside: bool, calibrate: int = 0) -> Files:
     """A run's ONNX file in float32 and in int8, which take the same.
 
     Args:
       run: whose training images calibrate the latter, the same at every call.
       inside: whether normalising is part of the graph, see `onnx_file.to_onnx`.
-      calibrate: how many images, evenly spread over the training split; all where it has fewer.
+      calibrate: how many images, evenly spread over the training split; all where it has fewer. 0: CALIBRATE.
 
     Raises:
-      UserError: the images can't be had, none of them can be read, or a package is missing.
+      UserError: the images can't be had, none of them can be read, the weights are no numbers, or a package is missing.
     """
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(run.variables))):
+        raise UserError("the network computes no numbers", "take another --checkpoint")
     floats = to_onnx(run.variables, run.card, inside=inside, step=run.step)
     take = levels if inside else normalised(run.card.preprocessing)
-    return Files(floats, int8.quantised(floats, calibrating(run, calibrate, take)), take)
+    return Files(floats, int8.quantised(floats, calibrating(run, calibrate or CALIBRATE, take)), take)
 
 
 def calibrating(run: Run, count: int, take: Take) -> Iterator[np.ndarray]:

@@ -98,7 +98,7 @@ def named_before_convolution(graph: Any) -> list[str]:
 def read_by(kind: type, name: str, batches: Iterable[np.ndarray]) -> Any:
     """The quantiser's form, a `kind`, of batches for the input `name`; its `count` is that of the images so far."""
 
-    class Reader(kind):  # type: ignore[valid-type, misc]
+    class Reader(kind):
         def __init__(self) -> None:
             self.batches, self.count = iter(batches), 0
 
