@@ -136,7 +136,7 @@ class Run(saved.Run):
           Stop: what was written does not agree with the model; it is gone again.
         """
         path = place_of(path)
-        named = (images,) if isinstance(images, Place) else images
+        named = (images,) if isinstance(images, str | os.PathLike | BucketPath) else images
         how = export.How(preprocessing, image_size, tuple(map(place_of, named)))
         export.write(self, path, form, how)
         return path

@@ -222,7 +222,7 @@ WRONG = {
     "grey": (lambda run, place: run.predict([np.zeros((8, 8), np.uint8)]), r"an array uint8 \[8, 8\] is no image"),
     "a number": (lambda run, place: run.predict([3]), "a int is no image"),
     "no class": (lambda run, place: run.predict(np.zeros((8, 8, 3), np.uint8), 0), "topk is 0"),
-    "a form": (lambda run, place: run.export(place / "x.onnx"), "let it end in one of .pth, .safetensors, .stableh"),
+    "a form": (lambda run, place: run.export(place / "x.tf"), "let it end in one of .pth, .safetensors, .stableh"),
     "weights": (lambda run, place: jaxsft.port(place / "x.pth", "resnet18", place / "out"), "x.pth"),
     "data": (lambda run, place: run.evaluate("floder:x"), "did you mean 'folder'"),
 }

@@ -156,7 +156,7 @@ def split_words(facts: Facts) -> str:
     """Which split it was evaluated on, and how often."""
     split = facts.config.data.eval_split
     times = len({r.get("step") for r in facts.records if r.get("split") == "eval"})
-    named = f" `{code(split)}`" if split else ""
+    named = f" {plain(split)}" if split else ""
     metric = facts.config.checkpoint.best_metric
     chosen = f"; the best step by {metric} is chosen by the same numbers" if metric else ""
     return f"{named} ({times} evaluation{'s' * (times != 1)} in the run{chosen})"
@@ -283,11 +283,6 @@ def plain(text: str) -> str:
     """Text that Markdown and HTML take for nothing but text, in one line."""
     escaped = "".join(ENTITIES.get(c, c) for c in printable(text))
     return MARKS.sub(lambda mark: f"\\{mark[0]}", escaped)
-
-
-def code(text: str) -> str:
-    """Text for between two backticks, in a paragraph or a table."""
-    return printable(text).replace("`", "'").replace("|", "\\|")
 
 
 def number(value: Any) -> str:
