@@ -5,15 +5,18 @@ python -m jaxsft.export --workdir DIR --format FORMAT --out FILE [--checkpoint b
 torch (.pth), safetensors   torchvision's names: torchvision.models.ARCH(num_classes=K).load_state_dict takes them
 stablehlo                   images to logits for CPU, CUDA and TPU: jax.export.deserialize(FILE's bytes).call(images)
 onnx                        images to logits for onnxruntime and others
+int8 (.int8.onnx)           the same, quantised: weights and activations of 8 bits, calibrated on training images
 hf                          a folder for the hub: model.safetensors, config.json, README.md
 card                        MODEL_CARD.md (.md)
 
 stablehlo takes uint8 [n, S, S, 3], RGB, any n: pictures as evaluation resizes and crops them; dividing by 255 and
 normalising are inside. So does onnx with --preprocessing inside, else float32 [n, 3, S, S], normalised. With
---image-size HxW both take pictures of that size, uint8 [n, H, W, 3], and resize and crop them, too. Logits are plain.
+--image-size HxW both take pictures of that size, uint8 [n, H, W, 3], and resize and crop them, too. int8 takes what
+onnx does, but for --image-size. Logits are plain.
 
 Before it is done, what was written is read back and compared with the model on images of the run's evaluation split, or
-on --images, and it is removed where it does not agree. A run with a moving average gives its average.
+on --images, and it is removed where it does not agree. Of int8 the accuracy on all of that split is said, and float32's. A
+run with a moving average gives its average.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from types import MappingProxyType
 
 from jaxsft import cli, storage
 from jaxsft.cli import UserError
-from jaxsft.run import model_card
+from jaxsft.run import model_card, quantised
 from jaxsft.run.machine import keep_compilations
 from jaxsft.run.real_images import real_images
 from jaxsft.run.saved import Run, load_run
@@ -37,6 +40,7 @@ from jaxsft.storage import Location
 
 INSIDE, OUTSIDE = "inside", "outside"
 LARGEST = 4096  # px of a side
+MOST_LOST = 1.0  # points of accuracy, in per cent, that int8 may cost without a warning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,7 @@ class How:
     preprocessing: str = ""  # INSIDE, OUTSIDE; '': as the form has it by itself
     image_size: tuple[int, int] | None = None  # (height, width) in px of pictures that are resized inside
     images: Sequence[Location] = ()  # to compare on; none: the run's own
+    calibrate: int = 0  # training images that int8 is calibrated on; 0: as many as it has by itself
 
 
 def write_weights(run: Run, out: Path, how: How) -> str:
@@ -78,6 +83,17 @@ def write_onnx(run: Run, out: Path, how: How) -> str:
     crop = run.card.preprocessing.crop_size
     takes = taken(pictures, run) if inside else f"float32 [n, 3, {crop}, {crop}] to [n, {run.card.num_classes}]"
     return f"{onnx_file.INPUT} {takes}; {said}"
+
+
+def write_int8(run: Run, out: Path, how: How) -> str:
+    """Write images -> logits as an ONNX file in int8, and say how large and how right it is, and float32's."""
+    check.import_onnxruntime()
+    files = quantised.onnx_files(run, inside=how.preprocessing == INSIDE, calibrate=how.calibrate)
+    out.write_bytes(files.int8)
+    cost = quantised.cost(run, files)
+    if cost.points > MOST_LOST:
+        cli.warn(f"int8 is {cost.points:.1f} points behind float32; some networks need training for it")
+    return str(cost)
 
 
 def write_folder(run: Run, out: Path, how: How) -> str:
@@ -120,6 +136,7 @@ FORMATS: Mapping[str, tuple[str, Writer, tuple[str, ...]]] = MappingProxyType(
         "safetensors": (state_dict.SAFETENSORS, write_weights, ()),
         "stablehlo": (".stablehlo", write_stablehlo, ("image_size",)),
         "onnx": (".onnx", write_onnx, ("image_size", "preprocessing")),
+        "int8": (".int8.onnx", write_int8, ("calibrate", "preprocessing")),
         "hf": ("", write_folder, ()),
         "card": (".md", write_card, ()),
     }
@@ -150,9 +167,10 @@ def write(run: Run, out: Location, form: str = "", how: How = How()) -> None:
 def form_of(out: Location) -> str:
     """The form that a file's ending means. Raises UserError."""
     found = {suffix: form for form, (suffix, *_) in FORMATS.items() if suffix}
-    if out.suffix not in found:
+    endings = [suffix for suffix in found if out.name.endswith(suffix)]
+    if not endings:
         raise UserError(f"{out} is no name of an export", f"let it end in one of {', '.join(found)}")
-    return found[out.suffix]
+    return found[max(endings, key=len)]  # .int8.onnx ends in .onnx, too
 
 
 def check_options(form: str, out: Location, how: How) -> None:
@@ -160,9 +178,9 @@ def check_options(form: str, out: Location, how: How) -> None:
     if form not in FORMATS:
         raise UserError(f"--format {form} is not supported", f"known: {', '.join(FORMATS)}")
     suffix, _, options = FORMATS[form]
-    if suffix and out.suffix != suffix:
+    if suffix and (not out.name.endswith(suffix) or form_of(out) != form):
         raise UserError(f"--out {out} is no name for --format {form}", f"let it end in {suffix}")
-    for option in ("image_size", "preprocessing"):
+    for option in ("image_size", "preprocessing", "calibrate"):
         if getattr(how, option) and option not in options:
             known = ", ".join(name for name, (*_, has) in FORMATS.items() if option in has)
             raise UserError(f"--format {form} has no --{option.replace('_', '-')}", f"leave it out; it is for {known}")
@@ -180,6 +198,13 @@ def size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def whole(text: str) -> int:
+    """Argparse's `type` for a number of things: 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
 def main() -> None:
     parser = cli.Parser(
         prog="python -m jaxsft.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -188,13 +213,16 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="last", help="last, best or a step; default: %(default)s")
     parser.add_argument("--format", required=True, help=", ".join(FORMATS))
     parser.add_argument("--out", required=True, type=storage.location)
-    parser.add_argument("--preprocessing", default="", help="of onnx: inside or outside (default)")
+    parser.add_argument("--preprocessing", default="", help="of onnx and int8: inside or outside (default)")
     parser.add_argument("--image-size", type=size, metavar="HxW", help="px of pictures that are resized inside")
     parser.add_argument(
         "--images", nargs="+", type=storage.location, default=[], help="files and folders to compare on, not the run's"
     )
+    parser.add_argument(
+        "--calibrate", type=whole, default=0, metavar="N", help=f"training images for int8 ({quantised.CALIBRATE})"
+    )
     args = parser.parse_args()
-    how = How(args.preprocessing, args.image_size, args.images)
+    how = How(args.preprocessing, args.image_size, args.images, args.calibrate)
     check_options(args.format, args.out, how)
     keep_compilations()
     write(load_run(args.workdir, args.checkpoint), args.out, args.format, how)

@@ -1,10 +1,11 @@
-"""Measure how fast training, evaluation and the loading of images are, and how well methods learn from few labels.
+"""Measure how fast training, evaluation and the loading of images are, how well methods learn, what a run is worth.
 
 python -m jaxsft.bench train [--against torch] [--arch resnet18] [--image-size 224] [--batch-size 32] [--json FILE]
 python -m jaxsft.bench run   [--config configs/cifar10.py:sample] [--json FILE]
 python -m jaxsft.bench data  [--against torch] [--folder PATH] [--image-size 224] [--arch resnet18] [--json FILE]
 python -m jaxsft.bench tpu   [--topology v5e:2x2] [--arch resnet50] [--batch-size 512] [--json FILE]
 python -m jaxsft.bench methods --weights FILE.pth [--against torch] [--methods full ema …] [--json FILE]
+python -m jaxsft.bench ship  --workdir DIR … [--json FILE]
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if __name__ == "__main__":
 import argparse
 
 from jaxsft import cli, output
-from jaxsft.bench import data, methods, run, tpu, train
+from jaxsft.bench import data, methods, run, ship, tpu, train
 
 COMMANDS = {
     "train": train,
@@ -25,6 +26,7 @@ COMMANDS = {
     "data": data,
     "tpu": tpu,
     "methods": methods,
+    "ship": ship,
 }  # modules with add_arguments(parser) and run(args) -> JSON
 
 
