@@ -5,6 +5,7 @@ python -m jaxsft.bench run   [--config configs/cifar10.py:sample] [--json FILE]
 python -m jaxsft.bench data  [--against torch] [--folder PATH] [--image-size 224] [--arch resnet18] [--json FILE]
 python -m jaxsft.bench tpu   [--topology v5e:2x2] [--arch resnet50] [--batch-size 512] [--json FILE]
 python -m jaxsft.bench methods --weights FILE.pth [--against torch] [--methods full ema …] [--json FILE]
+python -m jaxsft.bench serve [--workdir RUN] [--against torch] [--requests 2000] [--clients 32] [--json FILE]
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if __name__ == "__main__":
 import argparse
 
 from jaxsft import cli, output
-from jaxsft.bench import data, methods, run, tpu, train
+from jaxsft.bench import data, methods, run, serve, tpu, train
 
 COMMANDS = {
     "train": train,
@@ -25,6 +26,7 @@ COMMANDS = {
     "data": data,
     "tpu": tpu,
     "methods": methods,
+    "serve": serve,
 }  # modules with add_arguments(parser) and run(args) -> JSON
 
 
