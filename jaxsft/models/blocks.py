@@ -37,6 +37,13 @@ def hard_swish(x: jax.Array) -> jax.Array:
     return x * hard_sigmoid(x)
 
 
+class ReLU(nn.Module):
+    """`torch.nn.ReLU` as a module, where what it gives is to be found by torch's name of it."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.relu(x)
+
+
 class ConvNorm(nn.Module):
     """`torchvision.ops.Conv2dNormActivation` with batch norm: modules "0", the convolution without bias, and "1".
 

@@ -60,6 +60,9 @@ class Family:
     # that tensors by torch's names are for.
     resized: Callable[[dict[str, Any], int], dict[str, Any]] | None = None
     image_size_of: Callable[[Mapping[str, np.ndarray]], int] = lambda tensors: IMAGE_SIZE
+    # A regular expression of torch's names of modules, the last of which gives the map that Grad-CAM is made of; '':
+    # the last module of the network itself that gives an image.
+    map_layer: str = ""
 
 
 def variable_shapes(model: nn.Module, image_size: ImageSize = IMAGE_SIZE) -> dict[str, Any]:

@@ -78,6 +78,16 @@ def _max_pool_bwd(k: int, padding: int, x: jax.Array, dy: jax.Array) -> tuple[ja
 max_pool.defvjp(lambda x, k, padding: (max_pool(x, k, padding), x), _max_pool_bwd)
 
 
+class MaxPool(nn.Module):
+    """`max_pool` as a module, where what it gives is to be found by torch's name of it."""
+
+    kernel_size: int = 3
+    padding: int = 1
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return max_pool(x, self.kernel_size, self.padding)
+
+
 def average_pool(x: jax.Array) -> jax.Array:
     """`torch.nn.AvgPool2d(2, stride=2)`: the last pixel of an odd side is left out."""
     n, h, w, c = x.shape

@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxsft.models.blocks import ReLU
 from jaxsft.models.family import Family
 from jaxsft.models.layers import BatchNorm, Conv, Linear, pointwise, torch_linear_uniform
 from jaxsft.models.pooling import global_average_pool, max_pool
@@ -105,7 +106,7 @@ class ShuffleNetV2(nn.Module):
             for index in range(blocks):
                 stride = 2 if index == 0 else 1
                 x = block(features, stride, norm, self.param_dtype, name=f"stage{stage}.{index}")(x, train)
-        x = nn.relu(pointwise(conv(last, 1, name="conv5.0"), norm(name="conv5.1"), x, train))
+        x = ReLU(name="conv5.2")(pointwise(conv(last, 1, name="conv5.0"), norm(name="conv5.1"), x, train))
         return Linear(self.num_classes, self.head_init, param_dtype=self.param_dtype, name=HEAD)(global_average_pool(x))
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxsft.models.family import Family, ImageSizeError
 from jaxsft.models.layers import BatchNorm, Conv, Linear, at_least_float32
-from jaxsft.models.pooling import adaptive_average_pool, max_pool
+from jaxsft.models.pooling import MaxPool, adaptive_average_pool
 from jaxsft.models.stochastic import Dropout, Keys
 
 HEAD = "classifier.6"
@@ -88,7 +88,7 @@ def convolutions(model: VGG, x: jax.Array, channels: tuple[int, ...], first: int
                              name=f"features.{number + 1}")  # fmt: skip
             x = norm(x, train)
         x = nn.relu(x)
-    return max_pool(x, 2, 0)
+    return MaxPool(2, 0, name=f"features.{first + step * len(channels)}")(x)
 
 
 ARCHITECTURES: Mapping[str, partial[VGG]] = MappingProxyType(

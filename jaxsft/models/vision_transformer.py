@@ -231,4 +231,6 @@ FAMILY = Family(
     renamed=((r"\.mlp\.linear_1\.", ".mlp.0."), (r"\.mlp\.linear_2\.", ".mlp.3.")),
     resized=resized,
     image_size_of=image_size_of,
+    # Of the last block only the class token is read: what is behind its attention depends on no patch.
+    map_layer=r"encoder\.layers\.encoder_layer_\d+\.ln_1",
 )
