@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,13 +15,14 @@ import numpy as np
 from jaxsft.cli import UserError
 from jaxsft.data.augment import normalise
 from jaxsft.data.threads import cores
+from jaxsft.interpret import feature_map, gradcam, overlay
 from jaxsft.models.precision import with_products
 from jaxsft.models.weights import ModelCard
 from jaxsft.ship import picture
 from jaxsft.ship.batcher import Batcher, Part
 from jaxsft.ship.limits import Limits
 
-Maps = Callable[[np.ndarray, np.ndarray], np.ndarray]  # float32 images [B, S, S, 3] in 0..255, int32 classes [B]
+MOST_EXPLAINED = 4  # images whose maps are computed together: for the gradient all features stay in memory
 MOST_DECODERS = 8  # threads: each may hold the pixels of a whole picture
 THRESHOLD = 0.5  # above it a class is a label, of a model of several labels an image
 
@@ -82,7 +84,19 @@ class Predictor:
 
     def _gradcam(self, model: nn.Module, variables: Any, matmul_precision: str) -> Batcher | None:
         """What computes the map of a class; None where the network has no map of the image."""
-        return None
+        to = self.card.preprocessing
+        try:
+            where = feature_map.find(model, self.card.arch, variables, to.crop_size)
+        except UserError:
+            return None
+        step = gradcam.make(model, where, to, matmul_precision=matmul_precision)
+        return Batcher(
+            lambda images, classes: np.asarray(step(variables, images, classes)[1]),
+            (Part((to.crop_size, to.crop_size, 3), np.float32), Part((), np.int32)),
+            max_batch=min(self.limits.max_batch, MOST_EXPLAINED),
+            max_wait=self.limits.max_wait,
+            queue=self.limits.queue,
+        )
 
     @property
     def explains(self) -> bool:
@@ -137,6 +151,15 @@ class Predictor:
         """Of each class, float32 [K], computed with those of other callers; raises as `Batcher.submit`."""
         return self._classes.submit(image, deadline=deadline)
 
+    def map_of(self, image: np.ndarray, class_: int, deadline: float) -> Future[np.ndarray]:
+        """Grad-CAM of a class: [S, S] in 0..1 of an image as `decode` gives it; raises as `Batcher.submit`."""
+        assert self._maps is not None, "see `explains`"
+        return self._maps.submit(image, np.asarray(class_, np.int32), deadline=deadline)
+
+    def draw(self, image: np.ndarray, values: np.ndarray) -> Future[bytes]:
+        """A map over its image, as a PNG."""
+        return self._decoders.submit(png_of, np.rint(image).astype(np.uint8), values)
+
     def named(self, probabilities: np.ndarray, topk: int) -> dict[str, Any]:
         """{"classes": [{"class", "probability"}, ...]}, the most probable first, as `python -m jaxsft.predict` has it.
 
@@ -153,3 +176,10 @@ class Predictor:
         if self.card.multi_label:
             found["labels"] = [names[i] for i in np.flatnonzero(probabilities > THRESHOLD)]
         return found
+
+
+def png_of(image: np.ndarray, values: np.ndarray) -> bytes:
+    """A map [S, S] in 0..1 over its picture uint8 [S, S, 3], enlarged for people, as the bytes of a PNG."""
+    out = io.BytesIO()
+    overlay.enlarged(overlay.overlay(image, values)).save(out, "PNG")
+    return out.getvalue()
