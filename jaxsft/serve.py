@@ -33,7 +33,7 @@ def main() -> int:
         max_batch=args.max_batch,
         max_wait=args.max_wait_ms / 1000,
         queue=args.queue,
-        max_bytes=int(args.max_mb * 1e6),
+        max_bytes=args.max_mb * 1e6,
         max_pixels=args.max_pixels,
         timeout=args.timeout_s,
         topk=args.topk,
@@ -45,7 +45,7 @@ def main() -> int:
             raise
         raise missing(error.name, "serve") from None
     keep_compilations()
-    with listener.bind(args.host, args.port) as listening:
+    with listener.bind(args.host, args.port, limits.timeout) as listening:
         if not listener.is_loopback(listening):
             cli.warn("whoever reaches this machine can use it: there is no password, and no encryption")
         run = load_run(args.workdir, args.checkpoint)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from jaxsft.cli import UserError
 
@@ -19,7 +18,7 @@ class Limits:
     max_batch: int = 32  # images that the network computes together
     max_wait: float = 0.005  # seconds that the first of them waits for others
     queue: int = 128  # requests in work at a time, from the last byte of the body to the answer
-    max_bytes: int = 20_000_000  # of a body
+    max_bytes: float = 20e6  # of a body
     max_pixels: int = 50_000_000  # of a picture, before it is decoded
     timeout: float = 10.0  # seconds that a body may take to come, and then the answer
     topk: int = 5  # classes an answer, unless the request says how many
@@ -30,15 +29,15 @@ class Limits:
         for name, value in {**whole, "--topk": self.topk}.items():
             if value < 1:
                 raise UserError(f"{name} is {value}", "it must be 1 or more")
-        if self.max_bytes < 1:
-            raise UserError("--max-mb is less than a byte", "it must be above 0")
+        if not 1 <= self.max_bytes < 1e12:
+            raise UserError(f"--max-mb is {self.max_bytes / 1e6:g}", "it must be above 0 and below a million")
         if not 0 <= self.max_wait < 60:
             raise UserError(f"--max-wait-ms is {1000 * self.max_wait:g}", "it must be from 0 to under 60000")
-        if not 0 < self.timeout < math.inf:
-            raise UserError(f"--timeout-s is {self.timeout:g}", "it must be above 0")
+        if not 0 < self.timeout < 1e6:
+            raise UserError(f"--timeout-s is {self.timeout:g}", "it must be above 0, and less than a million")
 
     @property
-    def held_bytes(self) -> int:
+    def held_bytes(self) -> float:
         """Bytes of bodies that are in memory at a time, of all requests together."""
         return HELD * self.max_bytes
 

@@ -19,12 +19,14 @@ from jaxsft.ship.refusal import BUSY
 BACKLOG = 512  # connections that the system takes for us before we do
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, timeout: float = 0.0) -> socket.socket:
     """A socket that listens, so that nobody else can take the port while the model loads.
 
     Args:
       host: an address of this machine, or a name of one.
       port: 0: a free one.
+      timeout: seconds after which the system drops a client that takes nothing of its answer, where it can (Linux); 0:
+        never.
 
     Raises:
       UserError: another program has the port, or the address is none of this machine's.
@@ -39,6 +41,8 @@ def bind(host: str, port: int) -> socket.socket:
     listening = socket.socket(family, kind, protocol)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if timeout and hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(int(1000 * timeout), 1))
         listening.bind(address)
         listening.listen(BACKLOG)
     except OSError as error:

@@ -32,7 +32,7 @@ logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 class Held:
     """Bytes of bodies in memory, of all requests together."""
 
-    def __init__(self, most: int):
+    def __init__(self, most: float):
         self.most, self.bytes = most, 0
 
     @contextlib.contextmanager
