@@ -201,7 +201,7 @@ def test_preprocessing_is_torchvisions(settings: dict[str, Any], resize: int, mo
         v2.ToDtype(torch.float32, scale=False), v2.Normalize([255 * m for m in mean], [255 * s for s in std]),
     )  # fmt: skip
     expected = v2.Compose(steps)(torch.from_numpy(pictures.transpose(0, 3, 1, 2)).float()).numpy()
-    found = preprocess(pictures, initial.preprocessing(config_of(**settings), OF_WEIGHTS))
+    found = preprocess(pictures.astype(np.float32), initial.preprocessing(config_of(**settings), OF_WEIGHTS))
     np.testing.assert_allclose(found, expected.transpose(0, 2, 3, 1), atol=1e-4)  # float32 on 0..255 over 0.1
 
 

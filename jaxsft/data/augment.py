@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsft.data import color, crop, policy
+from jaxsft.data.resize import resize
 from jaxsft.models.weights import Preprocessing
 
 METHODS = MappingProxyType({"bilinear": "bilinear", "bicubic": "cubic"})  # interpolation -> jax.image.resize's word
@@ -130,7 +131,7 @@ def train_images(
                 image = IN_PLACE[name](own_key, image, amounts)
         return image
 
-    x = images.astype(jnp.float32)
+    x = images.astype(jnp.float32) if names else images  # without augmentation they are what evaluation sees
     if names:
         x = jax.vmap(one, in_axes=(0, 0, None if sizes is None else 0))(x, examples, sizes)
     x = normalise(x, to) if RANDOM_CROP in names else preprocess(x, to)
@@ -143,21 +144,26 @@ def train_images(
 def preprocess(images: jax.Array, to: Preprocessing) -> jax.Array:
     """Images [N, H, W, 3] in 0..255 as the model's input float32 [N, crop_size, crop_size, 3].
 
-    torchvision's `Resize(resize_size, interpolation)`, `CenterCrop(crop_size)`, `ToTensor()`, `Normalize(mean, std)` on
-    float images: with antialiasing, clipped to 0..255, no rounding to whole grey levels in between.
+    torchvision's `Resize(resize_size, interpolation)`, `CenterCrop(crop_size)`, `ToTensor()`, `Normalize(mean, std)`,
+    with antialiasing. As in torchvision the type decides how. uint8 images are resized as PIL images are, to the last
+    bit (see `resize`): what the host resizes, file by file, and what the device does, are the same pixels.
 
-    Bounds, in grey levels of 0..255: it is torchvision's within 1e-3 on pictures and 3e-3 on noise, by either
-    interpolation. What PIL makes of 8-bit images, for torchvision and for the host, is within 1 (bilinear) or 1.125
-    (bicubic, where nothing is clipped): it rounds after each of its two passes. It clips in between, too, which in
-    bicubic interpolation changes up to 10 on photographs, at a few edges in black or white, and 26 on noise.
+    Others, such as augmented ones, are resized as torchvision's float images, clipped to 0..255, without rounding to
+    whole grey levels. Bounds, in grey levels of 0..255: it is torchvision's within 1e-3 on pictures and 3e-3 on noise,
+    by either interpolation. PIL's 8 bits are within 1 (bilinear) or 1.125 (bicubic, where nothing is clipped) of it: it
+    rounds after each of its two passes. It clips in between, too, which in bicubic interpolation changes up to 10 on
+    photographs, at a few edges in black or white, and 26 on noise.
     """
-    x = images.astype(jnp.float32)
+    x = jnp.asarray(images)
     count, height, width, channels = x.shape
     short = min(height, width)
     size = (to.resize_size * height // short, to.resize_size * width // short)
-    if size != (height, width):
-        x = jax.image.resize(x, (count, *size, channels), METHODS[to.interpolation], antialias=True)
+    if size != (height, width) and x.dtype == jnp.uint8:
+        x = resize(x, size, to.interpolation)
+    elif size != (height, width):
+        x = jax.image.resize(x.astype(jnp.float32), (count, *size, channels), METHODS[to.interpolation], antialias=True)
         x = jnp.clip(x, 0, 255)  # bicubic interpolation overshoots, and PIL clips it too
+    x = x.astype(jnp.float32)
     # Half rounds to even, as in torchvision's center_crop.
     top, left = (round((side - to.crop_size) / 2) for side in size)
     return normalise(x[:, top : top + to.crop_size, left : left + to.crop_size], to)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from jaxsft.data.base import LONG, Arrays, Part, Source
 from jaxsft.data.files import broken
 from jaxsft.data.pipeline import Pipeline, WorkerDied, one_line
 from jaxsft.data.reading import LONGEST, Layout, PartPlan, Plan, Reader
-from jaxsft.data.threads import cores
+from jaxsft.data.threads import cores, in_order
 from jaxsft.models.weights import Preprocessing
 
 DEATHS = 3  # of worker processes, with no batch between them, before their number must be wrong
@@ -183,11 +183,20 @@ class Stream:
     is killed, all start again at that step: a batch is a function of its step, so nothing changes.
     """
 
-    def __init__(self, reader: Reader, devices: Devices, preprocessing: Preprocessing, workers: int, bad: BadFiles):
+    def __init__(
+        self,
+        reader: Reader,
+        devices: Devices,
+        preprocessing: Preprocessing,
+        workers: int,
+        bad: BadFiles,
+        in_threads: bool = False,
+    ):
+        """`workers` are processes (0: none); with `in_threads` threads of this one, which are there at once."""
         self.dataset: dict[str, Any] = {}
         self.reader, self.devices, self.preprocessing = reader, devices, preprocessing
-        self.workers, self.bad = workers, bad
-        self._pipeline: Pipeline | None = None
+        self.workers, self.bad, self.in_threads = workers, bad, in_threads
+        self._pipeline: Pipeline | Generator[dict[str, Any]] | None = None
         self._next = 0  # the step that comes next
         self._deaths = 0  # of workers, since the last batch
 
@@ -223,7 +232,11 @@ class Stream:
         """The batch of a step on the host; raises as the pipeline does."""
         if self._pipeline is None or step != self._next:
             self.close()
-            self._pipeline = Pipeline(self.reader, self.workers, step)
+            if self.in_threads:
+                steps = range(step, len(self.reader.plan))
+                self._pipeline = in_order(self.reader, steps, self.workers, max(self.workers, 1))
+            else:
+                self._pipeline = Pipeline(self.reader, self.workers, step)
             # At the end of the program too, while all that closing needs is still there.
             self._finalizer = weakref.finalize(self, self._pipeline.close)
         return next(self._pipeline)

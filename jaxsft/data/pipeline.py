@@ -75,7 +75,7 @@ class Pipeline:
 
         self._handed_over = self._handed_over and processes > 0
         steps = grain.MapDataset.range(len(reader.plan))
-        if isinstance(reader.plan, EvalPlan):
+        if isinstance(reader.plan, EvalPlan) and reader.plan.again:
             steps = steps.repeat()
         steps = steps[start:].map(reader)
         if self._handed_over:

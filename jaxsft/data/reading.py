@@ -45,6 +45,7 @@ class EvalPlan:
 
     size: int
     batch_size: int
+    again: bool = True  # whether the set is evaluated more than once, and its first batches are made ready for that
 
     def __len__(self) -> int:
         return (self.size + self.batch_size - 1) // self.batch_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ def cores() -> int:
 
 def in_order(
     function: Callable[[Item], Result], items: Iterable[Item], ahead: int = AHEAD, threads: int | None = None
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """`map(function, items)`, computed in `threads` (a thread a core), up to `ahead` results before they are asked for.
 
     For functions that spend their time outside Python, as PIL's decoders do. What is left of the work is dropped where

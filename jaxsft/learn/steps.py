@@ -151,6 +151,29 @@ def make_answer_step(
     return answer_step
 
 
+def make_probability_step(
+    model: nn.Module,
+    preprocessing: Preprocessing | None,
+    multi_label: bool = False,
+    temperature: float = 1.0,
+    *,
+    axis_name: str | None = None,
+) -> Callable[[Any, Dataset, Batch], dict[str, jax.Array]]:
+    """(variables, dataset, this device's batch with "mask") -> "example", "mask" [B], "probability" float [B, K].
+
+    Of the examples of all devices: softmax(logits / temperature), of several labels an image the sigmoid.
+    """
+
+    def probability_step(variables: Any, dataset: Dataset, batch: Batch) -> dict[str, jax.Array]:
+        batch = gather(dataset, batch)
+        logits = evaluated_logits(model, preprocessing, variables, batch) / temperature
+        probability = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
+        answers = {"example": batch["example"], "mask": batch["mask"], "probability": probability}
+        return answers if axis_name is None else lax.all_gather(answers, axis_name, tiled=True)
+
+    return probability_step
+
+
 def evaluated_logits(model: nn.Module, preprocessing: Preprocessing | None, variables: Any, batch: Batch) -> jax.Array:
     """The logits [b, K] of a batch's images in evaluation."""
     images = batch["image"] if preprocessing is None else preprocess(batch["image"], preprocessing)
