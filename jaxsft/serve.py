@@ -82,7 +82,7 @@ def main() -> int:
     predictor.close(limits.graceful)
     status = cli.FAILED if house.cut else 0
     if house.cut:
-        cli.warn(f"{house.cut} requests were cut off, {limits.graceful:g} s after the signal")
+        cli.warn(f"{house.cut} requests were left without their answer")
     if opening.is_alive():  # a compiler can't be told to stop, and must not outlive the interpreter
         sys.stdout.flush()
         os._exit(status)

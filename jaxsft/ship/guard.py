@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxsft.ship.limits import LINGER
 from jaxsft.ship.metrics import Metrics
-from jaxsft.ship.refusal import GONE, error
+from jaxsft.ship.refusal import GONE, error, unavailable
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -51,9 +51,11 @@ class Guard:
         with self._metrics.in_flight.track_inprogress():
             try:
                 await self._app(scope, exchange.receive, exchange.send)
-            except asyncio.CancelledError:
+            except asyncio.CancelledError:  # the service waits no longer; to raise it again would be logged as a bug
                 self._on_cut()
-                raise
+                if not exchange.status:
+                    exchange.whole = True  # there is no time left to linger
+                    await unavailable("the service has ended").response()(scope, exchange.receive, exchange.send)
             except Exception:
                 if not exchange.status:
                     failed = error(500, "the service failed; its log says why")
@@ -71,14 +73,15 @@ class Exchange:
         self._receive, self._send = receive, send
         self._headers: Mapping[bytes, bytes] = dict(scope["headers"])
         length = self._headers.get(b"content-length", b"0").strip()
-        self._whole = length == b"0" and b"transfer-encoding" not in self._headers
+        # Whether all of the request has come.
+        self.whole = length == b"0" and b"transfer-encoding" not in self._headers
         self.status = 0  # of the answer, once it has begun
 
     async def receive(self) -> Message:
         """The next of the request, noting its end."""
         message = await self._receive()
         if message["type"] == "http.disconnect" or not message.get("more_body", False):
-            self._whole = True
+            self.whole = True
         return message
 
     async def send(self, message: Message) -> None:
@@ -87,11 +90,11 @@ class Exchange:
             self.status = message["status"]
             message = {**message, "headers": self._with_ours(message.get("headers", []))}
             await self._send(message)
-        elif message["type"] == "http.response.body" and not message.get("more_body", False) and not self._whole:
+        elif message["type"] == "http.response.body" and not message.get("more_body", False) and not self.whole:
             await self._send({**message, "more_body": True})
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LINGER):
-                    while not self._whole:
+                    while not self.whole:
                         await self.receive()
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
         else:
@@ -101,5 +104,5 @@ class Exchange:
         """The answer's headers, and those of HEADERS that it has not."""
         found = {name.lower() for name, _ in headers}
         ours = [(k.lower().encode(), v.encode()) for k, v in HEADERS.items() if k.lower().encode() not in found]
-        closing = [] if self._whole else [(b"connection", b"close")]
+        closing = [] if self.whole else [(b"connection", b"close")]
         return [*headers, *ours, *closing]

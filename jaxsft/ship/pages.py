@@ -12,7 +12,8 @@ from typing import Any
 STYLE = """
 :root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem }
-code, pre { font: 14px/1.5 ui-monospace, monospace } h2 code { font-size: 1.1rem } pre { white-space: pre-wrap; padding: .7rem; border: 1px solid }
+code, pre { font: 14px/1.5 ui-monospace, monospace } h2 code { font-size: 1.1rem }
+pre { white-space: pre-wrap; padding: .7rem; border: 1px solid }
 th, td { text-align: left; vertical-align: top; padding: .2rem 1rem .2rem 0; font-weight: normal }
 """
 

@@ -16,9 +16,9 @@ class TooLarge(Exception):
 
 
 def read(content: bytes, to: Preprocessing, upright: bool, max_pixels: int) -> np.ndarray:
-    """The middle of a picture, [crop_size, crop_size, 3] in 0..255: uint8, or float32 where it had to be enlarged.
+    """The part of a picture that the model sees, uint8 [crop_size, crop_size, 3], as a run's evaluation has it.
 
-    The pixels that `python -m jaxsft.predict` gives the model. A file of a few bytes may claim to be as large as it
+    A file of a few bytes may claim to be as large as it
     likes (a decompression bomb), so the size that its header says counts, before anything is decoded.
 
     Args:
@@ -32,12 +32,7 @@ def read(content: bytes, to: Preprocessing, upright: bool, max_pixels: int) -> n
       TooLarge: it has more pixels.
     """
     check_pixels(content, max_pixels)
-    image = decode.read_rgb(content, upright)
-    if min(image.size) > to.resize_size:
-        return decode.middle(image, to.resize_size, to.crop_size, to.interpolation)
-    floats = [channel.convert("F") for channel in image.split()]  # without rounding, as on the device
-    channels = [decode.middle(channel, to.resize_size, to.crop_size, to.interpolation) for channel in floats]
-    return np.clip(np.stack(channels, -1), 0, 255)
+    return decode.middle(decode.read_rgb(content, upright), to.resize_size, to.crop_size, to.interpolation)
 
 
 def check_pixels(content: bytes, most: int) -> None:

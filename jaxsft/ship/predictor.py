@@ -69,7 +69,7 @@ class Predictor:
             return probabilities(logits / temperature)
 
         compiled = jax.jit(with_products(body, matmul_precision))
-        image = Part((to.crop_size, to.crop_size, 3), np.float32)
+        image = Part((to.crop_size, to.crop_size, 3), np.uint8)
         self._classes = Batcher(
             lambda images: np.asarray(compiled(variables, images)),
             (image,),
@@ -92,7 +92,7 @@ class Predictor:
         step = gradcam.make(model, where, to, matmul_precision=matmul_precision)
         return Batcher(
             lambda images, classes: np.asarray(step(variables, images, classes)[1]),
-            (Part((to.crop_size, to.crop_size, 3), np.float32), Part((), np.int32)),
+            (Part((to.crop_size, to.crop_size, 3), np.uint8), Part((), np.int32)),
             max_batch=min(self.limits.max_batch, MOST_EXPLAINED),
             max_wait=self.limits.max_wait,
             queue=self.limits.queue,
@@ -158,7 +158,7 @@ class Predictor:
 
     def draw(self, image: np.ndarray, values: np.ndarray) -> Future[bytes]:
         """A map over its image, as a PNG."""
-        return self._decoders.submit(png_of, np.rint(image).astype(np.uint8), values)
+        return self._decoders.submit(png_of, image, values)
 
     def named(self, probabilities: np.ndarray, topk: int) -> dict[str, Any]:
         """{"classes": [{"class", "probability"}, ...]}, the most probable first, as `python -m jaxsft.predict` has it.
