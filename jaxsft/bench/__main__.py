@@ -6,6 +6,7 @@ python -m jaxsft.bench data  [--against torch] [--folder PATH] [--image-size 224
 python -m jaxsft.bench tpu   [--topology v5e:2x2] [--arch resnet50] [--batch-size 512] [--json FILE]
 python -m jaxsft.bench methods --weights FILE.pth [--against torch] [--methods full ema …] [--json FILE]
 python -m jaxsft.bench ship  --workdir DIR … [--json FILE]
+python -m jaxsft.bench serve [--workdir RUN] [--against torch] [--requests 2000] [--clients 32] [--json FILE]
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if __name__ == "__main__":
 import argparse
 
 from jaxsft import cli, output
-from jaxsft.bench import data, methods, run, ship, tpu, train
+from jaxsft.bench import data, methods, run, serve, ship, tpu, train
 
 COMMANDS = {
     "train": train,
@@ -27,6 +28,7 @@ COMMANDS = {
     "tpu": tpu,
     "methods": methods,
     "ship": ship,
+    "serve": serve,
 }  # modules with add_arguments(parser) and run(args) -> JSON
 
 
