@@ -23,7 +23,6 @@ from jaxsft.data.base import Source
 from jaxsft.data.classes import said
 from jaxsft.data.loader import BAD_FILES
 from jaxsft.data.sources import open_splits
-from jaxsft.data.threads import in_order
 from jaxsft.interpret.mistakes import Mistake, rank, unsure
 from jaxsft.interpret.multilabel import Result
 from jaxsft.interpret.report.reported import Gallery, Reported
@@ -109,18 +108,14 @@ def pictured(source: Source, rows: np.ndarray, answers: Mapping[str, np.ndarray]
       names: of the classes.
     """
 
-    def read(row: int) -> Mistake | None:
+    found: list[Mistake] = []
+    until = time.monotonic() + SECONDS
+    for row in rows.tolist():
         number = int(answers["example"][row])
-        try:
-            image = source[number]
-        except Exception:  # a source is anyone's, and the file may be gone
-            return None
-        label, predicted = (said(answers[name][row], names) for name in ("label", "predicted"))
-        return Mistake(source.name(number), small(image), label, predicted, float(answers["probability"][row]))
-
-    found, until = [], time.monotonic() + SECONDS
-    for picture in in_order(read, rows.tolist()):
-        found += [picture] if picture else []
+        with contextlib.suppress(Exception):  # a source is anyone's, and the file may be gone
+            image = small(source[number])
+            label, predicted = (said(answers[name][row], names) for name in ("label", "predicted"))
+            found.append(Mistake(source.name(number), image, label, predicted, float(answers["probability"][row])))
         if time.monotonic() > until:
             break
     missing = f"{len(rows) - len(found)} of {len(rows)} images could not be read." if len(found) < len(rows) else ""

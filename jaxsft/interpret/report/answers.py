@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from jaxsft.interpret.calibration import calibrate
@@ -12,10 +15,10 @@ from jaxsft.interpret.report import charts
 from jaxsft.interpret.report.page import Html, Section, escape, joined, paragraph
 from jaxsft.interpret.report.pictures import gallery
 from jaxsft.interpret.report.reported import Reported
-from jaxsft.interpret.report.tables import folded, number, percent, table
+from jaxsft.interpret.report.tables import number, percent, table
 
 MOST_IN_MATRIX = 100  # classes; beyond that it is a grey square
-MOST_PAIRS, MOST_BARS = 20, 40
+MOST_PAIRS, MOST_BARS = 12, 40
 
 
 def confusions(run: Reported) -> Section:
@@ -35,7 +38,7 @@ def confusions(run: Reported) -> Section:
         note = f"A matrix of {run.card.num_classes} classes could not be read; these are its largest entries."
         return Section("confusions", title, joined([paragraph(note), listed]))
     drawn = charts.matrix(result.confusion, names)
-    return Section("confusions", title, joined([drawn, folded("The most frequent confusions", listed)]))
+    return Section("confusions", title, Html(f'<div class="beside">{drawn}<div>{listed}</div></div>'))
 
 
 def worst(run: Reported) -> Section:
@@ -67,7 +70,7 @@ def taken(one: Mistake) -> Html:
     """What a picture is, and what it is taken for."""
     return Html(
         f"<b>{escape(one.label)}</b> <span>taken for</span> <b>{escape(one.predicted)}</b>"
-        f' <span class="probability">{one.probability:.2f}</span>'
+        f'<br><span class="probability">{one.probability:.2f}</span>'
     )
 
 
@@ -75,7 +78,9 @@ def doubted(one: Mistake) -> Html:
     """As `taken`, or that it is right."""
     if one.label != one.predicted:
         return taken(one)
-    return Html(f'<b>{escape(one.label)}</b> <span>right</span> <span class="probability">{one.probability:.2f}</span>')
+    return Html(
+        f'<b>{escape(one.label)}</b> <span>right</span><br><span class="probability">{one.probability:.2f}</span>'
+    )
 
 
 def in_words(one: Mistake) -> str:
@@ -89,6 +94,8 @@ def by_class(run: Reported) -> Section:
     names, result = run.card.names, run.result
     if result is None:
         return Section("classes", "Classes", logged(run))
+    rows: list[Sequence[Any]]
+    columns: tuple[str, ...]
     if isinstance(result, MultiLabelEvaluation):
         called = ("average precision", "F1")
         bars, dots, support = result.precision, result.f1, result.positives
@@ -106,19 +113,16 @@ def by_class(run: Reported) -> Section:
             for k, r in ((k, found[k]) for k in worst_first(bars))
         ]
         columns = ("class", "precision", "recall, its accuracy", "F1", "images")
-    order = [k for k in worst_first(bars) if not np.isnan(bars[k])][:MOST_BARS]
-    left = f", the {MOST_BARS} worst of {len(names)}" if len(names) > MOST_BARS else ""
-    parts = []
-    if order:
-        said = [f"{support[k]} images" for k in order]
-        shown = [names[k] for k in order]
-        drawn = charts.bars_by_class(
-            f"{called[0].capitalize()} and {called[1]} of each class{left}",
-            shown, (called[0], bars[order]), (called[1], dots[order]), said,
-        )  # fmt: skip
-        parts.append(charts.html(drawn))
     whole = table("All classes, the worst first", columns, rows, sortable=True)
-    return Section("classes", "Classes", joined([*parts, folded(f"All {len(names)} classes as a table", whole)]))
+    summary = f"All {len(names)} classes as a table"
+    order = [k for k in worst_first(bars) if not np.isnan(bars[k])][:MOST_BARS]
+    if not order:
+        return Section("classes", "Classes", whole)
+    left = f", the {MOST_BARS} worst of {len(names)}" if len(names) > MOST_BARS else ""
+    title = f"{called[0].capitalize()} and {called[1]} of each class{left}"
+    said, shown = [f"{support[k]} images" for k in order], [names[k] for k in order]
+    pairs = (called[0], bars[order]), (called[1], dots[order])
+    return Section("classes", "Classes", charts.html(charts.bars_by_class(title, shown, *pairs, said, whole, summary)))
 
 
 def worst_first(values: np.ndarray) -> list[int]:

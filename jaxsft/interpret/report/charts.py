@@ -46,6 +46,7 @@ class Chart(NamedTuple):
     layout: dict[str, Any]
     numbers: Html
     height: int = 300  # px
+    summary: str = "Numbers"  # of `numbers`, which are folded
 
 
 def html(chart: Chart) -> Html:
@@ -54,7 +55,7 @@ def html(chart: Chart) -> Html:
     plot = f'<div class="plot" style="height:{chart.height}px"{attribute("data-said", chart.said)}></div>'
     return Html(
         f'<figure class="chart"><figcaption>{escape(chart.title)}</figcaption>\n{plot}\n{block}\n'
-        f"{folded('Numbers', chart.numbers)}</figure>"
+        f"{folded(chart.summary, chart.numbers)}</figure>"
     )
 
 
@@ -154,7 +155,13 @@ def curve_table(title: str, series: Sequence[Points], share: bool) -> Html:
 
 
 def bars_by_class(
-    title: str, names: Sequence[str], bars: tuple[str, np.ndarray], dots: tuple[str, np.ndarray], said: Sequence[str]
+    title: str,
+    names: Sequence[str],
+    bars: tuple[str, np.ndarray],
+    dots: tuple[str, np.ndarray],
+    said: Sequence[str],
+    numbers: Html,
+    summary: str,
 ) -> Chart:
     """A bar and a dot for each class, in their order from the top.
 
@@ -164,6 +171,8 @@ def bars_by_class(
       bars: what they are, and values in 0 .. 1, float [n].
       dots: likewise.
       said: of each class, what else there is to say of it.
+      numbers: a table of them, and its `summary`.
+      summary: see there.
     """
     rows = list(range(len(names)))
     texts = [f"{label(name)}<br>{label(more)}" for name, more in zip(names, said, strict=True)]
@@ -184,14 +193,12 @@ def bars_by_class(
     layout = {
         "xaxis": {"range": [0, 1.02], "tickformat": ".0%", "fixedrange": True},
         "yaxis": {"tickvals": rows, "ticktext": list(map(short, names)), "range": [len(names) - 0.4, -0.6],
-                  "fixedrange": True, "showgrid": False},
+                  "ticksuffix": " ", "fixedrange": True, "showgrid": False, "zeroline": False},
         "hovermode": "closest",
         "bargap": 0.35,
     }  # fmt: skip
     sentence = f"{title}: a bar for {bars[0]} and a diamond for {dots[0]} of each class"
-    numbers = [[name, percent(b), percent(d)] for name, b, d in zip(names, bars[1].tolist(), dots[1].tolist())]
-    body = table(title, ("class", bars[0], dots[0]), numbers, hidden_caption=True)
-    return Chart(title, sentence, traces, layout, body, 70 + 22 * len(names))
+    return Chart(title, sentence, traces, layout, numbers, 60 + 22 * len(names), summary)
 
 
 def reliability(found: Calibration, what: str) -> Chart:
@@ -245,7 +252,12 @@ def confidences(confidence: np.ndarray, correct: np.ndarray, bins: int = 20) -> 
         "right": np.histogram(confidence[correct], edges)[0],
     }
     middle, ranges = (edges[:-1] + edges[1:]) / 2, [f"{a:.2f} to {b:.2f}" for a, b in itertools.pairwise(edges)]
-    looks = {"wrong": {"color": "series-1", "pattern": {"shape": "/", "fgcolor": "surface", "size": 5}}}
+    looks = {
+        "wrong": {
+            "color": "series-1",
+            "pattern": {"shape": "/", "fillmode": "overlay", "fgcolor": "surface", "size": 6},
+        }
+    }
     traces = [
         {
             "type": "bar", "name": name, "x": middle.tolist(), "y": values.tolist(), "text": ranges,
@@ -271,14 +283,24 @@ def confidences(confidence: np.ndarray, correct: np.ndarray, bins: int = 20) -> 
     return Chart(title, "How many examples have which probability, right and wrong", traces, layout, body)
 
 
-def dots_by_class(title: str, names: Sequence[str], series: Sequence[tuple[str, Sequence[float]]]) -> Chart:
-    """A dot for each class and series, in the order of the classes from the top: shares in 0 .. 1, NaN for none."""
+def dots_by_class(
+    title: str, names: Sequence[str], series: Sequence[tuple[str, Sequence[float]]], numbers: Html, summary: str
+) -> Chart:
+    """A dot for each class and series, in the order of the classes from the top, and a line between those of a class.
+
+    Args:
+      title: of the chart.
+      names: of the classes.
+      series: what each is called, and a share in 0 .. 1 of each class.
+      numbers: a table of them, and its `summary`.
+      summary: see there.
+    """
     rows = list(range(len(names)))
     texts = [label(name) for name in names]
     traces = [
         {
             "type": "scatter", "mode": "markers", "name": label(name), "y": rows, "text": texts,
-            "x": [None if math.isnan(value) else value for value in values],
+            "x": list(values),
             "marker": {"color": f"series-{k % COLOURS}", "symbol": MARKERS[k % len(MARKERS)], "size": 10},
             "hovertemplate": f"%{{text}}<br>%{{fullData.name}} %{{x:{SHARE}}}<extra></extra>",
         }
@@ -287,12 +309,17 @@ def dots_by_class(title: str, names: Sequence[str], series: Sequence[tuple[str, 
     layout = {
         "xaxis": {"range": [-0.02, 1.02], "tickformat": ".0%", "fixedrange": True},
         "yaxis": {"tickvals": rows, "ticktext": list(map(short, names)), "range": [len(names) - 0.4, -0.6],
-                  "fixedrange": True},
+                  "ticksuffix": " ", "fixedrange": True, "zeroline": False},
         "hovermode": "closest",
     }  # fmt: skip
-    numbers = [[name, *(percent(values[i]) for _, values in series)] for i, name in enumerate(names)]
-    body = table(title, ("class", *(name for name, _ in series)), numbers, hidden_caption=True)
-    return Chart(title, f"{title}: a dot for each class and run", traces, layout, body, 70 + 22 * len(names))
+    ends = [[min(column), max(column), None] for column in zip(*(values for _, values in series), strict=True)]
+    between = {
+        "type": "scatter", "mode": "lines", "hoverinfo": "skip", "showlegend": False,
+        "x": list(itertools.chain(*ends)), "y": [row for row in rows for _ in range(3)],
+        "line": {"color": "line", "width": 4},
+    }  # fmt: skip
+    said = f"{title}: a dot for each class and run"
+    return Chart(title, said, [between, *traces], layout, numbers, 60 + 22 * len(names), summary)
 
 
 def matrix(counts: np.ndarray, names: Sequence[str]) -> Html:
@@ -306,8 +333,9 @@ def matrix(counts: np.ndarray, names: Sequence[str]) -> Html:
     entries = [rows.tolist(), columns.tolist(), counts[rows, columns].tolist()]
     block = json_block({"names": list(map(printable, names)), "entries": entries}, "spec")
     return Html(
-        '<figure class="confusion"><figcaption>A row for each label, a column for each prediction; the darker, the'
-        ' larger the share of the label. <span class="key right">right</span> <span class="key wrong">wrong</span>'
+        '<figure class="confusion"><figcaption>A row for each label, a column for each prediction; the stronger the'
+        ' colour, the larger the share of the label. <span class="key right">right</span> <span class="key'
+        ' wrong">wrong</span>'
         ' <span class="by-key">With the arrow keys one walks from cell to cell.</span></figcaption>\n'
         '<p class="readout" role="status">&nbsp;</p>\n<div class="scroll grid-scroll"></div>\n'
         f"{block}</figure>"

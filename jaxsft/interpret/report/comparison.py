@@ -58,13 +58,12 @@ def results(runs: Sequence[Reported], names: Sequence[str]) -> Section:
     errors = [calibration_error(run) for run in runs]
     if not all(map(math.isnan, errors)):
         rows.append(["expected calibration error", *marked([percent(e).text for e in errors], errors, lowest=True)])
-    speeds = [run.speed() or math.nan for run in runs]
-    rows.append(["images a second", *marked([number(s, ",.0f").text for s in speeds], speeds, lowest=False)])
+    rows.append(["images a second", *(number(run.speed(), ",.0f") for run in runs)])
     seconds = [run.seconds() for run in runs]
     rows.append(["trained for", *(Cell(NONE if s is None else overview.duration(s)) for s in seconds)])
     rows.append(["parameters", *(Cell(f"{run.sizes[1]:,}") for run in runs)])
     rows.append(["of which train", *(Cell(f"{run.sizes[0]:,}") for run in runs)])
-    rows.append(["evaluated on", *(Cell(str(run.result.count) if run.result else NONE) for run in runs)])
+    rows.append(["images evaluated on", *(Cell(str(run.result.count) if run.result else NONE) for run in runs)])
     parts: list[str] = [table("Results; a star marks the best of a row", ("", *names), rows)]
     parts += [paragraph(f"{name}: {run.missing}", "note") for name, run in zip(names, runs) if run.missing]
     if len({evaluated_data(run) for run in runs}) > 1:
@@ -167,13 +166,13 @@ def classes(runs: Sequence[Reported], names: Sequence[str]) -> Section:
     shown = order[:MOST_CLASSES]
     left = f", the {len(shown)} of {len(common)} that differ most" if len(shown) < len(common) else ""
     series = [(name, [float(values[i, k]) for i in shown]) for k, name in enumerate(names)]
-    drawn = charts.dots_by_class(
-        f"{called.capitalize()} of each class, the largest difference first{left}", [common[i] for i in shown], series
-    )
     rows = [[common[i], *map(percent, values[i].tolist()), difference(values[i, -1] - values[i, 0])] for i in order]
     columns = ("class", *names, f"{names[-1]} less {names[0]}")
     whole = table(f"{called.capitalize()} of each class", columns, rows, sortable=True)
-    return Section("classes", title, joined([charts.html(drawn), whole]))
+    heading = f"{called.capitalize()} of each class, the largest difference first{left}"
+    summary = f"All {len(common)} classes as a table"
+    drawn = charts.dots_by_class(heading, [common[i] for i in shown], series, whole, summary)
+    return Section("classes", title, charts.html(drawn))
 
 
 def difference(value: float) -> Cell:

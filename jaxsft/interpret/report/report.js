@@ -83,8 +83,8 @@
   const legend = (chart) => {
     const box = made("div", { class: "legend", role: "group", "aria-label": "Series" });
     chart.spec.traces.forEach((trace, i) => {
+      if (trace.showlegend === false) return;
       const name = plain(trace.name ?? "");
-      if (chart.spec.traces.length === 1) return;
       const button = made("button", { type: "button", "aria-pressed": "true", title: "Show or hide" });
       button.append(swatch(trace), name);
       button.addEventListener("click", () => {
@@ -150,9 +150,10 @@
       const found = names.map((_, column) => {
         const count = at.get(row * names.length + column) ?? 0, share = total[row] ? count / total[row] : 0;
         const cell = made("td", { tabindex: row + column ? "-1" : "0" }, count && !dense ? String(count) : "");
-        // Small shares are to be seen, too: a step up from nothing, then evenly.
-        cell.style.setProperty("--share", count ? 8 + 92 * share : 0);
-        cell.className = `${row === column ? "right" : "wrong"}${share > 0.5 ? " strong" : ""}`;
+        // A mistake in fifty is to be seen, too, so the shade grows faster than the share.
+        const shade = count ? 6 + 94 * share ** 0.7 : 0;
+        cell.style.setProperty("--share", shade);
+        cell.className = `${row === column ? "right" : "wrong"}${shade > (row === column ? 60 : 80) ? " strong" : ""}`;
         line.append(cell);
         return cell;
       });
@@ -216,7 +217,7 @@
   const charts = [...document.querySelectorAll("figure.chart")].map((figure) => {
     const spec = specOf(figure), plot = figure.querySelector(".plot");
     const chart = { plot, spec, shown: spec.traces.map(() => true) };
-    plot.before(legend(chart));
+    if (spec.traces.length > 1) plot.before(legend(chart));
     walkable(chart);
     return chart;
   });
