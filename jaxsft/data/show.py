@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -28,6 +28,9 @@ from jaxsft.learn.objective import gather
 from jaxsft.models.initial import preprocessing
 from jaxsft.models.weights import Preprocessing
 from jaxsft.run.parallel import DataParallel
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 COLUMNS, MOST = 8, 64
 CELL, SIDE, MARGIN, TITLE = (1.4, 1.55), 1.3, 0.05, 0.22  # inches: of a cell, and of what is in it
@@ -61,6 +64,8 @@ def batch_of(config: ConfigDict, source: Source, to: Preprocessing, most: int = 
 
 def grid(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> matplotlib.figure.Figure:
     """The images in rows of COLUMNS, each under the name of its class, or the names of several."""
+    import matplotlib.figure  # here: a report takes the batch alone, and draws it by itself
+
     width, height = COLUMNS * CELL[0], -(-len(images) // COLUMNS) * CELL[1]
     figure = matplotlib.figure.Figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1))  # one for all: to lay out one for each picture took a second
@@ -75,6 +80,8 @@ def grid(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -
 
 
 def main() -> None:
+    import matplotlib.figure
+
     assert __doc__ is not None
     config, values, _ = parse_flags(sys.argv[1:], __doc__, {"out": "the picture to write, such as grid.png"})
     if not values["out"]:

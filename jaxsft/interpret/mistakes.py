@@ -50,6 +50,20 @@ def rank(answers: Mapping[str, np.ndarray], most: int) -> np.ndarray:
     return wrong[np.argsort(-answers["probability"][wrong], kind="stable")][:most]
 
 
+def unsure(answers: Mapping[str, np.ndarray], most: int) -> np.ndarray:
+    """The rows of up to `most` answers, right and wrong, that a model is least sure of, the least first: int [n].
+
+    That is the lowest probability of the prediction; of several labels that of the decision nearest to one half.
+
+    Args:
+      answers: as for `rank`, of several labels also "logits" [N, K].
+      most: how many.
+    """
+    known = np.flatnonzero(~np.isnan(answers["probability"]))
+    sure = np.abs(answers["logits"]).min(1) if "logits" in answers else answers["probability"]
+    return known[np.argsort(sure[known], kind="stable")][:most]
+
+
 def mistakes(source: Source, answers: Mapping[str, np.ndarray], class_names: Sequence[str], most: int) -> Mistakes:
     """The surest of the wrong answers about examples of `source`.
 

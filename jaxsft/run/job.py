@@ -34,6 +34,7 @@ class Job:
     data: dict[str, Any]  # the fingerprint of both splits
     parallel: DataParallel
     train_source: Source
+    eval_source: Source
     order: Order
     total_steps: int
     rates: np.ndarray  # float32 [total_steps], the learning rate of each update

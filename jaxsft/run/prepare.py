@@ -192,6 +192,7 @@ def prepare(
         data=fingerprint(train_source, eval_source, unlabelled),
         parallel=parallel,
         train_source=train_source,
+        eval_source=eval_source,
         order=order,
         total_steps=total,
         rates=np.asarray(rate(np.arange(total, dtype=np.int32))),

@@ -19,23 +19,19 @@ from ml_collections import ConfigDict
 
 from jaxsft import cli, storage
 from jaxsft.interpret.multilabel import Result
-from jaxsft.learn.schedule import peak_lr
-from jaxsft.learn.trainable import COLUMNS, table
 from jaxsft.models.precision import continued
 from jaxsft.progress import progress
-from jaxsft.run import checkpoint
+from jaxsft.run import checkpoint, starts
 from jaxsft.run import workdir as workdir_module
 from jaxsft.run.best import Best
 from jaxsft.run.checkpoint import Checkpoints, Unwritten
 from jaxsft.run.interrupts import Interrupted, Interrupts
 from jaxsft.run.job import Job
-from jaxsft.run.log import Log, Meter, NotFinite, Throughput, records
+from jaxsft.run.log import Log, Meter, NotFinite, Throughput
 from jaxsft.run.prepare import prepare
 from jaxsft.run.profile import Profile
 from jaxsft.run.working_copy import WorkingCopy
 from jaxsft.storage import Location
-
-IN_REPORT = 32  # images of the first batch
 
 
 class Trainer:
@@ -195,6 +191,8 @@ def fit(job: Job, workdir: WorkingCopy, profile: int = 0, in_session: bool = Fal
     """
     config, is_main = job.config, job.parallel.is_main
     start, meter = resume(job, workdir)
+    if is_main:
+        starts.note(workdir.path, start, job.parallel, job.precision)
     with Interrupts(job.parallel, in_session):  # features of many images take minutes, and leave nothing to save
         job.begin(job, start)
     best = Best.of(workdir.path, config.checkpoint.best_metric, start)
@@ -322,19 +320,14 @@ def train(
 
 def write_report(job: Job, workdir: WorkingCopy, result: Result) -> None:
     """Leave report.html in the run's directory. Without one the run is whole."""
-    from jaxsft.data import show  # here: a start need not wait for matplotlib
-    from jaxsft.interpret import html
+    from jaxsft.interpret.report import single  # here: a start need not wait for it
+    from jaxsft.run import reporting
 
     try:
-        images, labels = show.batch_of(job.config, job.train_source, job.card.preprocessing, IN_REPORT)
-        batch = show.grid(images, labels, job.train_source.class_names)
-        lines, parameters = records(workdir.path), [COLUMNS, *table(job.rules, peak_lr(job.config))]
-        page = html.page(
-            workdir.place.name, job.card, job.config, job.precision, lines, result, batch, parameters=parameters
-        )
-        storage.write_file(workdir.path / "report.html", page.encode(errors="replace"))
+        page = single.report(reporting.of_job(job, workdir, result))
+        storage.write_file(workdir.path / reporting.REPORT, page)
     except Exception as error:
-        cli.warn(f"no report.html could be made: {type(error).__name__}: {error}")
+        reporting.warn_of(error, workdir.place)
 
 
 def write_card(job: Job, workdir: WorkingCopy) -> None:
