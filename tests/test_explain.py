@@ -7,11 +7,9 @@ difference may be 1e-4 of the largest value, and is about 1e-6.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import captum.attr
 import flax.linen as nn
-import jax
 import numpy as np
 import pytest
 import pytorch_grad_cam
@@ -114,14 +112,22 @@ def test_integrated_gradients_are_those_of_captum(both: Both) -> None:
     )
     expected = expected.detach().numpy().transpose(0, 2, 3, 1)
     assert np.abs(found.values - expected).max() <= NEAR * np.abs(expected).max()
-    print(both.arch, np.abs(found.values - expected).max() / np.abs(expected).max(), found.delta(), delta.numpy(), found.logit - found.start)
+    print(
+        both.arch,
+        np.abs(found.values - expected).max() / np.abs(expected).max(),
+        found.delta(),
+        delta.numpy(),
+        found.logit - found.start,
+    )
 
 
 def test_occlusion_is_that_of_captum(both: Both) -> None:
     step = occlusion.make(both.model, both.to, 12, 7)
     found = np.asarray(step(both.variables, both.images, both.classes))
     theirs = captum.attr.Occlusion(both.theirs)
-    expected = theirs.attribute(both.input, (3, 12, 12), strides=(3, 7, 7), target=both.targets, perturbations_per_eval=3)
+    expected = theirs.attribute(
+        both.input, (3, 12, 12), strides=(3, 7, 7), target=both.targets, perturbations_per_eval=3
+    )
     expected = expected.numpy()[:, 0]
     assert np.abs(found - expected).max() <= NEAR * np.abs(expected).max()
     print(both.arch, np.abs(found - expected).max() / np.abs(expected).max())

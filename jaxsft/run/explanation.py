@@ -11,17 +11,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxsft import cli
-from jaxsft.buckets import BucketPath
+from jaxsft import cli, storage
+from jaxsft.data import decode
 from jaxsft.data.augment import normalise
+from jaxsft.data.loose import Loose, Picture, is_file
+from jaxsft.data.threads import in_order
 from jaxsft.interpret import baseline, feature_map, gradcam, integrated_gradients, occlusion
 from jaxsft.interpret.explanations import METHODS, Completeness, Explained, Explanation
 from jaxsft.models.precision import with_products
-from jaxsft.run.prediction import Picture, batches
+from jaxsft.models.weights import Preprocessing
+from jaxsft.run.prediction import read_image
 from jaxsft.run.saved import Run
 
 PREDICTED, TRUE = "predicted", "true"  # in place of a class: what the model takes it for, the folder that it lies in
 ROWS = 8  # pairs of an image and a class that are explained at once
+BATCH = 32  # images a step at most
 TOP = 3  # classes named of each picture
 
 
@@ -97,7 +101,37 @@ def explain(run: Run, pictures: Sequence[Picture], asked: Asked) -> Iterator[Exp
             )
             best = np.argsort(-shares[i], kind="stable")[:TOP]
             named = tuple((run.card.names[k], float(shares[i, k])) for k in best)
-            yield Explained(file, np.rint(batch[i]).astype(np.uint8), named, found)
+            yield Explained(file, batch[i].copy(), named, found)
+
+
+def batches(pictures: Sequence[Picture], to: Preprocessing, upright: bool) -> Iterator[tuple[list[str], np.ndarray]]:
+    """The readable ones of `pictures`, several at a time: their names, and uint8 [B, crop_size, crop_size, 3].
+
+    B is one number for all, the last batch is padded. The next ones are decoded meanwhile. An image in memory is called
+    by its place, such as 'image 3'.
+    """
+
+    def attempt(picture: Picture) -> np.ndarray | decode.Unreadable:
+        try:
+            return read_image(picture, to, upright)
+        except decode.Unreadable as error:
+            return error
+
+    source = Loose(tuple(pictures))
+    size = min(BATCH, 1 << (len(pictures) - 1).bit_length())
+    names: list[str] = []
+    batch = np.zeros((size, to.crop_size, to.crop_size, 3), np.uint8)
+    for number, image in enumerate(in_order(attempt, pictures, size)):
+        if isinstance(image, decode.Unreadable):
+            cli.warn(f"left out {source.name(number)}: {image}")
+            continue
+        batch[len(names)] = image
+        names.append(source.name(number))
+        if len(names) == size:
+            yield names, batch
+            names = []
+    if names:
+        yield names, batch
 
 
 def probabilities(run: Run, logits: np.ndarray) -> np.ndarray:
@@ -195,12 +229,10 @@ def class_number(run: Run, name: str) -> int:
 
 def folder_class(run: Run, picture: Picture) -> int:
     """The number of the class that a file's folder is called. Raises UserError."""
-    if isinstance(picture, BucketPath):
-        name = str(picture).split("/")[-2]
-    elif isinstance(picture, os.PathLike):
-        name = os.path.basename(os.path.dirname(os.path.abspath(picture)))
-    else:
+    if not is_file(picture):
         raise cli.UserError("an image in memory has no true class", "name the class")
+    remote = storage.is_remote(str(picture))
+    name = str(picture).split("/")[-2] if remote else os.path.basename(os.path.dirname(os.path.abspath(str(picture))))
     if name not in run.card.names:
         what = f"{picture} lies in a folder {name!r}, which is no class of the model"
         raise cli.UserError(what, f"name a class, or {PREDICTED}; {cli.nearest(name, run.card.names)}")

@@ -62,7 +62,7 @@ def batches(examples: Examples) -> Iterator[dict[str, np.ndarray]]:
       "image" float32 [B, S, S, 3] in 0..255, S the model's side, "label" as the source has it, "mask" bool [B], False
       where the last batch is padded or an image is broken.
     """
-    _, loader, parallel = examples
+    loader, parallel = examples.loader, examples.parallel
     axis_name, to = parallel.axis_name, unnormalised(loader.preprocessing)
 
     def step(variables: Any, dataset: Any, batch: Any) -> dict[str, jax.Array]:
@@ -92,8 +92,9 @@ def evaluate_programs(programs: Mapping[str, Program], examples: Examples, multi
     kind = MultiLabelEvaluation if multi_label else Evaluation
     step = jax.jit(make_eval_step(Given(), None))
 
-    def counts(of: list[np.ndarray]) -> Iterator[dict[str, Any]]:
+    def answers(of: list[np.ndarray]) -> Iterator[dict[str, Any]]:
         for rows, own in zip(of, labels, strict=True):
-            yield jax.device_get(step({}, {}, {"image": rows, "label": own, "mask": np.ones(len(own), bool)}))
+            numbers = {"example": np.arange(len(own), dtype=np.int32), "mask": np.ones(len(own), bool)}
+            yield jax.device_get(step({}, {}, {"image": rows, "label": own, **numbers}))
 
-    return {name: kind.of(counts(of)) for name, of in logits.items()}
+    return {name: kind.of(answers(of), of[0].shape[1]) for name, of in logits.items()}

@@ -16,8 +16,8 @@ import yaml  # type: ignore[import-untyped]
 from ml_collections import ConfigDict
 
 from jaxsft.cli import printable
-from jaxsft.interpret.html import CALLED
 from jaxsft.interpret.multilabel import METRICS
+from jaxsft.interpret.report.reported import CALLED
 from jaxsft.models.weights import ModelCard
 
 FILE = "MODEL_CARD.md"
@@ -135,7 +135,7 @@ def results(facts: Facts, result: Mapping[str, Any] | None) -> str:
     rows = [("all labels right" if several else "accuracy", counted(result))]
     for name in METRICS if several else ("top5",):
         if isinstance(result.get(name), int | float):
-            rows.append((CALLED.get(name, "top-5 accuracy"), f"{result[name]:.4f}"))
+            rows.append(("top-5 accuracy" if name == "top5" else CALLED[name], f"{result[name]:.4f}"))
     rows.append(("loss", number(result.get("loss"))))
     parts = [f"At step {facts.step}, on the evaluation split{split_words(facts)}, each image once:", table(rows)]
     by_class = result.get("per_class")
