@@ -1,4 +1,4 @@
-"""A run in int8: nearly as right, a fraction of the size, for the same input; calibrated on its training images."""
+"""A run made smaller: in int8, nearly as right for the same input, or by a student; and what both are compared by."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from convert import names, reference
+from jaxsft import config as config_module
 from jaxsft import recipes
 from jaxsft.models.weights import ModelCard, Preprocessing, shapes
 from jaxsft.parity import networks
@@ -20,7 +21,7 @@ from jaxsft.run.saved import Run, load_run
 from jaxsft.ship import int8, runtime
 from jaxsft.ship.onnx_file import to_onnx
 from tests import narrow, small
-from tests.commands import assert_refused, run_command
+from tests.commands import assert_refused, hear_command, run_command
 
 SIDE = 32
 reference.NOT_IN_TORCHVISION[small.ARCH] = small.in_torch
@@ -153,6 +154,42 @@ def test_it_is_calibrated_on_training_images_evenly_and_the_same_each_time(run: 
     np.testing.assert_array_equal(taken[0], quantised.levels(every["image"][::2]))
     found = sum(int(batch["mask"].sum()) for batch in exported.batches(exported.training_examples(run, 1000)))
     assert found == 64
+
+
+def test_forms_are_compared_in_one_table(workdir: Path, run: Run, tmp_path: Path) -> None:
+    """Of each run given, all four: they are as right as each other, and the files are what is exported."""
+    record = tmp_path / "table.json"
+    command = f"bench ship --workdir {workdir} {workdir} --rounds 1 --seconds 0.001 --calibrate 8 --json {record}"
+    status, heard, said = hear_command(command, tmp_path)
+    assert status == 0, said
+    assert "int8" in heard
+    found = json.loads(record.read_text())
+    assert found["threads"] >= 1
+    assert [row["form"] for row in found["rows"]] == [
+        "jaxsft float32", "torch float32", "onnxruntime float32", "onnxruntime int8",
+    ] * 2  # fmt: skip
+    for row in found["rows"]:
+        assert abs(row["accuracy"] - found["rows"][0]["accuracy"]) <= (0.05 if "int8" in row["form"] else 0)  # of 40
+        assert row["latency_ms"] > 0 and row["images_per_sec"] > 0
+        assert (row["arch"], row["image_size"]) == (small.ARCH, SIDE)
+    *_, floats, made = found["rows"]
+    assert made["bytes"] < floats["bytes"] < found["rows"][0]["bytes"] * 1.5
+
+
+def test_a_student_is_the_config_of_a_smaller_network_and_a_teacher(workdir: Path, tmp_path: Path) -> None:
+    """The recipe that ships, on the sample and on a network of one block."""
+    config = recipes.load("distill")
+    assert (config.model.arch, config.train.teacher) == ("mobilenet_v3_small", "runs/cifar10")
+    assert recipes.load("distill:shufflenet_v2_x0_5").model.arch == "shufflenet_v2_x0_5"
+    config = recipes.load("configs/distill.py:resnet10_w16")
+    assert (config.model.weights, config.data.image_size) == ("sample", SIDE * 2)
+    config.model.update({"arch": small.ARCH, "weights": ""})
+    config.data.update({"source": "sample", "train_split": "train[:64]", "eval_split": "test[:40]", "batch_size": 16})
+    config.data.image_size = SIDE
+    config.train.update({"teacher": str(workdir), "steps": 4})
+    config_module.check(config)
+    small.train_here(config, tmp_path / "student")
+    assert load_run(tmp_path / "student").step == 4
 
 
 @pytest.mark.full
