@@ -15,8 +15,8 @@ normalising are inside. So does onnx with --preprocessing inside, else float32 [
 onnx does, but for --image-size. Logits are plain.
 
 Before it is done, what was written is read back and compared with the model on images of the run's evaluation split, or
-on --images, and it is removed where it does not agree. Of int8 the accuracy on all of that split is said, and float32's. A
-run with a moving average gives its average.
+on --images, and it is removed where it does not agree. Of int8 the accuracy on all of that split is said, beside that
+of float32. A run with a moving average gives its average.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""A run in int8: nearly as right, a fraction of the size, for the same input; calibrated on its training images."""
+"""A run made smaller: in int8, nearly as right for the same input, or by a student; and what both are compared by."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from convert import names, reference
+from jaxsft import config as config_module
 from jaxsft import recipes
 from jaxsft.models.weights import ModelCard, Preprocessing, shapes
 from jaxsft.parity import networks
@@ -20,7 +22,7 @@ from jaxsft.run.saved import Run, load_run
 from jaxsft.ship import int8, runtime
 from jaxsft.ship.onnx_file import to_onnx
 from tests import narrow, small
-from tests.commands import assert_refused, run_command
+from tests.commands import assert_refused, hear_command
 
 SIDE = 32
 reference.NOT_IN_TORCHVISION[small.ARCH] = small.in_torch
@@ -28,15 +30,21 @@ reference.NOT_IN_TORCHVISION[small.ARCH] = small.in_torch
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the network of one block."""
+    """A run of three steps of the network of one block."""
     path = tmp_path_factory.mktemp("int8") / "run"
-    small.run_here(path)
+    small.run_here(path, "--config.train.steps=3")
     return path
 
 
 @pytest.fixture(scope="module")
 def run(workdir: Path) -> Run:
     return load_run(workdir)
+
+
+@pytest.fixture(scope="module")
+def files(run: Run) -> quantised.Files:
+    """Both ONNX files of the run, which take uint8."""
+    return quantised.onnx_files(run, inside=True)
 
 
 def in_numpy(x: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
@@ -118,23 +126,23 @@ def test_preprocessing_stays_in_float32() -> None:
     assert sum(node.op_type == "Conv" for node in made.graph.node) == 2
 
 
-@pytest.mark.parametrize("preprocessing", ["inside", "outside"])
-def test_the_command_says_accuracy_and_size(preprocessing: str, workdir: Path, run: Run, tmp_path: Path) -> None:
+def test_the_command_writes_what_onnx_would_take(workdir: Path, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "tuned.int8.onnx"
-    command = f"export --workdir {workdir} --format int8 --preprocessing {preprocessing} --calibrate 24 --out {out}"
-    status, said = run_command(command, tmp_path)
+    command = f"export --workdir {workdir} --format int8 --calibrate 24 --out {out}"
+    status, heard, said = hear_command(command, tmp_path)
     assert status == 0, said
-    session = runtime.program(out)
-    shape = (3, SIDE, SIDE, 3) if preprocessing == "inside" else (3, 3, SIDE, SIDE)
-    assert session(np.zeros(shape, np.uint8 if preprocessing == "inside" else np.float32)).shape == (3, 10)
-    said = {entry.key: entry.value for entry in onnx.load(out).metadata_props}
-    assert json.loads(said["classes"]) == list(run.card.names)
-    assert json.loads(said[int8.FACT])["calibrated_on"] == 24
+    assert re.search(r"0\.0\d MB, float32 0\.0\d MB .*; accuracy .* of 40\).*; float32 accuracy .* of 40\)", heard), (
+        heard
+    )
+    logits = runtime.program(out)
+    assert logits(np.zeros((3, 3, SIDE, SIDE), np.float32)).shape == (3, 10)
+    facts = {entry.key: entry.value for entry in onnx.load(out).metadata_props}
+    assert json.loads(facts["classes"]) == list(run.card.names)
+    assert json.loads(facts[int8.FACT])["calibrated_on"] == 24
 
 
-def test_the_answers_are_the_runs(run: Run) -> None:
-    """In float32 the same numbers as evaluation; in int8 the loss is within a hundredth."""
-    files = quantised.onnx_files(run, inside=False)
+def test_the_answers_are_the_runs(run: Run, files: quantised.Files) -> None:
+    """In float32 the same numbers as evaluation, for at 32 px pixels are whole; in int8 the loss within a hundredth."""
     cost = quantised.cost(run, files)
     own = evaluate_run(run, open_examples(run))
     assert cost.before.accuracy == own.accuracy
@@ -153,6 +161,44 @@ def test_it_is_calibrated_on_training_images_evenly_and_the_same_each_time(run: 
     np.testing.assert_array_equal(taken[0], quantised.levels(every["image"][::2]))
     found = sum(int(batch["mask"].sum()) for batch in exported.batches(exported.training_examples(run, 1000)))
     assert found == 64
+
+
+def test_forms_are_compared_in_one_table(workdir: Path, files: quantised.Files, tmp_path: Path, monkeypatch) -> None:
+    """They are as right as each other in float32, and int8 nearly."""
+    monkeypatch.setattr(quantised, "onnx_files", lambda *_, **__: files)  # exporting them again takes seconds
+    record = tmp_path / "table.json"
+    command = f"bench ship --workdir {workdir} --rounds 1 --seconds 0.001 --calibrate 8 --json {record}"
+    status, heard, said = hear_command(command, tmp_path)
+    assert status == 0, said
+    assert "int8" in heard
+    found = json.loads(record.read_text())
+    assert found["threads"] >= 1
+    assert [row["form"] for row in found["rows"]] == [
+        "jaxsft float32", "torch float32", "onnxruntime float32", "onnxruntime int8",
+    ]  # fmt: skip
+    for row in found["rows"]:
+        assert abs(row["accuracy"] - found["rows"][0]["accuracy"]) <= (0.05 if "int8" in row["form"] else 0)  # of 40
+        assert row["latency_ms"] > 0 and row["images_per_sec"] > 0
+        assert (row["arch"], row["image_size"]) == (small.ARCH, SIDE)
+    *_, floats, made = found["rows"]
+    assert made["bytes"] < floats["bytes"] < found["rows"][0]["bytes"] * 1.5
+
+
+def test_a_student_is_the_config_of_a_smaller_network_and_a_teacher(workdir: Path, tmp_path: Path) -> None:
+    """The recipe that ships, on the sample and on a network of one block."""
+    config = recipes.load("distill")
+    assert (config.model.arch, config.train.teacher) == ("mobilenet_v3_small", "runs/cifar10")
+    assert recipes.load("distill:shufflenet_v2_x0_5").model.arch == "shufflenet_v2_x0_5"
+    config = recipes.load("configs/distill.py:resnet10_w16")
+    assert (config.model.weights, config.data.image_size) == ("sample", SIDE * 2)
+    config.model.update({"arch": small.ARCH, "weights": ""})
+    config.data.update({"source": "sample", "train_split": "train[:64]", "eval_split": "test[:40]", "batch_size": 16})
+    config.data.image_size = SIDE
+    config.train.update({"teacher": str(workdir), "steps": 3})
+    config.optim.warmup_epochs = 0.5
+    config_module.check(config)
+    small.train_here(config, tmp_path / "student")
+    assert load_run(tmp_path / "student").step == 3
 
 
 @pytest.mark.full
