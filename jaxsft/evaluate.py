@@ -106,7 +106,7 @@ def evaluate(args: argparse.Namespace, run: Run, examples: Examples, fitted: Exa
         **result.record(names),
         **tables.details(result, names, found, args.bootstrap),
         "temperature": run.card.temperature,
-        "split": examples.source.split,
+        "evaluated_on": examples.source.split,
         "tta": args.tta,
         "left_out": dict(examples.left_out),
     }

@@ -1,131 +1,36 @@
-"""`jaxsft.evaluate`: all that it says and writes of a run, views of images held to torchvision, and what it refuses."""
+"""`jaxsft.evaluate`: all that it says and writes of a run, what it makes of its views, and what it refuses."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import importlib
 import json
 import shutil
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
-import torch
 from torchvision import transforms
 
 import jaxsft
-from jaxsft.cli import UserError
 from jaxsft.data.augment import normalise, preprocess
 from jaxsft.data.base import Arrays, Options
 from jaxsft.data.embedded import open_sample
 from jaxsft.data.sources import SOURCES
-from jaxsft.data.views import Views
-from jaxsft.interpret import predictions
-from jaxsft.learn.steps import make_eval_step
-from jaxsft.models.weights import ModelCard, Preprocessing
+from jaxsft.models.weights import ModelCard
 from jaxsft.run import saved, temperature
 from tests import small
 from tests.commands import assert_refused, hear_command
 
-TO = Preprocessing(resize_size=19, crop_size=14)  # an odd number of pixels between the crops
 OVERRIDES = (
     "--config.train.epochs=1", "--config.data.resize_size=40", "--config.data.on_error=skip",
     "--config.data.workers=0", "--config.data.train_split=train[:64]",
 )  # fmt: skip
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-
-class OfPlaces:
-    """A network to whom it matters where a pixel lies: [N, S, S, 3] to 5 logits."""
-
-    weights = np.random.default_rng(0).normal(0, 0.1, (TO.crop_size, TO.crop_size, 3, 5))
-
-    def apply(self, variables: dict[str, Any], images: jax.Array, train: bool) -> jax.Array:
-        return jax.numpy.einsum("nhwc,hwck->nk", images, self.weights, precision="highest")
-
-    def in_torch(self, images: torch.Tensor) -> torch.Tensor:
-        """Of [N, 3, S, S]."""
-        return torch.einsum("nchw,hwck->nk", images, torch.from_numpy(self.weights))
-
-
-@pytest.mark.parametrize("tempered", [1.0, 1.7])
-@pytest.mark.parametrize("tta", ["flip", "crops", "flip+crops"])
-def test_views_are_torchvisions(tta: str, tempered: float) -> None:
-    """FiveCrop and TenCrop of the same pixels, through torch's network, and the mean of the probabilities."""
-    views = Views.of(tta, TO)
-    assert views is not None
-    rng = np.random.default_rng(1)
-    images, labels = rng.integers(0, 256, (6, 33, 24, 3), np.uint8), rng.integers(0, 5, 6).astype(np.int32)
-    with jax.enable_x64(True):
-        prepared = views.prepared(TO)
-        square = np.asarray(preprocess(images, prepared), np.float64).transpose(0, 3, 1, 2)
-        pixels = torch.from_numpy(square)
-        make = {
-            "flip": lambda x: (x, transforms.functional.hflip(x)),
-            "crops": transforms.FiveCrop(TO.crop_size),
-            "flip+crops": transforms.TenCrop(TO.crop_size),
-        }
-        logits = [OfPlaces().in_torch(view) for view in make[tta](pixels)]
-        assert len(logits) == len(views)
-        expected = torch.stack([torch.softmax(each / tempered, 1) for each in logits]).mean(0)
-        untempered = torch.stack([torch.softmax(each, 1) for each in logits]).mean(0)
-        one = lambda x, number: views.one(x.astype(np.float64), TO.crop_size, number)
-        step = make_eval_step(
-            OfPlaces(),
-            prepared,
-            top=5,
-            temperature=tempered,
-            views=one,
-            number_of_views=len(views),  # type: ignore[arg-type]
-        )
-        batch = {"image": images, "label": labels, "example": np.arange(6), "mask": labels >= 0}
-        found = jax.device_get(jax.jit(step)({}, {}, batch))
-    order = torch.argsort(expected, dim=1, descending=True)
-    np.testing.assert_array_equal(found["classes"], order)
-    np.testing.assert_allclose(found["probabilities"], expected.gather(1, order), rtol=1e-10)
-    np.testing.assert_allclose(found["loss"], -np.log(untempered.numpy()[np.arange(6), labels]), rtol=1e-10)
-    np.testing.assert_allclose(found["nll"], -np.log(expected.numpy()[np.arange(6), labels]), rtol=1e-10)
-
-
-@pytest.mark.parametrize("tempered", [1.0, 0.6])
-def test_views_of_several_labels(tempered: float) -> None:
-    rng = np.random.default_rng(2)
-    labels = (rng.random((6, 5)) < 0.5).astype(np.uint8)
-    with jax.enable_x64(True):
-        pixels = rng.normal(0, 1, (6, TO.crop_size, TO.crop_size, 3))
-        views = Views(flip=True, crops=False)
-        one = lambda x, number: views.one(x, TO.crop_size, number)
-        step = make_eval_step(OfPlaces(), None, temperature=tempered, views=one, number_of_views=2)  # type: ignore[arg-type]
-        batch = {"image": pixels, "label": labels, "example": np.arange(6), "mask": np.ones(6, bool)}
-        found = jax.device_get(jax.jit(step)({}, {}, batch))
-    both = [torch.from_numpy(x.transpose(0, 3, 1, 2).copy()) for x in (pixels, pixels[:, :, ::-1])]
-    expected = torch.stack([torch.sigmoid(OfPlaces().in_torch(x) / tempered) for x in both]).mean(0)
-    np.testing.assert_allclose(found["probabilities"], expected, rtol=1e-10)
-    untempered = torch.stack([torch.sigmoid(OfPlaces().in_torch(x)) for x in both]).mean(0)
-    loss = torch.nn.BCELoss(reduction="none")(untempered, torch.from_numpy(labels).double()).mean(1)
-    np.testing.assert_allclose(found["loss"], loss, rtol=1e-10)
-
-
-@pytest.mark.parametrize(
-    ("text", "to", "said"),
-    [
-        ("mirror", TO, "--tta is 'mirror'; it must be flip, crops or flip+crops"),
-        ("flip+flip", TO, "--tta is 'flip+flip'; it must"),
-        ("crops", Preprocessing(32, 32), "has no crops to take: images are resized to 32 px, and the model sees 32"),
-    ],
-)
-def test_views_that_there_are_not(text: str, to: Preprocessing, said: str) -> None:
-    with pytest.raises(UserError) as error:
-        Views.of(text, to)
-    assert said in str(error.value)
-    assert Views.of("", TO) is None
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +79,12 @@ def test_says_all_of_it(workdir: Path, tmp_path: Path) -> None:
     assert result.nll == pytest.approx(result.loss)
     assert (record["intervals"].pop("level"), record["intervals"].pop("resamples")) == (0.95, 50)
     assert {name: tuple(edges) for name, edges in record["intervals"].items()} == result.interval(50)
-    assert (record["temperature"], record["split"], record["tta"], record["left_out"]) == (1.0, "test[:40]", "", {})
+    assert (record["temperature"], record["evaluated_on"], record["tta"], record["left_out"]) == (
+        1.0,
+        "test[:40]",
+        "",
+        {},
+    )
     assert record["top_losses"][0]["loss"] == pytest.approx(float(result.answers["loss"].max()))
     lines = said.splitlines()
     assert lines[0] == f"{workdir} at step 4: {result.summary()} (test[:40]); {record['precision']}"
@@ -243,6 +153,7 @@ def test_crops_of_streamed_pictures(workdir: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(row[[f"p_{name}" for name in NAMES]].astype(float), expected, atol=1e-5)
 
 
+@pytest.mark.full
 def test_views_of_a_set_in_memory(workdir: Path, tmp_path: Path) -> None:
     run = jaxsft.load(workdir)
     alone, flipped = run.evaluate(), run.evaluate(tta="flip")
@@ -366,109 +277,6 @@ def test_none_readable_is_an_error(workdir: Path, tmp_path: Path) -> None:
     status, _, said = hear_command(command, tmp_path)
     assert status == 2 and "Traceback" not in said and said.splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "p.csv").exists() and [path.name for path in tmp_path.iterdir()] == ["images"]
-
-
-def batch(rows: int, classes: int, nan: int = -1) -> dict[str, np.ndarray]:
-    """What a step says of random examples, the last of which is masked."""
-    rng = np.random.default_rng(rows)
-    probabilities = rng.dirichlet(np.ones(classes), rows).astype(np.float32)
-    order = np.argsort(-probabilities, axis=1)[:, : predictions.top_of(classes)]
-    label = rng.integers(0, classes, rows)
-    answers = {
-        "example": np.arange(rows), "label": label, "predicted": order[:, 0].copy(), "rank": (order[:, 0] != label) * 1,
-        "loss": rng.exponential(1, rows).astype(np.float32), "probability": probabilities.max(1), "classes": order,
-        "probabilities": np.take_along_axis(probabilities, order, 1), "mask": np.arange(rows) < rows - 1,
-    }  # fmt: skip
-    if nan >= 0:
-        answers["predicted"][nan] = -1
-        for name in ("probability", "loss", "probabilities"):
-            answers[name][nan] = np.nan
-    return answers
-
-
-def source_of(rows: int) -> Arrays:
-    return Arrays(np.zeros((rows, 1, 1, 3), np.uint8), np.zeros(rows, np.int32), ("a",))
-
-
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-@pytest.mark.parametrize("classes", [3, 101])
-def test_tables_of_few_and_many_classes(classes: int, suffix: str, tmp_path: Path) -> None:
-    """A NaN is nothing, in every column that it is about; a table of several batches is one."""
-    names, path = tuple(f"class {k}" for k in range(classes)), tmp_path / f"p.{suffix}"
-    with predictions.table(path, source_of(20), names) as write:
-        write(batch(20, classes, nan=2))
-        write(batch(10, classes))
-        assert not path.exists()
-    table = pd.read_csv(path) if suffix == "csv" else pd.read_parquet(path)
-    assert len(table) == 19 + 9
-    of_each = [f"p_{name}" for name in names] if classes == 3 else []
-    assert [name for name in table.columns if name.startswith("p_")] == of_each
-    assert sum(name.startswith("class_") for name in table.columns) == min(classes, 5)
-    unknown = table.columns[table.iloc[2].isna()]
-    assert {*unknown} == {*table.columns} - {"file", "label", "correct", "rank"}
-    assert not table.drop(index=2).isna().any().any()
-    assert table["probability"].dtype == (np.float32 if suffix == "parquet" else np.float64)
-    expected = batch(20, classes, nan=2)["probability"][:19]
-    np.testing.assert_array_equal(table["probability"][:19].astype(np.float32), expected)
-
-
-def test_memory_of_a_table_is_that_of_a_part_of_it(tmp_path: Path, monkeypatch) -> None:
-    parquet = importlib.import_module("pyarrow.parquet")
-    monkeypatch.setattr(predictions, "AT_ONCE", 50)
-    with predictions.table(tmp_path / "p.parquet", source_of(20), ("a", "b", "c")) as write:
-        for _ in range(9):
-            write(batch(20, 3))
-    file = parquet.ParquetFile(tmp_path / "p.parquet")
-    assert file.metadata.num_rows == 9 * 19
-    assert [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)] == [57, 57, 57]
-
-
-def test_a_table_that_is_broken_off_is_not_there(tmp_path: Path) -> None:
-    def broken_off(path: Path) -> None:
-        with predictions.table(path, source_of(20), "abc") as write:
-            write(batch(20, 3))
-            raise RuntimeError
-
-    for suffix in ("csv", "parquet"):
-        with pytest.raises(RuntimeError):
-            broken_off(tmp_path / f"p.{suffix}")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_table_of_several_labels(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    probabilities = rng.random((4, 3)).astype(np.float32)
-    probabilities[3] = np.nan
-    answers = {
-        "example": np.arange(4), "label": np.array([[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 1]], np.uint8),
-        "predicted": (probabilities > 0.5).astype(np.uint8), "loss": rng.random(4), "probabilities": probabilities,
-        "mask": np.ones(4, bool),
-    }  # fmt: skip
-    with predictions.table(tmp_path / "p.csv", source_of(4), ("ant", "bee", "cow")) as write:
-        write(answers)
-    with (tmp_path / "p.csv").open(newline="") as file:
-        header, *rows = csv.reader(file)
-    assert header == ["file", "label", "predicted", "correct", "loss", "p_ant", "p_bee", "p_cow"]
-    assert [row[1] for row in rows] == ["ant|cow", "", "bee", "ant|bee|cow"]
-    said = [[name for name, p in zip(("ant", "bee", "cow"), row, strict=True) if p > 0.5] for row in probabilities]
-    assert [row[2] for row in rows] == ["|".join(names) for names in said]
-    assert rows[3][3:] == ["False", rows[3][4], "", "", ""]
-
-
-def test_many_classes_are_told_by_the_best_and_the_worst() -> None:
-    from jaxsft.interpret import tables
-    from jaxsft.interpret.metrics import Evaluation
-
-    label = np.repeat(np.arange(30), 4)
-    predicted = np.where(np.arange(120) % 4 < 3, label, (label + label % 7) % 30)
-    answers = {
-        "label": label, "predicted": predicted, "rank": (label != predicted) * 1, "loss": np.ones(120),
-        "nll": np.ones(120), "brier": np.ones(120), "probability": np.full(120, 0.9),
-    }  # fmt: skip
-    names = tuple(f"class {k} \x1b[31m{'x' * 40}" for k in range(30))
-    lines = tables.lines(Evaluation(30, answers), names, {}, 0)
-    assert [line.split()[0] for line in lines[:12]] == ["best", *["class"] * 5, "worst", *["class"] * 5]
-    assert "\x1b" not in "".join(lines) and max(map(len, lines[:12])) < 70
 
 
 @pytest.mark.full
