@@ -320,3 +320,18 @@ def test_a_nan_is_never_right(images: Path, tmp_path: Path) -> None:
     assert set(last["per_class"].values()) == {0.0}
     with pytest.raises(UserError, match="keeps no best checkpoint"):
         saved.read(tmp_path / "run", "best")
+
+
+def test_best_is_by_the_metric_and_named_to_the_commands(finished: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((path / "config.json").read_text())
+    config["checkpoint"]["best_metric"] = "loss"
+    (path / "config.json").write_text(json.dumps(config))
+    lines = [{"step": step, "split": "eval", "loss": loss} for step, loss in ((2, 0.3), (4, 0.2), (6, 0.4))]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert saved.read(path).step == 6
+    assert saved.read(path, "best").step == 4
+    assert saved.read(path, "2").step == 2
+    for which, said in (("3", "has no intact checkpoint of step 3"), ("first", "it must be last, best or a step")):
+        with pytest.raises(UserError, match=said):
+            saved.read(path, which)
