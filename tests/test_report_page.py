@@ -108,6 +108,8 @@ def test_a_page_is_drawn_offline_and_names_are_text(browser: Any, hostile: Path)
         assert page.locator(".matrix tbody th").first.inner_text() == HOSTILE[0]
         ticks = page.locator("#classes .ytick text").all_text_contents()
         assert {tick.strip() for tick in ticks} >= {"</script><script>alert(…", "$\\frac{1}{0}$"}
+        buttons = page.locator(".modebar-btn").evaluate_all("(all) => all.map((one) => one.dataset.title)")
+        assert buttons and not [title for title in buttons if "hare" in title or "loud" in title]
         assert page.locator("b[onclick]").count() == 0 and page.locator("script").count() == 2 + charts.count() + 1
 
 

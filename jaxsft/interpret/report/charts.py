@@ -106,7 +106,7 @@ def curves(title: str, what: str, series: Sequence[Points], *, share: bool = Fal
     traces = [curve(one, form) for one in series]
     layout = {
         "xaxis": {"title": {"text": "epoch"}, "rangemode": "tozero"},
-        "yaxis": {"title": {"text": what}, **({"tickformat": ".0%"} if share else {})},
+        "yaxis": {"title": {"text": what}, "rangemode": "nonnegative", **({"tickformat": ".0%"} if share else {})},
         "hovermode": "x unified",
     }
     ends = ", ".join(f"{one.name} {said(one.points[-1][2], share)}" for one in series)

@@ -6,8 +6,10 @@
   const root = document.documentElement;
   const COLOURS = new Set(["color", "bgcolor", "fgcolor"]);
   const CONFIG = {
-    displaylogo: false, responsive: true, typesetMath: false, plotlyServerURL: "",
-    modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"], toImageButtonOptions: { format: "svg" },
+    displaylogo: false, responsive: true, typesetMath: false,
+    showSendToCloud: false, plotlyServerURL: "", // by default it offers to send the numbers to its makers
+    modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d", "sendChartToCloud"],
+    displayModeBar: matchMedia("(hover: none)").matches ? false : "hover", toImageButtonOptions: { format: "svg" },
   };
   const SYMBOLS = {
     circle: "M14 2a4 4 0 1 0 .01 0Z", diamond: "M14 1l5 5-5 5-5-5Z", square: "M10 2h8v8h-8Z",
