@@ -16,9 +16,7 @@ from ml_collections import ConfigDict
 from sklearn.utils.class_weight import compute_class_weight
 
 from jaxsft import config as config_module
-from jaxsft.interpret import html
 from jaxsft.learn.losses import balanced_weights, make_loss, numeric_weights
-from tests import small
 
 ROWS, CLASSES = 12, 4
 WEIGHTS = (0.2, 1.0, 3.0, 0.7)
@@ -141,17 +139,3 @@ def test_a_config_may_ask_for_balanced_weights() -> None:
     assert numeric_weights(weighted(("balanced",)), labels, 2) == balanced_weights(labels, 2)
     assert numeric_weights(weighted((1.0, 2.0)), labels, 2) == (1.0, 2.0)
     assert numeric_weights(weighted(()), labels, 2) == ()
-
-
-def test_a_report_names_the_loss_of_training() -> None:
-    config = small.config("--config.train.loss=focal")
-    config.unlock().train.label_smoothing = 0.0
-    assert html.training_loss(config) == "focal loss of gamma 2"
-    config.train.update({"loss": "bce", "class_weights": ("balanced",)})
-    assert html.training_loss(config) == "binary cross-entropy, class weights"
-    assert html.training_loss(config, multi_label=True) == "class weights"
-    config.train.update({"loss": "cross_entropy", "class_weights": ()})
-    assert html.training_loss(config) == ""
-    line = {"split": "eval", "epoch": 1.0, "loss": 0.5, "accuracy": 0.5, "map": 0.6, "f1_micro": 0.4, "f1_macro": None}
-    axes = html.curves([line]).axes
-    assert [axis.get_legend_handles_labels()[1] for axis in axes] == [["eval"], ["eval"], ["mAP", "F1, micro"]]

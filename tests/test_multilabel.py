@@ -307,7 +307,7 @@ def test_a_run_says_what_it_is_and_reports_each_class(run: jaxsft.Run) -> None:
     assert not ModelCard.of({k: v for k, v in json.loads((run.workdir / "model.json").read_text()).items()
                              if k != "multi_label"}).multi_label  # fmt: skip
     page = (run.workdir / "report.html").read_text()
-    assert "average precision" in page and "images of 10" in page and "Confusions" not in page
+    assert "Average precision and F1" in page and "images of 10" in page and 'id="confusions"' not in page
     values = {line["step"]: line["map"] for line in records(run.workdir) if line["split"] == "eval"}
     assert saved.read(run.workdir, "best").step == max(values, key=values.__getitem__)
 

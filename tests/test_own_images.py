@@ -19,8 +19,8 @@ from jaxsft.data.base import Arrays
 from jaxsft.data.fingerprint import difference, fingerprint
 from jaxsft.data.sources import SOURCES, open_splits, with_classes
 from jaxsft.flags import parse_flags
-from jaxsft.interpret import html
-from jaxsft.models.weights import INTERPOLATIONS, ModelCard, Preprocessing
+from jaxsft.interpret.report import single
+from jaxsft.models.weights import ModelCard
 from jaxsft.run import checkpoint, prepare, saved, training, workdir
 from jaxsft.run.log import records
 from tests import small
@@ -221,22 +221,17 @@ def test_names_with_dollars_are_drawn_as_they_are(finished: Path) -> None:
     assert "$_$" in (finished / "report.html").read_text()
 
 
-@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
-def test_a_report_says_how_images_are_resized(interpolation: str) -> None:
-    card = ModelCard("resnet18", 2, preprocessing=Preprocessing(48, 40, interpolation=interpolation))
-    facts = dict(html.facts(card, "float32", [{"time": 0.0, "step": 1}]))
-    assert facts["input"].startswith(f"short side 48 px ({interpolation}), middle 40 px, mean")
-
-
 def test_a_report_that_fails_costs_no_run(images: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     def fail(*args, **kwargs):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr(html, "page", fail)
-    run_here(tmp_path / "run", images, report=True)
+    monkeypatch.setattr(single, "report", fail)
+    run_here(tmp_path / "a run", images, report=True)
     said = capsys.readouterr()
-    assert "no report.html could be made: RuntimeError: no font" in said.err
-    assert records(tmp_path / "run")[-1]["final"]
+    again = f"`python -m jaxsft.report --workdir '{tmp_path / 'a run'}'` makes it"
+    assert f"warning: no report.html could be made: RuntimeError: no font; {again}\n" in said.err
+    assert not (tmp_path / "a run" / "report.html").exists()
+    assert records(tmp_path / "a run")[-1]["final"]
 
 
 def test_every_evaluation_leaves_a_checkpoint(images: Path, tmp_path: Path) -> None:
@@ -325,16 +320,6 @@ def test_a_nan_is_never_right(images: Path, tmp_path: Path) -> None:
     assert set(last["per_class"].values()) == {0.0}
     with pytest.raises(UserError, match="keeps no best checkpoint"):
         saved.read(tmp_path / "run", "best")
-
-
-def test_a_training_loss_of_another_kind_says_so_and_one_point_is_seen() -> None:
-    lines = [{"split": s, "epoch": 1.0, "loss": 0.5, "accuracy": 0.5} for s in ("train", "eval")]
-    config, _, _ = parse_flags(["--config=configs/folder.py", "--config.train.mixup=0.2"], "", {})
-    assert html.training_loss(config) == "label smoothing 0.1, mixup 0.2"
-    loss, accuracy = html.curves(lines, html.training_loss(config)).axes
-    assert loss.get_legend_handles_labels()[1] == ["train, with label smoothing 0.1, mixup 0.2", "eval"]
-    assert accuracy.get_legend_handles_labels()[1] == ["train", "eval"]
-    assert all(line.get_marker() == "o" for line in (*loss.lines, *accuracy.lines))
 
 
 def test_best_is_by_the_metric_and_named_to_the_commands(finished: Path, tmp_path: Path) -> None:

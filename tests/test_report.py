@@ -304,6 +304,13 @@ def test_a_report_names_the_loss_of_training() -> None:
     assert overview.training_loss(config) == ""
 
 
+def test_a_training_loss_of_another_kind_says_so() -> None:
+    run = told()
+    run.config.train.mixup = 0.2
+    (block, *_) = outline(single.report(run)).blocks
+    assert [trace["name"] for trace in block["traces"]] == ["training, with mixup 0.2", "evaluation"]
+
+
 def test_curves_leave_out_what_is_no_number_and_mark_a_single_point() -> None:
     lines = [
         {"split": "eval", "epoch": 1.0, "step": 5, "loss": 0.5},

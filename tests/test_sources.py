@@ -146,7 +146,7 @@ def test_a_source_of_a_config_file_is_trained_and_evaluated(tmp_path: Path, monk
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert list(last["per_class"]) == ["ash", "birch", "cedar"]
     report = (tmp_path / "run" / "report.html").read_text()
-    assert report.count("<img ") == 3  # curves, confusions, a batch
+    assert "Confusions" in report and report.count("<img ") > 3
     status, _, said = start("evaluate --config=tests/small.py")
     assert status == 2
     assert "unknown data source 'mine:x'" in said

@@ -59,9 +59,10 @@ def test_leaves_a_whole_workdir_and_says_where(finished) -> None:
     assert f"traced 2 steps: xprof --logdir {workdir}/profile --port 8791 (pip install xprof)" in said
     assert "; float32 (auto), products in full\n" in said
     report = (workdir / "report.html").read_text()
-    assert "<th>computed in<td class=number>float32 (auto), products in full<" in report
-    assert "<details><summary>38 in all</summary><table><tr><th>parameter<th>shape<th>trains from epoch<th>" in report
-    assert "<tr><td>fc/kernel<td>128x10<td>0<td>0.02<td>0.0005<tr>" in report
+    assert '<th scope="row">computed in</th><td>float32 (auto), products in full</td>' in report
+    assert "<summary>All 38 arrays</summary>" in report and "310,746 of 310,746 numbers train" in report
+    assert '<th scope="row">fc/kernel</th><td>128x10</td><td>0</td><td>0.02</td><td>0.0005</td>' in report
+    assert "cpu core" in report and len(report) < 2_000_000
     lines = records(workdir)
     assert lines[-1]["final"] is True
     assert lines[-1]["count"] == 1000

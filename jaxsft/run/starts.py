@@ -10,14 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jaxsft
 from jaxsft.data.threads import cores
 from jaxsft.run.checkpoint import versions
 from jaxsft.run.parallel import DataParallel
 from jaxsft.storage import Location
 
 MACHINES = "machines.json"
-GIT = Path(jaxsft.__file__).parent.parent / ".git"
+GIT = Path(__file__).parents[2] / ".git"
 
 
 def note(workdir: Path, step: int, parallel: DataParallel, precision: str) -> None:

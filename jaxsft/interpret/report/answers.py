@@ -33,7 +33,7 @@ def confusions(run: Reported) -> Section:
         for support in (int(result.classes.support[label]),)
     ]
     columns = ("confusion", "examples", "of the label")
-    listed = table(f"The most frequent confusions, up to {MOST_PAIRS}", columns, pairs) if pairs else paragraph("None.")
+    listed = table("The most frequent confusions", columns, pairs) if pairs else paragraph("None.")
     if run.card.num_classes > MOST_IN_MATRIX:
         note = f"A matrix of {run.card.num_classes} classes could not be read; these are its largest entries."
         return Section("confusions", title, joined([paragraph(note), listed]))

@@ -22,7 +22,7 @@ from jaxsft.interpret.report.tables import folded, number, percent, table
 COLOURS = 7  # of series in the style sheet, --series-0 and so on
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 MARKERS = ("circle", "diamond", "square", "triangle-up", "cross", "x", "star")
-MOST_POINTS, MOST_ROWS = 1000, 200  # of a curve; of its table
+MOST_POINTS, MOST_ROWS = 500, 100  # of a curve; of its table
 FEW_POINTS = 40  # of a curve: each is marked, so that a single one is seen, too
 LONG_NAME = 24  # letters of a class on an axis
 SHARE, PLAIN = ".1%", ".4~f"  # d3's formats
@@ -106,7 +106,7 @@ def curves(title: str, what: str, series: Sequence[Points], *, share: bool = Fal
     traces = [curve(one, form) for one in series]
     layout = {
         "xaxis": {"title": {"text": "epoch"}, "rangemode": "tozero"},
-        "yaxis": {"title": {"text": what}, **({"tickformat": ".0%"} if share else {})},
+        "yaxis": {"title": {"text": what}, "rangemode": "nonnegative", **({"tickformat": ".0%"} if share else {})},
         "hovermode": "x unified",
     }
     ends = ", ".join(f"{one.name} {said(one.points[-1][2], share)}" for one in series)

@@ -76,7 +76,7 @@ def marked(texts: Sequence[str], values: Sequence[float], *, lowest: bool) -> li
     known = [value for value in values if not math.isnan(value)]
     best = (min if lowest else max)(known, default=math.nan)
     differ = len(set(known)) > 1
-    return [Cell(text, value, "best" if differ and value == best else "") for text, value in zip(texts, values)]
+    return [Cell(text, "best" if differ and value == best else "") for text, value in zip(texts, values)]
 
 
 def calibration_error(run: Reported) -> float:
@@ -177,7 +177,7 @@ def classes(runs: Sequence[Reported], names: Sequence[str]) -> Section:
 
 def difference(value: float) -> Cell:
     """A difference of shares in points of percent."""
-    return Cell(f"{100 * value:+.1f}", value)
+    return Cell(f"{100 * value:+.1f}")
 
 
 def agreement(runs: Sequence[Reported], names: Sequence[str]) -> Section:

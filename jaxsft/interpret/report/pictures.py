@@ -17,7 +17,7 @@ from jaxsft.interpret.report.reported import Gallery
 SIDE = 128  # px, the longer one
 EXACT = 64  # px: pictures up to this are kept bit for bit where that takes no more than MOST_BYTES, and shown enlarged
 MOST_BYTES = 4500  # of a picture: a hundred of them leave the page below its 2 MB
-QUALITIES = (80, 65, 50, 35, 20, 5)  # from the best, until a picture is small enough
+QUALITIES = (80, 50, 20)  # from the best, until a picture is small enough; the last resort is half the side
 
 
 def encoded(image: PIL.Image.Image) -> str:
@@ -34,6 +34,9 @@ def encoded(image: PIL.Image.Image) -> str:
         image.save(file, kind.upper(), **options)
         if file.tell() <= MOST_BYTES:
             break
+    else:
+        file = io.BytesIO()
+        image.reduce(2).save(file, kind.upper(), **options)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

@@ -6,8 +6,10 @@
   const root = document.documentElement;
   const COLOURS = new Set(["color", "bgcolor", "fgcolor"]);
   const CONFIG = {
-    displaylogo: false, responsive: true, typesetMath: false, plotlyServerURL: "",
-    modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"], toImageButtonOptions: { format: "svg" },
+    displaylogo: false, responsive: true, typesetMath: false,
+    showSendToCloud: false, plotlyServerURL: "", // by default it offers to send the numbers to its makers
+    modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d", "sendChartToCloud"],
+    displayModeBar: matchMedia("(hover: none)").matches ? false : "hover", toImageButtonOptions: { format: "svg" },
   };
   const SYMBOLS = {
     circle: "M14 2a4 4 0 1 0 .01 0Z", diamond: "M14 1l5 5-5 5-5-5Z", square: "M10 2h8v8h-8Z",
@@ -29,6 +31,11 @@
     const element = document.createElementNS(SVG, name);
     for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
     return element;
+  };
+  const rgb = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+  const luminance = (colour) => {
+    const [r, g, b] = colour.map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const specOf = (figure) => JSON.parse(figure.querySelector("script.spec").textContent);
 
@@ -148,12 +155,8 @@
       const line = made("tr");
       line.append(made("th", { scope: "row", title: name }, name));
       const found = names.map((_, column) => {
-        const count = at.get(row * names.length + column) ?? 0, share = total[row] ? count / total[row] : 0;
+        const count = at.get(row * names.length + column) ?? 0;
         const cell = made("td", { tabindex: row + column ? "-1" : "0" }, count && !dense ? String(count) : "");
-        // A mistake in fifty is to be seen, too, so the shade grows faster than the share.
-        const shade = count ? 6 + 94 * share ** 0.7 : 0;
-        cell.style.setProperty("--share", shade);
-        cell.className = `${row === column ? "right" : "wrong"}${shade > (row === column ? 60 : 80) ? " strong" : ""}`;
         line.append(cell);
         return cell;
       });
@@ -184,20 +187,32 @@
       next.focus();
     });
     figure.querySelector(".grid-scroll").append(table);
+    return () => {
+      const hues = ["series-1", "series-0"].map((name) => rgb(themed(name))), page = rgb(themed("page"));
+      cells.forEach((line, row) => line.forEach((cell, column) => {
+        const count = at.get(row * names.length + column) ?? 0;
+        // A mistake in fifty is to be seen, too, so the shade grows faster than the share.
+        const shade = count ? 0.06 + 0.94 * (count / total[row]) ** 0.7 : 0, hue = hues[Number(row === column)];
+        const mixed = page.map((value, i) => Math.round(value + shade * (hue[i] - value)));
+        cell.style.background = `rgb(${mixed})`;
+        cell.style.color = luminance(mixed) > 0.179 ? "#000" : "#fff"; // where both contrast alike
+      }));
+    };
   };
 
   const sortable = (table) => {
     const heads = [...table.tHead.rows[0].cells];
     const valueOf = (row, i) => {
-      const cell = row.cells[i];
-      return cell.dataset.value === undefined ? cell.textContent : Number(cell.dataset.value);
+      const cell = row.cells[i], value = parseFloat(cell.textContent.replaceAll(",", ""));
+      if (!cell.classList.contains("number")) return cell.textContent;
+      return Number.isNaN(value) ? -Infinity : value;
     };
     heads.forEach((head, i) => head.querySelector("button")?.addEventListener("click", () => {
       const rising = head.getAttribute("aria-sort") !== "ascending", body = table.tBodies[0];
       heads.forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", rising ? "ascending" : "descending");
       const rows = [...body.rows].map((row) => [valueOf(row, i), row]);
-      rows.sort(([a], [b]) => (typeof a === "number" ? a - b : a.localeCompare(b)) * (rising ? 1 : -1));
+      rows.sort(([a], [b]) => (typeof a === "number" ? (a > b) - (a < b) : a.localeCompare(b)) * (rising ? 1 : -1));
       body.append(...rows.map(([, row]) => row));
     }));
   };
@@ -221,8 +236,11 @@
     walkable(chart);
     return chart;
   });
-  const drawAll = () => Promise.all(charts.map(draw));
-  document.querySelectorAll("figure.confusion").forEach(matrix);
+  const paints = [...document.querySelectorAll("figure.confusion")].map(matrix);
+  const drawAll = () => {
+    paints.forEach((paint) => paint());
+    return Promise.all(charts.map(draw));
+  };
   document.querySelectorAll("table.sortable").forEach(sortable);
   markCurrent();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxsft.interpret.report.page import Html, attribute, escape
 
 NONE = "-"  # where there is no number
 
 
-class Cell:
-    """What a cell shows, and the number that its column is sorted by."""
+class Cell(NamedTuple):
+    """A number as it is shown, perhaps of a class of the style sheet."""
 
-    def __init__(self, text: str, value: float | None = None, kind: str = ""):
-        self.text, self.value, self.kind = text, value, kind
+    text: str
+    kind: str = ""
 
 
 def percent(share: float | None) -> Cell:
     """A share as percent; a dash for NaN."""
-    known = share is not None and not math.isnan(share)
-    return Cell(f"{100 * share:.1f} %" if known and share is not None else NONE, share if known else -1.0)
+    return Cell(NONE if share is None or math.isnan(share) else f"{100 * share:.1f} %")
 
 
 def number(value: float | None, form: str = "") -> Cell:
     """A number; a dash for NaN."""
-    known = value is not None and not math.isnan(value)
-    return Cell(format(value, form) if known else NONE, value if known else -math.inf)
+    return Cell(NONE if value is None or math.isnan(value) else format(value, form))
 
 
 def table(
@@ -69,17 +67,10 @@ def table(
 def cell_html(cell: Any, column: int) -> str:
     """A cell; that of the first column heads its row."""
     if column == 0:
-        text = cell.text if isinstance(cell, Cell) else cell
-        return f'<th scope="row"{sorted_by(cell)}>{escape(text)}</th>'
+        return f'<th scope="row">{escape(cell.text if isinstance(cell, Cell) else cell)}</th>'
     if isinstance(cell, Cell):
-        return f'<td class="number{" " * bool(cell.kind)}{cell.kind}"{sorted_by(cell)}>{escape(cell.text)}</td>'
+        return f'<td class="number{" " * bool(cell.kind)}{cell.kind}">{escape(cell.text)}</td>'
     return f"<td>{escape(cell)}</td>"
-
-
-def sorted_by(cell: Any) -> str:
-    """The number that a cell is sorted by, for the script."""
-    value = getattr(cell, "value", None)
-    return "" if value is None else f' data-value="{value:.6g}"'
 
 
 def folded(summary: str, body: Html) -> Html:
