@@ -39,9 +39,10 @@ def write(run: Run, pictures: list[Any], asked: Asked, folder: Path) -> list[dic
     """
     entries: list[dict[str, Any]] = []
     first: list[Explained] = []
+    found = explain(run, pictures, asked)
     with (folder / INDEX).open("w", encoding="utf-8") as sheet:
         sheet.write(explanations.head(f"{run.card.arch} at step {run.step}, explained", facts(run, asked)))
-        for number, one in enumerate(explain(run, pictures, asked), 1):
+        for number, one in enumerate(found, 1):
             sheet.write(explanations.section(one))
             first += [one] * (len(first) < explanations.ROWS)
             names: set[str] = set()

@@ -29,7 +29,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
 )
 SIGNED = ("integrated_gradients", "occlusion")  # whose values speak for a class or against it
 ROWS = 6  # pictures of an overview at most
-CELL, DPI = 1.4, 100  # inches of one of its pictures, and dots in one of them
+CELL, DPI = 1.4, 92  # inches of one of its pictures, and dots in one of them
 
 
 class Completeness(NamedTuple):
@@ -112,14 +112,15 @@ LEGEND = f"""<p class=legend><span>Grad-CAM: nothing <i style="background:{gradi
 <span>attributions: against <i style="background:{gradient((AGAINST, (235, 235, 235), FOR))}"></i> for the class</span>
 </p>"""
 SCOPED = """
+.jaxsft-explain { overflow-wrap: anywhere }
 .jaxsft-explain section { margin: 1.5rem 0 } .jaxsft-explain img { width: 100%; display: block }
 .jaxsft-explain .row { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(9.2rem, 1fr)) }
 @media (min-width: 60rem) { .jaxsft-explain .row { grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)) } }
 .jaxsft-explain figure { margin: 0; max-width: 18rem }
-.jaxsft-explain figcaption { font-size: .85em; line-height: 1.35; margin-top: .3rem; overflow-wrap: anywhere }
+.jaxsft-explain figcaption { font-size: .85em; line-height: 1.35; margin-top: .3rem }
 .jaxsft-explain .legend { display: flex; flex-wrap: wrap; gap: .3rem 2rem; font-size: .85em; margin: .5rem 0 }
 .jaxsft-explain .legend i { display: inline-block; width: 7rem; height: .8em; vertical-align: -.05em }
-.jaxsft-explain h2 { font-size: 1.05rem; margin: 0 0 .2rem; overflow-wrap: anywhere }
+.jaxsft-explain h2 { font-size: 1.05rem; margin: 0 0 .2rem }
 .jaxsft-explain .best { margin: 0 0 .6rem }
 """
 STYLE = """
@@ -127,8 +128,8 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --text: #e4e4e4; --page: #16181c; --line: #444 } }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; padding: 0 1rem; max-width: 75rem; color: var(--text);
   background: var(--page) }
-h1 { font-size: 1.4rem; overflow-wrap: anywhere } dl { display: grid; gap: .1rem 1rem;
-  grid-template-columns: fit-content(45%) 1fr } dt { opacity: .8 } dd { margin: 0; overflow-wrap: anywhere }
+h1 { font-size: 1.4rem } dl { display: grid; gap: .1rem 1rem;
+  grid-template-columns: fit-content(45%) 1fr } dt { opacity: .8 } dd { margin: 0 }
 section { border-top: 1px solid var(--line); padding-top: 1rem }
 """
 
