@@ -168,13 +168,18 @@ def explained(name: str) -> Explained:
     return Explained(f"{name}.png", np.full((8, 8, 3), 128, np.uint8), ((name, 0.5),), (each,))
 
 
+def section_of(name: str) -> str:
+    one = explained(name)
+    return explanations.section(one, explanations.encoded(one))
+
+
 def test_names_of_classes_are_data(tmp_path: Path) -> None:
     """Of HTML, of TeX, no UTF-8, without an end."""
     for name in (HOSTILE, "\udcff$\\frac{", "x" * 5000, "</style></main>"):
-        page = Page(explanations.head(name, [(name, name)]) + explanations.section(explained(name)) + explanations.FOOT)
+        page = Page(explanations.head(name, [(name, name)]) + section_of(name) + explanations.FOOT)
         assert not {"script", "frac"} & set(page.tags)
         assert page.tags.count("main") == page.tags.count("section") == 1
-        explanations.section(explained(name)).encode()
+        section_of(name).encode()
         assert explanations.overview([explained(name)]).startswith(b"\x89PNG")
     names: set[str] = set()
     made = [file_name(1, "a/ü.png", "occlusion", k, names) for k in ("é", "è", "../../etc", "")]

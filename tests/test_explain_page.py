@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxsft.interpret import explanations
-from tests.test_explain import HOSTILE, explained
+from tests.test_explain import HOSTILE, section_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if CHROMIUM is None:
@@ -16,9 +16,10 @@ if CHROMIUM is None:
 sync_api = pytest.importorskip("playwright.sync_api")
 
 
+@pytest.mark.full
 def test_it_fits_and_runs_nothing(tmp_path: Path) -> None:
-    named = [explained(name) for name in (HOSTILE, "x" * 300, "a b " * 90)]
-    sections = "".join(map(explanations.section, named))
+    named = (HOSTILE, "x" * 300, "a b " * 90)
+    sections = "".join(map(section_of, named))
     page = explanations.head(HOSTILE, [("workdir", "y" * 300)]) + sections + explanations.FOOT
     (tmp_path / "index.html").write_text(page, encoding="utf-8")
     with sync_api.sync_playwright() as playwright:

@@ -92,13 +92,14 @@ class Explanations(tuple[Explained, ...]):
 
     def _repr_html_(self) -> str:
         """What IPython displays."""
-        return f"<style>{SCOPED}</style><div class=jaxsft-explain>{LEGEND}{''.join(map(section, self))}</div>"
+        sections = "".join(section(one, encoded(one)) for one in self)
+        return f"<style>{SCOPED}</style><div class=jaxsft-explain>{LEGEND}{sections}</div>"
 
 
 def png(picture: PIL.Image.Image) -> bytes:
     """A picture as the content of a PNG file."""
     out = io.BytesIO()
-    picture.save(out, "PNG", optimize=True)
+    picture.save(out, "PNG")
     return out.getvalue()
 
 
@@ -148,21 +149,26 @@ def head(title: str, facts: Sequence[tuple[str, str]]) -> str:
 FOOT = "</main></body></html>\n"
 
 
-def section(one: Explained) -> str:
-    """A picture and its explanations as HTML, the pictures inside."""
+def encoded(one: Explained) -> list[bytes]:
+    """The picture, and an overlay of each explanation, as the contents of PNG files."""
+    return [png(enlarged(image)) for image in (one.image, *(each.over(one.image) for each in one.explanations))]
+
+
+def section(one: Explained, pictures: Sequence[bytes]) -> str:
+    """A picture and its explanations as HTML, the pictures inside, as `encoded` gives them."""
     best = ", ".join(f"{name} {probability:.3f}" for name, probability in one.best)
     file = html.escape(printable(one.file))
-    parts = [figure(one.image, "The picture", "as the model sees it", f"{one.file}, as the model sees it")]
-    for each in one.explanations:
+    parts = [figure(pictures[0], "The picture", "as the model sees it", f"{one.file}, as the model sees it")]
+    for each, picture in zip(one.explanations, pictures[1:], strict=True):
         title = f"{METHODS[each.method]}: {each.class_name}"
-        parts.append(figure(each.over(one.image), title, each.details(), f"{each.said()}: {one.file}"))
-    pictures = f"<div class=row>{''.join(parts)}</div>"
-    return f"<section><h2>{file}</h2><p class=best>{html.escape(printable(best))}</p>{pictures}</section>\n"
+        parts.append(figure(picture, title, each.details(), f"{each.said()}: {one.file}"))
+    row = f"<div class=row>{''.join(parts)}</div>"
+    return f"<section><h2>{file}</h2><p class=best>{html.escape(printable(best))}</p>{row}</section>\n"
 
 
-def figure(image: np.ndarray, title: str, details: str, described: str) -> str:
-    """A picture, what it shows, and the same for who can't see it."""
-    source = f"data:image/png;base64,{base64.b64encode(png(enlarged(image))).decode()}"
+def figure(picture: bytes, title: str, details: str, described: str) -> str:
+    """A PNG, what it shows, and the same for who can't see it."""
+    source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
     title, details, alt = (html.escape(printable(text), quote=True) for text in (title, details, described))
     caption = f"<figcaption><b>{title}</b><br>{details}</figcaption>"
     return f'<figure><img src="{source}" alt="{alt}">{caption}</figure>'
