@@ -71,7 +71,7 @@ class Explanation(NamedTuple):
     def details(self) -> str:
         """How likely the class is, where the map comes from, what attributions add up to."""
         parts = [f"probability {self.probability:.3f}"]
-        parts += [f"layer {self.layer}"] if self.layer else []
+        parts += [f"map of {self.layer}"] if self.layer else []
         if self.completeness:
             total, change = self.completeness
             parts.append(f"attributions sum to {total:.4f}, the logit changes by {change:.4f}")
