@@ -19,11 +19,11 @@ from jaxsft.data import decode
 from jaxsft.interpret import explanations, integrated_gradients
 from jaxsft.interpret.baseline import BASELINES
 from jaxsft.interpret.explanations import METHODS, Explained
-from jaxsft.interpret.overlay import enlarged
 from jaxsft.run.explanation import PREDICTED, TRUE, Asked, explain, windows
 from jaxsft.run.machine import keep_compilations
 from jaxsft.run.prediction import find_images
 from jaxsft.run.saved import Run, load_run
+from jaxsft.storage import Location
 
 INDEX, OVERVIEW = "index.html", "overview.png"
 LONGEST = 40  # letters of a name that a file's name takes over
@@ -31,7 +31,7 @@ CALLED = {"mean": "the mean colour of the training data", "black": "black", "whi
 FAR = 0.05  # of the logit's change: attributions that miss it by more want more steps
 
 
-def write(run: Run, pictures: list[Any], asked: Asked, folder: Path) -> list[dict[str, Any]]:
+def write(run: Run, paths: list[Location], asked: Asked, folder: Path) -> list[dict[str, Any]]:
     """Fill a folder with overlays and the sheet, say each, and return what there is to say of each as JSON.
 
     Raises:
@@ -39,15 +39,17 @@ def write(run: Run, pictures: list[Any], asked: Asked, folder: Path) -> list[dic
     """
     entries: list[dict[str, Any]] = []
     first: list[Explained] = []
+    found = explain(run, paths, asked)
     with (folder / INDEX).open("w", encoding="utf-8") as sheet:
         sheet.write(explanations.head(f"{run.card.arch} at step {run.step}, explained", facts(run, asked)))
-        for number, one in enumerate(explain(run, pictures, asked), 1):
-            sheet.write(explanations.section(one))
+        for number, one in enumerate(found, 1):
+            pictures = explanations.encoded(one)
+            sheet.write(explanations.section(one, pictures))
             first += [one] * (len(first) < explanations.ROWS)
             names: set[str] = set()
-            for each in one.explanations:
+            for each, content in zip(one.explanations, pictures[1:], strict=True):
                 name = file_name(number, one.file, each.method, each.class_name, names)
-                (folder / name).write_bytes(explanations.png(enlarged(each.over(one.image))))
+                (folder / name).write_bytes(content)
                 with contextlib.suppress(BrokenPipeError):  # the folder is made, whether somebody reads this or not
                     cli.say(f"{one.file}: {each.said()}: {name}")
                 entry = {"file": one.file, "method": each.method, "class": each.class_name, "logit": each.logit}
@@ -58,7 +60,7 @@ def write(run: Run, pictures: list[Any], asked: Asked, folder: Path) -> list[dic
                 entries.append(entry)
         sheet.write(explanations.FOOT)
     if not first:
-        raise cli.UserError(f"none of {len(pictures)} images can be read", f"name {', '.join(decode.FORMATS)} files")
+        raise cli.UserError(f"none of {len(paths)} images can be read", f"name {', '.join(decode.FORMATS)} files")
     (folder / OVERVIEW).write_bytes(explanations.overview(first))
     far = [e for e in entries if "completeness" in e and not is_complete(**e["completeness"])]
     if far:

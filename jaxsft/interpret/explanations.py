@@ -29,7 +29,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
 )
 SIGNED = ("integrated_gradients", "occlusion")  # whose values speak for a class or against it
 ROWS = 6  # pictures of an overview at most
-CELL, DPI = 1.4, 100  # inches of one of its pictures, and dots in one of them
+CELL, DPI = 1.4, 92  # inches of one of its pictures, and dots in one of them
 
 
 class Completeness(NamedTuple):
@@ -71,7 +71,7 @@ class Explanation(NamedTuple):
     def details(self) -> str:
         """How likely the class is, where the map comes from, what attributions add up to."""
         parts = [f"probability {self.probability:.3f}"]
-        parts += [f"layer {self.layer}"] if self.layer else []
+        parts += [f"map of {self.layer}"] if self.layer else []
         if self.completeness:
             total, change = self.completeness
             parts.append(f"attributions sum to {total:.4f}, the logit changes by {change:.4f}")
@@ -92,13 +92,14 @@ class Explanations(tuple[Explained, ...]):
 
     def _repr_html_(self) -> str:
         """What IPython displays."""
-        return f"<style>{SCOPED}</style><div class=jaxsft-explain>{LEGEND}{''.join(map(section, self))}</div>"
+        sections = "".join(section(one, encoded(one)) for one in self)
+        return f"<style>{SCOPED}</style><div class=jaxsft-explain>{LEGEND}{sections}</div>"
 
 
 def png(picture: PIL.Image.Image) -> bytes:
     """A picture as the content of a PNG file."""
     out = io.BytesIO()
-    picture.save(out, "PNG", optimize=True)
+    picture.save(out, "PNG")
     return out.getvalue()
 
 
@@ -112,14 +113,15 @@ LEGEND = f"""<p class=legend><span>Grad-CAM: nothing <i style="background:{gradi
 <span>attributions: against <i style="background:{gradient((AGAINST, (235, 235, 235), FOR))}"></i> for the class</span>
 </p>"""
 SCOPED = """
+.jaxsft-explain { overflow-wrap: anywhere }
 .jaxsft-explain section { margin: 1.5rem 0 } .jaxsft-explain img { width: 100%; display: block }
 .jaxsft-explain .row { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(9.2rem, 1fr)) }
 @media (min-width: 60rem) { .jaxsft-explain .row { grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)) } }
 .jaxsft-explain figure { margin: 0; max-width: 18rem }
-.jaxsft-explain figcaption { font-size: .85em; line-height: 1.35; margin-top: .3rem; overflow-wrap: anywhere }
+.jaxsft-explain figcaption { font-size: .85em; line-height: 1.35; margin-top: .3rem }
 .jaxsft-explain .legend { display: flex; flex-wrap: wrap; gap: .3rem 2rem; font-size: .85em; margin: .5rem 0 }
 .jaxsft-explain .legend i { display: inline-block; width: 7rem; height: .8em; vertical-align: -.05em }
-.jaxsft-explain h2 { font-size: 1.05rem; margin: 0 0 .2rem; overflow-wrap: anywhere }
+.jaxsft-explain h2 { font-size: 1.05rem; margin: 0 0 .2rem }
 .jaxsft-explain .best { margin: 0 0 .6rem }
 """
 STYLE = """
@@ -127,8 +129,8 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --text: #e4e4e4; --page: #16181c; --line: #444 } }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; padding: 0 1rem; max-width: 75rem; color: var(--text);
   background: var(--page) }
-h1 { font-size: 1.4rem; overflow-wrap: anywhere } dl { display: grid; gap: .1rem 1rem;
-  grid-template-columns: fit-content(45%) 1fr } dt { opacity: .8 } dd { margin: 0; overflow-wrap: anywhere }
+h1 { font-size: 1.4rem } dl { display: grid; gap: .1rem 1rem;
+  grid-template-columns: fit-content(45%) 1fr } dt { opacity: .8 } dd { margin: 0 }
 section { border-top: 1px solid var(--line); padding-top: 1rem }
 """
 
@@ -147,21 +149,26 @@ def head(title: str, facts: Sequence[tuple[str, str]]) -> str:
 FOOT = "</main></body></html>\n"
 
 
-def section(one: Explained) -> str:
-    """A picture and its explanations as HTML, the pictures inside."""
+def encoded(one: Explained) -> list[bytes]:
+    """The picture, and an overlay of each explanation, as the contents of PNG files."""
+    return [png(enlarged(image)) for image in (one.image, *(each.over(one.image) for each in one.explanations))]
+
+
+def section(one: Explained, pictures: Sequence[bytes]) -> str:
+    """A picture and its explanations as HTML, the pictures inside, as `encoded` gives them."""
     best = ", ".join(f"{name} {probability:.3f}" for name, probability in one.best)
     file = html.escape(printable(one.file))
-    parts = [figure(one.image, "The picture", "as the model sees it", f"{one.file}, as the model sees it")]
-    for each in one.explanations:
+    parts = [figure(pictures[0], "The picture", "as the model sees it", f"{one.file}, as the model sees it")]
+    for each, picture in zip(one.explanations, pictures[1:], strict=True):
         title = f"{METHODS[each.method]}: {each.class_name}"
-        parts.append(figure(each.over(one.image), title, each.details(), f"{each.said()}: {one.file}"))
-    pictures = f"<div class=row>{''.join(parts)}</div>"
-    return f"<section><h2>{file}</h2><p class=best>{html.escape(printable(best))}</p>{pictures}</section>\n"
+        parts.append(figure(picture, title, each.details(), f"{each.said()}: {one.file}"))
+    row = f"<div class=row>{''.join(parts)}</div>"
+    return f"<section><h2>{file}</h2><p class=best>{html.escape(printable(best))}</p>{row}</section>\n"
 
 
-def figure(image: np.ndarray, title: str, details: str, described: str) -> str:
-    """A picture, what it shows, and the same for who can't see it."""
-    source = f"data:image/png;base64,{base64.b64encode(png(enlarged(image))).decode()}"
+def figure(picture: bytes, title: str, details: str, described: str) -> str:
+    """A PNG, what it shows, and the same for who can't see it."""
+    source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
     title, details, alt = (html.escape(printable(text), quote=True) for text in (title, details, described))
     caption = f"<figcaption><b>{title}</b><br>{details}</figcaption>"
     return f'<figure><img src="{source}" alt="{alt}">{caption}</figure>'

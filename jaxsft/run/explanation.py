@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from jaxsft.run.saved import Run
 PREDICTED, TRUE = "predicted", "true"  # in place of a class: what the model takes it for, the folder that it lies in
 ROWS = 8  # pairs of an image and a class that are explained at once
 BATCH = 32  # images a step at most
+CAM = "gradcam"  # what the names of methods that take a layer's map begin with
 TOP = 3  # classes named of each picture
 
 
@@ -50,58 +52,62 @@ class Answer(NamedTuple):
 
 
 Method = Callable[[Any, np.ndarray, np.ndarray], Answer]  # (variables, images, classes)
+ClassOf = Callable[[str, int], int]  # (name of a picture, class that it is taken for) -> class to be explained
 
 
 def explain(run: Run, pictures: Sequence[Picture], asked: Asked) -> Iterator[Explained]:
-    """What on each readable picture speaks for the classes asked for, by each of the methods.
+    """What on each readable picture speaks for the classes asked for, by each of the methods; computed as it is read.
 
     Raises:
-      UserError: there is no such method, class, layer, baseline or window; before the first picture is computed. Or the
-        network computes no numbers.
+      UserError: at once, where there is no such method, class, layer, baseline or window; later, where the network
+        computes no numbers.
     """
-    labels = None
-    if TRUE in asked.classes:
-        labels = {str(picture): folder_class(run, picture) for picture in pictures}
-    chosen = [None if name in (PREDICTED, TRUE) else class_number(run, name) for name in asked.classes]
+    numbers = [class_of(run, pictures, name) for name in asked.classes]
     methods, layer = prepared(run, asked)
-    to = run.card.preprocessing
-    apply = jax.jit(
-        with_products(
-            lambda variables, images: run.model.apply(variables, normalise(images, to), train=False),
-            run.config.train.matmul_precision,
-        )
-    )
-    size = min(ROWS, 1 << (len(pictures) * len(asked.classes) - 1).bit_length())
+    return explanations(run, pictures, numbers, methods, layer)
+
+
+def explanations(
+    run: Run, pictures: Sequence[Picture], numbers: Sequence[ClassOf], methods: Mapping[str, Method], layer: str
+) -> Iterator[Explained]:
+    """See `explain`."""
+    to, names = run.card.preprocessing, run.card.names
+
+    def body(variables: Any, images: jax.Array) -> jax.Array:
+        return run.model.apply(variables, normalise(images, to), train=False)
+
+    apply = jax.jit(with_products(body, run.config.train.matmul_precision))
+    size = min(ROWS, 1 << (len(pictures) * len(numbers) - 1).bit_length())
     for files, batch in batches(pictures, to, run.config.data.exif_orientation):
         logits = np.asarray(apply(run.variables, batch), np.float64)[: len(files)]
         if not np.isfinite(logits).all():
             raise cli.UserError(f"the network of step {run.step} computes no numbers", "take another --checkpoint")
-        classes = np.empty((len(files), len(chosen)), np.int32)
-        for column, (name, number) in enumerate(zip(asked.classes, chosen, strict=True)):
-            classes[:, column] = logits.argmax(1) if number is None else number
-            if name == TRUE and labels is not None:
-                classes[:, column] = [labels[file] for file in files]
-        answers = {
-            method: in_parts(partial(step, run.variables), batch, classes, size) for method, step in methods.items()
-        }
-        shares = probabilities(run, logits)
-        for i, file in enumerate(files):
-            found = tuple(
-                Explanation(
-                    method,
-                    run.card.names[k],
-                    float(shares[i, k]),
-                    float(logits[i, k]),
-                    answer.values[i * len(chosen) + column].astype(np.float32),
-                    layer if method.startswith("gradcam") else "",
-                    answer.completeness[i * len(chosen) + column],
-                )
-                for column, k in enumerate(classes[i])
-                for method, answer in answers.items()
-            )
-            best = np.argsort(-shares[i], kind="stable")[:TOP]
-            named = tuple((run.card.names[k], float(shares[i, k])) for k in best)
-            yield Explained(file, batch[i].copy(), named, found)
+        predicted, shares = logits.argmax(1), probabilities(run, logits)
+        classes = [[number(file, int(k)) for number in numbers] for file, k in zip(files, predicted, strict=True)]
+        answers = {name: in_parts(partial(one, run.variables), batch, classes, size) for name, one in methods.items()}
+        place = itertools.count()  # of a pair of an image and a class
+        for row, (file, own) in enumerate(zip(files, classes, strict=True)):
+            found = []
+            for k, pair in zip(own, place):
+                about = names[k], float(shares[row, k]), float(logits[row, k])
+                for name, answer in answers.items():
+                    values = answer.values[pair].astype(np.float32)
+                    from_layer = layer if name.startswith(CAM) else ""
+                    found.append(Explanation(name, *about, values, from_layer, answer.completeness[pair]))
+            best = np.argsort(-shares[row], kind="stable")[:TOP]
+            named = tuple((names[k], float(shares[row, k])) for k in best)
+            yield Explained(file, batch[row].copy(), named, tuple(found))
+
+
+def class_of(run: Run, pictures: Sequence[Picture], name: str) -> ClassOf:
+    """How a class that is asked for follows from a picture. Raises UserError."""
+    if name == PREDICTED:
+        return lambda file, predicted: predicted
+    if name == TRUE:
+        labels = {str(picture): folder_class(run, picture) for picture in pictures}
+        return lambda file, predicted: labels[file]
+    number = class_number(run, name)
+    return lambda file, predicted: number
 
 
 def batches(pictures: Sequence[Picture], to: Preprocessing, upright: bool) -> Iterator[tuple[list[str], np.ndarray]]:
@@ -143,8 +149,8 @@ def probabilities(run: Run, logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(1, keepdims=True)
 
 
-def in_parts(step: Callable[..., Answer], images: np.ndarray, classes: np.ndarray, size: int) -> Answer:
-    """A method for every class [N, M] of each image, `size` pairs at a time: N * M values, image by image."""
+def in_parts(step: Callable[..., Answer], images: np.ndarray, classes: Sequence[Sequence[int]], size: int) -> Answer:
+    """A method for the M classes of each of N images, `size` pairs at a time: N * M values, image by image."""
     pairs = [(i, k) for i, several in enumerate(classes) for k in several]
     values: list[np.ndarray] = []
     completeness: list[Completeness | None] = []
@@ -168,7 +174,7 @@ def prepared(run: Run, asked: Asked) -> tuple[dict[str, Method], str]:
         raise cli.UserError(f"integrated gradients in {asked.steps} steps can't be", "take 1 or more")
     to, precision = run.card.preprocessing, run.config.train.matmul_precision
     where = None
-    if asked.layer or any(name.startswith("gradcam") for name in asked.methods):
+    if asked.layer or any(name.startswith(CAM) for name in asked.methods):
         where = feature_map.find(run.model, run.card.arch, run.variables, to.crop_size, asked.layer)
     methods: dict[str, Method] = {}
     for name in asked.methods:
