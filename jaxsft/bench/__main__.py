@@ -3,6 +3,7 @@
 python -m jaxsft.bench train [--against torch] [--arch resnet18] [--image-size 224] [--batch-size 32] [--json FILE]
 python -m jaxsft.bench run   [--config configs/cifar10.py:sample] [--json FILE]
 python -m jaxsft.bench data  [--against torch] [--folder PATH] [--image-size 224] [--arch resnet18] [--json FILE]
+python -m jaxsft.bench predict [--against torch] [--images 500] [--arch resnet18] [--workers 2] [--json FILE]
 python -m jaxsft.bench tpu   [--topology v5e:2x2] [--arch resnet50] [--batch-size 512] [--json FILE]
 python -m jaxsft.bench methods --weights FILE.pth [--against torch] [--methods full ema …] [--json FILE]
 python -m jaxsft.bench ship  --workdir DIR … [--json FILE]
@@ -19,12 +20,13 @@ if __name__ == "__main__":
 import argparse
 
 from jaxsft import cli, output
-from jaxsft.bench import data, methods, run, serve, ship, tpu, train
+from jaxsft.bench import data, methods, predict, run, serve, ship, tpu, train
 
 COMMANDS = {
     "train": train,
     "run": run,
     "data": data,
+    "predict": predict,
     "tpu": tpu,
     "methods": methods,
     "ship": ship,

@@ -14,7 +14,7 @@ from convert import names
 from jaxsft.models.families import ARCHITECTURES, family_of
 from jaxsft.parity import networks, oracle, ours
 from jaxsft.parity.oracle import Arrays, Recipe
-from jaxsft.parity.table import TAKEN_AWAY, Row, compared, held, identical, tolerance
+from jaxsft.parity.table import JUMPS, TAKEN_AWAY, Row, compared, held, identical, jumps, tolerance
 
 BLIND = 1e-3  # of the largest logit: where the images of a batch differ by less, an error could hide
 
@@ -105,8 +105,8 @@ def train_rows(options: Options, model: Module, values: dict, torch_model: nn.Mo
     weights = class_weights(model.num_classes)
     losses = {"plain": (0.0, ()), "smoothed": (0.1, ()), "weighted": (0.0, weights), "both": (0.1, weights)}
     found = ours.trained(model, options.arch, values, batch.images, batch.labels, losses)
-    logits, expected = oracle.activations(torch_model, batch.images, True, found.outputs, found.masks)
-    yield from activation_rows("train", found.outputs, expected, options)
+    logits, outputs = oracle.activations(torch_model, batch.images, True, found.outputs, found.masks)
+    yield from activation_rows("train", found.outputs, outputs, options)
     for name, (smoothing, class_weight) in losses.items():
         value = oracle.loss(logits, batch.labels, smoothing, class_weight)
         allowed = tolerance("loss", options.dtype)
@@ -115,18 +115,25 @@ def train_rows(options: Options, model: Module, values: dict, torch_model: nn.Mo
     yield from state_rows("train", found.buffers, {k: buffers[k] for k in found.buffers}, "", options.dtype)
     plain = oracle.loss(logits, batch.labels, 0.0, ())
     expected = oracle.gradients(torch_model, plain)
-    yield from gradient_rows(options, found.gradients, expected, torch_model, found.masks)
+    moved = options.dtype == "float32" and jumps(found.outputs, outputs)
+    yield from gradient_rows(options, found.gradients, expected, torch_model, found.masks, int(moved))
 
 
 def gradient_rows(
-    options: Options, found: Arrays, expected: Arrays, torch_model: nn.Module, masks: networks.Masks
+    options: Options, found: Arrays, expected: Arrays, torch_model: nn.Module, masks: networks.Masks, moved: int
 ) -> Iterator[Row]:
     """Every parameter's gradient, and whether the loss depends on every parameter that it can depend on.
+
+    Of `moved` activations, in float32, the gradient jumps (see `table.jumps`).
 
     A gradient that is zero by mathematics is a rounding on both sides, and has a row of its own kind: it is held
     relative to the network's largest.
     """
-    allowed, coarse = tolerance("gradient", options.dtype), options.dtype == "float32"
+    allowed, coarse = (
+        tolerance("gradient that jumps" if moved else "gradient", options.dtype),
+        options.dtype == "float32",
+    )
+    why = JUMPS if moved else ""
     largest = max(float(np.abs(value).max(initial=0)) for value in expected.values())
     # In float32 a rounding may be as large as a gradient: only what is 0 is known to be none.
     least = 0.0 if coarse else oracle.SEEN * largest
@@ -135,7 +142,7 @@ def gradient_rows(
     zero = oracle.taken_away(torch_model, images, masks, unseen) if unseen and not coarse else set()
     for name in sorted(expected, key=zero.__contains__):  # in torch's order, but for these, which come last
         kind, scale = (TAKEN_AWAY, largest) if name in zero else ("gradient", largest if coarse else None)
-        yield compared(f"train/{kind}/{name}", found[name], expected[name], allowed, scale)
+        yield compared(f"train/{kind}/{name}", found[name], expected[name], allowed, scale, why)
     hidden = ", ".join(name for name in unseen if name not in zero)
     yield held("train/loss depends on every parameter", not hidden, f"not on {hidden}")
 
@@ -151,11 +158,13 @@ def activation_rows(phase: str, found: Arrays, expected: Arrays, options: Option
             yield compared(f"{phase}/activation/{name}", found[name], value, tolerance(kind, dtype))
 
 
-def rows(prefix: str, found: Arrays, expected: Arrays, allowed: float, together: bool = False) -> Iterator[Row]:
-    """One row a tensor, in torch's order; `together` relative to the largest value of all of them."""
+def rows(
+    prefix: str, found: Arrays, expected: Arrays, allowed: float, together: bool = False, why: str = ""
+) -> Iterator[Row]:
+    """One row a tensor, in torch's order; `together` relative to the largest value of all; `why` it is held loosely."""
     largest = max(float(np.abs(value).max(initial=0)) for value in expected.values()) if together else None
     for name, value in expected.items():
-        yield compared(f"{prefix}/{name}", found[name], value, allowed, largest)
+        yield compared(f"{prefix}/{name}", found[name], value, allowed, largest, why)
 
 
 def state_rows(phase: str, found: Arrays, expected: Arrays, when: str, dtype: str) -> Iterator[Row]:
@@ -186,7 +195,9 @@ def step_rows(
         parameters = {name: expected.state[name] for name in expected.momentum}
         yield from rows(f"{phase}/parameter", found.state, parameters, tolerance("step parameter", dtype))
         allowed, coarse = tolerance("step momentum", dtype), dtype == "float32"
-        yield from rows(f"{phase}/momentum", found.momentum, expected.momentum, allowed, together=coarse)
+        yield from rows(
+            f"{phase}/momentum", found.momentum, expected.momentum, allowed, coarse, JUMPS if coarse else ""
+        )
         yield from state_rows(phase, found.state, expected.state, "step ", dtype)
 
     # Evaluation by running statistics that have seen a few batches only: on the first batch that was trained on.
