@@ -106,8 +106,10 @@ def main() -> int:
     parser.add_argument("--topk", type=int, default=5, help="classes an image (default: %(default)s)")
     parser.add_argument("--checkpoint", default="last", help="last, best or a step (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, help="over all devices (default: the run's)")
-    parser.add_argument("--out", type=out_to, default="", help="write them line by line: .csv, .jsonl; -: on stdout")
-    parser.add_argument("--json", default="", help="write them as one object; -: on stdout")
+    parser.add_argument(
+        "--out", type=out_to, default="", metavar="FILE", help="write them line by line: .csv, .jsonl; -: on stdout"
+    )
+    parser.add_argument("--json", default="", metavar="FILE", help="as one object; -: on stdout")
     args = parser.parse_args()
     if not args.images and not args.list:
         parser.error("the following arguments are required: IMAGE_OR_FOLDER")
@@ -116,6 +118,8 @@ def main() -> int:
     if args.batch_size is not None and args.batch_size < 1:
         raise cli.UserError(f"--batch-size is {args.batch_size}", "it must be 1 or more")
     form, open_out = args.out
+    if sys.stdout is sys.stderr and args.json in output.STDOUT:
+        raise cli.UserError("--out and --json are both stdout", "name a file for one of them")
     open_json = output.text_to(args.json, whole=True)
     keep_compilations()
     paths = loose.find([image for image in args.images if image != STDIN], listed(args))

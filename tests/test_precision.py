@@ -148,7 +148,7 @@ def test_predictions_are_as_the_config_says(tmp_path: Path) -> None:
     with compiled_into(tmp_path):
         run = Run(tmp_path, config, card, model, zeros(model, SIDE), 1)
         assert len(list(prediction.predict(run, [picture], 1))) == 1
-    (written,) = tmp_path.glob("*jit_body*compile*")
+    (written,) = tmp_path.glob("*_compile.mlir")
     assert "HIGH" in precisions(written.read_text()) <= {"HIGH", "HIGHEST"}
 
 

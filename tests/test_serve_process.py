@@ -47,10 +47,8 @@ def answer_in_thread(address: tuple[str, int]) -> tuple[threading.Thread, list[s
 
 
 def test_the_end_answers_what_is_in_flight(workdir: Path) -> None:
-    with bench.service("jaxsft.serve", f"--workdir={workdir}", "--port=0", "--max-wait-ms=4000", "--max-batch=2") as (
-        process,
-        address,
-    ):
+    options = ("--port=0", "--max-wait-ms=4000", "--max-batch=2")
+    with bench.service("jaxsft.serve", f"--workdir={workdir}", *options) as (process, address):
         thread, heard = answer_in_thread(address)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0

@@ -1,8 +1,9 @@
-"""Measure how fast training, evaluation and the loading of images are, and how well methods learn from few labels.
+"""Measure how fast training, evaluation, loading and prediction are, and how well methods learn from few labels.
 
 python -m jaxsft.bench train [--against torch] [--arch resnet18] [--image-size 224] [--batch-size 32] [--json FILE]
 python -m jaxsft.bench run   [--config configs/cifar10.py:sample] [--json FILE]
 python -m jaxsft.bench data  [--against torch] [--folder PATH] [--image-size 224] [--arch resnet18] [--json FILE]
+python -m jaxsft.bench predict [--against torch] [--images 500] [--arch resnet18] [--workers 2] [--json FILE]
 python -m jaxsft.bench tpu   [--topology v5e:2x2] [--arch resnet50] [--batch-size 512] [--json FILE]
 python -m jaxsft.bench methods --weights FILE.pth [--against torch] [--methods full ema …] [--json FILE]
 python -m jaxsft.bench serve [--workdir RUN] [--against torch] [--requests 2000] [--clients 32] [--json FILE]
@@ -18,12 +19,13 @@ if __name__ == "__main__":
 import argparse
 
 from jaxsft import cli, output
-from jaxsft.bench import data, methods, run, serve, tpu, train
+from jaxsft.bench import data, methods, predict, run, serve, tpu, train
 
 COMMANDS = {
     "train": train,
     "run": run,
     "data": data,
+    "predict": predict,
     "tpu": tpu,
     "methods": methods,
     "serve": serve,

@@ -75,8 +75,8 @@ class Pipeline:
 
         self._handed_over = self._handed_over and processes > 0
         steps = grain.MapDataset.range(len(reader.plan))
-        if isinstance(reader.plan, EvalPlan) and reader.plan.again:
-            steps = steps.repeat()
+        if isinstance(reader.plan, EvalPlan):  # without an end: with its process a batch goes that nobody has taken
+            steps = steps.repeat() if reader.plan.again else grain.MapDataset.range(sys.maxsize)
         steps = steps[start:].map(reader)
         if self._handed_over:
             steps = steps.map(handover.Packer())

@@ -45,7 +45,7 @@ class EvalPlan:
 
     size: int
     batch_size: int
-    again: bool = True  # whether the set is evaluated more than once, and its first batches are made ready for that
+    again: bool = True  # whether the set is evaluated once more, and its first batches are made ready for that
 
     def __len__(self) -> int:
         return (self.size + self.batch_size - 1) // self.batch_size
@@ -122,8 +122,10 @@ class Reader:
         """The arrays of `plan[step]` with "image", "label" (and "size"), the same of the partners, and "bad".
 
         In place of a broken image training gets the next readable one; evaluation has a False mask there. "bad" holds
-        pairs (number of the image, reason).
+        pairs (number of the image, reason). After the last step there is nothing.
         """
+        if step >= len(self.plan):
+            return {"bad": []}
         numbers = {name: self.own_rows(value) for name, value in self.plan[step].items()}
         example, mask = numbers["example"], numbers.get("mask")
         roles = {"": example, "partner_": numbers["partner"]} if "partner" in numbers else {"": example}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -20,7 +21,9 @@ from jaxsft.run.evaluation import results
 from jaxsft.run.parallel import DataParallel, all_devices
 from jaxsft.run.saved import Run
 
-FEW = 128  # pictures: as many are read, in threads, before worker processes have started
+# Pictures that threads read: PIL decodes outside Python's lock, and two processes take as long to start as a core takes
+# for 500 photographs. Of more, on many cores, threads would wait for the lock.
+FEW = 1000
 find_images = loose.find
 
 
@@ -63,6 +66,27 @@ def loader_of(
     return Stream(reader, parallel, left, workers, bad, in_threads=few)
 
 
+class Program(NamedTuple):
+    """What predicts for a run, ready for the next pictures."""
+
+    parallel: DataParallel
+    step: Callable[..., Any]
+    variables: Any  # on all devices
+
+
+PROGRAMS: weakref.WeakKeyDictionary[Run, Program] = weakref.WeakKeyDictionary()  # for as long as their runs are there
+
+
+def program_of(run: Run) -> Program:
+    """The compiled step of a run; a second call to predict, as in a notebook, finds it made."""
+    if run not in PROGRAMS:
+        parallel, card = all_devices(run.config), run.card
+        _, left = layout_of(Loose(()), card.preprocessing, ())
+        body = make_probability_step(run.model, left, card.multi_label, card.temperature, axis_name=parallel.axis_name)
+        PROGRAMS[run] = Program(parallel, parallel.compile(body), parallel.replicate(run.variables))
+    return PROGRAMS[run]
+
+
 def predict(
     run: Run,
     pictures: Sequence[Picture],
@@ -88,23 +112,14 @@ def predict(
     Raises:
       UserError: the network computes no numbers, or the batch does not split over the devices.
     """
-    parallel = all_devices(run.config)
+    program = program_of(run)
     if batch_size is not None:
-        parallel.check_batch(batch_size, what="--batch-size")
-    loader = loader_of(run, pictures, parallel, batch_size, BadFiles("skip") if bad is None else bad)
+        program.parallel.check_batch(batch_size, what="--batch-size")
+    loader = loader_of(run, pictures, program.parallel, batch_size, BadFiles("skip") if bad is None else bad)
     names, source = run.card.names, loader.reader.source
-    step = parallel.compile(
-        make_probability_step(
-            run.model,
-            loader.preprocessing,
-            run.card.multi_label,
-            run.card.temperature,
-            axis_name=parallel.axis_name,
-        )
-    )
     left = len(source)
     try:
-        for batch in results(step, parallel.replicate(run.variables), loader):
+        for batch in results(program.step, program.variables, loader):
             rows, numbers = (batch[name][batch["mask"]] for name in ("probability", "example"))
             if not np.isfinite(rows).all():
                 raise cli.UserError(f"the network of step {run.step} computes no numbers", "take another --checkpoint")
