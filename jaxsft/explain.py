@@ -31,7 +31,7 @@ CALLED = {"mean": "the mean colour of the training data", "black": "black", "whi
 FAR = 0.05  # of the logit's change: attributions that miss it by more want more steps
 
 
-def write(run: Run, paths: list[Location], asked: Asked, folder: Path) -> list[dict[str, Any]]:
+def write(run: Run, paths: list[str], asked: Asked, folder: Path) -> list[dict[str, Any]]:
     """Fill a folder with overlays and the sheet, say each, and return what there is to say of each as JSON.
 
     Raises:

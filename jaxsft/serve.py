@@ -43,7 +43,7 @@ def main() -> int:
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith("jaxsft"):
             raise
-        raise missing(error.name, "serve") from None
+        raise missing(error.name.partition(".")[0], "serve") from None
     keep_compilations()
     with listener.bind(args.host, args.port, limits.timeout) as listening:
         if not listener.is_loopback(listening):

@@ -47,7 +47,8 @@ def answer_in_thread(address: tuple[str, int]) -> tuple[threading.Thread, list[s
 
 
 def test_the_end_answers_what_is_in_flight(workdir: Path) -> None:
-    with bench.service("jaxsft.serve", f"--workdir={workdir}", "--port=0", "--max-wait-ms=4000") as (process, address):
+    options = ("--port=0", "--max-wait-ms=4000", "--max-batch=2")
+    with bench.service("jaxsft.serve", f"--workdir={workdir}", *options) as (process, address):
         thread, heard = answer_in_thread(address)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
@@ -56,7 +57,7 @@ def test_the_end_answers_what_is_in_flight(workdir: Path) -> None:
 
 
 def test_a_second_signal_does_not_wait(workdir: Path, capfd) -> None:
-    options = ("--port=0", "--max-wait-ms=50000", "--timeout-s=60")
+    options = ("--port=0", "--max-wait-ms=50000", "--timeout-s=60", "--max-batch=2")
     with bench.service("jaxsft.serve", f"--workdir={workdir}", *options) as (process, address):
         thread, heard = answer_in_thread(address)
         for _ in range(2):
@@ -71,7 +72,7 @@ def test_a_second_signal_does_not_wait(workdir: Path, capfd) -> None:
 
 def test_the_load_test_passes(workdir: Path, tmp_path: Path, run) -> None:
     """200 requests of all kinds; torch and FastAPI find the same classes."""
-    options = ("--requests", 200, "--timeout-s", 3, "--against", "torch", "--json", tmp_path / "out.json")
+    options = ("--requests", 200, "--timeout-s", 10, "--against", "torch", "--json", tmp_path / "out.json")
     done = run("-m", "jaxsft.bench", "serve", "--workdir", workdir, *options, optimised=True)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out.json").read_text())

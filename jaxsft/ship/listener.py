@@ -150,6 +150,7 @@ def make_server(application: Any, limits: Limits, on_signal: Callable[[], None])
         application,
         http=protocol_of(limits.timeout),
         ws="none",
+        lifespan="off",
         loop="asyncio",
         log_config=None,
         log_level="error",
