@@ -12,8 +12,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
 import pytest
+import torch
 import torchvision
 from jax import lax
 
@@ -60,7 +62,14 @@ def test_training_is_torchs(arch: str, dtype: str, size: str, steps: int, monkey
 
     result = json.loads(path.read_text())
     assert result["precision"] == ("float32, products in full" if dtype == "float32" else dtype)
-    assert printed.splitlines()[0] == f"{arch} on 1 x cpu: {result['precision']}"
+    first, second = printed.splitlines()[:2]
+    assert first == f"{arch} on 1 x cpu: {result['precision']}"
+    assert second == f"{', '.join(map(' '.join, result['versions'].items()))}; {result['date']}; torch on the CPU"
+    assert {"jax", "flax", "torch", "torchvision"} <= result["versions"].keys() and result["device"] == "cpu"
+    # A wide tolerance stands beside its reason, which the footer tells.
+    wide = [line for line in printed.splitlines() if " 3e-01 " in line]
+    assert all(line.endswith("ok  (may jump)") for line in wide) and bool(wide) == (dtype == "float32")
+    assert ("\n(may jump): " in printed) == (dtype == "float32") and "\nrelative: the largest |ours" in printed
     assert result["passed"] is True
     rows = {row["name"]: row for row in result["rows"]}
     assert len(rows) == len(result["rows"]), "names are not unique"
@@ -170,8 +179,28 @@ def test_a_failure_is_the_last_line_and_the_exit_status(monkeypatch, capsys, tmp
     assert next(row["name"] for row in result["rows"] if not row["passed"]) == "eval/activation/conv1"
 
 
+def test_activations_beyond_a_bend_are_counted() -> None:
+    """And only where none is a float32 gradient held tightly."""
+    ours = {"a": np.array([1e-9, -0.5, 5.9, 7]), "b": np.array([-1.0])}
+    torch_ = {"a": np.array([-1e-9, -0.6, 6.1, 8]), "b": np.array([-1.0])}
+    assert table.jumps(ours, torch_) == 2 and table.jumps(ours, ours) == 0
+    values = {"fc.bias": np.array([1.0]), "x": np.array([2.0])}
+    options = Options(SMALL, "float32")
+    for moved, passed in ((0, False), (2, True)):
+        found = {"fc.bias": np.array([1.0]), "x": np.array([2.1])}  # 5 % of the largest
+        row = list(compare.gradient_rows(options, found, values, torch.nn.Identity(), {}, moved))[1]
+        assert (row.passed, row.note) == (passed, table.JUMPS if moved else "")
+        assert "note" not in row.record()
+
+
 WRONG = (
     (("--arch", "resnet81"), "did you mean 'resnet18'?"),
+    ((), "give either --arch ARCH or --workdir RUN IMAGE_OR_FOLDER"),
+    (("--arch", SMALL, "--workdir", "x", "a.png"), "give either --arch ARCH or --workdir RUN IMAGE_OR_FOLDER"),
+    (("--arch", SMALL, "a.png"), "IMAGE_OR_FOLDER ... and --workdir RUN go together"),
+    (("--workdir", "x"), "IMAGE_OR_FOLDER ... and --workdir RUN go together"),
+    (("--workdir", "x", "none.png"), "none.png can't be read: No such file or directory; name images"),
+    (("--workdir", "x", __file__), "x holds no run"),
     (("--arch", SMALL, "--batch-size", 1), "batch norm trains on 2 images"),
     (("--arch", SMALL, "--image-size", 16), "the smallest is 32"),
     (("--arch", SMALL, "--weights", "absent.pth"), "no file absent.pth"),

@@ -24,7 +24,7 @@ from jaxsft.buckets import BucketPath
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "PPM", "TIFF", "GIF")
 # How far the kernel of an interpolation reaches to each side: steps from output to output, or px where a step is less.
 REACH = {"bilinear": 1, "bicubic": 2}
-LONG = 8  # times the model's input, as of pictures that a device resizes whole: of longer ones only the middle is
+LONG = 64  # times the model's input: of longer pictures, which would take gigabytes, only the middle is resized
 
 # PIL warns of damaged EXIF, and between one and two times its limit on pixels; above that it refuses: that is enough.
 warnings.filterwarnings("ignore", module=r"PIL\.")

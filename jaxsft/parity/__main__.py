@@ -91,8 +91,8 @@ def printed(what: str, found: Iterable[table.Row], dtype: str, every: bool = Fal
             rows.append(row)
             yield row
 
-    cli.say(f"{what} on 1 x {jax.devices()[0].device_kind}: {computed_in(dtype)}; torch on the CPU")
-    cli.say(f"{', '.join(' '.join(pair) for pair in versions().items())}; {datetime.date.today()}")
+    cli.say(f"{what} on 1 x {jax.devices()[0].device_kind}: {computed_in(dtype)}")
+    cli.say(f"{', '.join(' '.join(pair) for pair in versions().items())}; {datetime.date.today()}; torch on the CPU")
     cli.say(table.HEADER)
     for line in table.lines(remembered(), every):
         cli.say(line)

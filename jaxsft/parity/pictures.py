@@ -33,6 +33,7 @@ from jaxsft.models.weights import ModelCard, Preprocessing
 from jaxsft.parity import networks
 from jaxsft.parity.oracle import nchw
 from jaxsft.parity.table import PICTURES, Row, compared, held, tolerance
+from jaxsft.progress import progress
 from jaxsft.run.saved import Run
 
 BATCH = 16  # pictures at a time
@@ -96,12 +97,12 @@ def our_model(run: Run, dtype: str) -> tuple[nn.Module, Any]:
     return model, jax.tree.map(cast, jax.device_get(run.variables))
 
 
-def compare(run: Run, paths: Sequence[str], dtype: str = "float32") -> Iterator[Row]:
-    """Rows of each picture: its decoded pixels, the model's input, the logits, the class.
+def compare(run: Run, paths: Sequence[str], dtype: str = "float32") -> list[Row]:
+    """A row a picture of its decoded pixels, then those of the model's input, of the logits, of the class.
 
     In float32 our network has our input, as in a prediction. In float64 both networks have torch's: the inputs are
-    float32 on both sides, and what is left is the network alone. To be consumed as `compare.compare`'s rows. Files that
-    can't be read are named on stderr and have no rows.
+    float32 on both sides, and what is left is the network alone. To be called as `compare.compare`. Files that can't
+    be read are named on stderr and have no rows.
 
     Raises:
       UserError: none can be read.
@@ -112,6 +113,7 @@ def compare(run: Run, paths: Sequence[str], dtype: str = "float32") -> Iterator[
     ours_input = jax.jit(lambda levels: normalise(levels.astype(jnp.float32), to))
     logits = jax.jit(lambda variables, images: model.apply(variables, images, train=False))
     found: list[tuple[str, Both]] = []
+    all_rows: list[Row] = []
 
     def rows() -> Iterator[Row]:
         levels = np.zeros((BATCH, to.crop_size, to.crop_size, 3), np.uint8)
@@ -126,21 +128,20 @@ def compare(run: Run, paths: Sequence[str], dtype: str = "float32") -> Iterator[
             of_picture = inputs[number], wanted[number], computed[number], expected[number]
             yield from picture_rows(path, both, *of_picture, run.card, dtype)
 
-    read_ = in_order(lambda path: read(path, run, transform), paths, BATCH)
-    count = 0
-    for path, both in zip(paths, read_, strict=True):
+    both_ways = in_order(lambda path: read(path, run, transform), paths, BATCH)
+    for path, both in progress(zip(paths, both_ways, strict=True), total=len(paths), unit="image"):
         if not isinstance(both, Both):
             cli.warn(f"left out {path}: {both}")
             continue
         found.append((path, both))
-        count += 1
         if len(found) == BATCH:
-            yield from rows()
+            all_rows += rows()
             found.clear()
     if found:
-        yield from rows()
-    if not count:
+        all_rows += rows()
+    if not all_rows:
         raise cli.UserError(f"none of {len(paths)} images can be read", f"name {', '.join(decode.FORMATS)} files")
+    return sorted(all_rows, key=lambda row: QUANTITIES.index(row.name.split("/", 2)[1]))
 
 
 def picture_rows(

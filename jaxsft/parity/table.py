@@ -177,8 +177,8 @@ def footer(rows: Iterable[Row], dtype: str) -> Iterable[str]:
         yield "  Of a learning rate: over the largest so far."
     if dtype == "float32" and any(re.search("/(gradient|momentum)/", name) for name in names):
         yield "  Of float32 gradients and momentum: over the largest of all tensors."
-        yield "(may jump): an activation that is 0 but for rounding may pass its gradient on one side only. torch's own"
-        yield "  float32 leaves its own float64 by as much. The proof is --dtype float64, which holds all of it to 1e-10."
+        yield "(may jump): an activation that is 0 but for rounding may pass its gradient on one side only; torch's own"
+        yield "  float32 leaves its own float64 by as much. The proof is --dtype float64, which holds it to 1e-10."
     yield "A tolerance of 0 is equality, bit for bit; a row without numbers holds or does not."
 
 
