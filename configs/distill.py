@@ -15,7 +15,8 @@ labels, half is how far it is from the teacher's answers, both softened by a tem
 
 ResNet-18 has 11,181,642. The variants have not been measured yet. From scratch, `--config.model.weights=`, a
 MobileNetV3 needs a thousand updates or more: its running statistics move by a hundredth in each, as torchvision's do,
-and after 470 they still held what they began with (0.13 on CIFAR-10's test images). A run without the teacher, to see what it is good for: `--config.train.teacher=`.
+and after 470 they still held what they began with (0.13 on CIFAR-10's test images). `--config.train.teacher=` trains
+without the teacher, to see what it is good for.
 """
 
 from ml_collections import ConfigDict
