@@ -10,6 +10,7 @@ import json
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -214,10 +215,13 @@ def test_parameters_are_checked(client: TestClient) -> None:
 
 
 def exchange(
-    app: Any, receive: Callable[[], Awaitable[dict[str, Any]]], headers: dict[str, str] = RAW
+    app: Any,
+    receive: Callable[[], Awaitable[dict[str, Any]]],
+    headers: dict[str, str],
+    sent: list[dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """What an application sends to a client that behaves as `receive` does."""
-    sent: list[dict[str, Any]] = []
+    """What an application sends, appended to `sent`, to a client that behaves as `receive` does."""
+    sent = [] if sent is None else sent
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
@@ -231,25 +235,30 @@ def exchange(
 
 def test_a_long_body_is_refused_before_it_is_read(client: TestClient) -> None:
     """By its length, and in chunks at the first byte too many; the connection is closed, but not at once."""
-    asked: list[int] = []
+    sent: list[dict[str, Any]] = []
+    asked: list[bool] = []  # whether the answer had gone out
 
     async def receive() -> dict[str, Any]:
-        asked.append(1)
+        asked.append(len(sent) == 2)
         return {"type": "http.request", "body": bytes(300_000), "more_body": len(asked) < 10}
 
-    sent = exchange(client.app, receive, {**RAW, "Content-Length": "3000000"})
+    exchange(client.app, receive, {**RAW, "Content-Length": "3000000"}, sent)
     assert sent[0]["status"] == 413 and (b"connection", b"close") in sent[0]["headers"]
     assert [message.get("more_body") for message in sent[1:]] == [True, False]
-    assert len(asked) == 10  # taken in and thrown away, after the answer
+    assert asked == [True] * 10  # taken in and thrown away, after the answer
+    sent.clear()
     asked.clear()
-    assert exchange(client.app, receive, {**RAW, "Transfer-Encoding": "chunked"})[0]["status"] == 413
+    exchange(client.app, receive, {**RAW, "Transfer-Encoding": "chunked"}, sent)
+    assert (sent[0]["status"], asked) == (413, [False] * 4 + [True] * 6)
     assert client.app.state.house.held.bytes == 0
 
 
 def test_who_sends_for_ever_is_left(client: TestClient, monkeypatch) -> None:
     monkeypatch.setattr("jaxsft.ship.guard.LINGER", 0.05)
+    began = time.monotonic()
 
     async def receive() -> dict[str, Any]:
+        assert time.monotonic() - began < 30
         await asyncio.sleep(0.001)
         return {"type": "http.request", "body": bytes(500_000), "more_body": True}
 

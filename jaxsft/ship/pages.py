@@ -57,7 +57,7 @@ def reference(schema: dict[str, Any], base: str) -> str:
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>",
-        "<p><a href='/'>The page</a> to drop a picture on; <a href='/openapi.json'>the same for programs</a>.",
+        "<p><a href='./'>The page</a> to drop a picture on; <a href='openapi.json'>the same for programs</a>.",
         f"<pre>curl -F file=@cat.jpg {html.escape(base)}predict\n"
         "curl -H 'Content-Type: image/jpeg' --data-binary @cat.jpg "
         f"'{html.escape(base)}predict?topk=3&amp;explain=true'</pre>",

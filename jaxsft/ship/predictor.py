@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsft.cli import UserError
@@ -66,7 +67,7 @@ class Predictor:
 
         def body(variables: Any, images: jax.Array) -> jax.Array:
             logits = model.apply(variables, normalise(images, to), train=False)
-            return probabilities(logits / temperature)
+            return probabilities(logits.astype(jnp.float32) / temperature)
 
         compiled = jax.jit(with_products(body, matmul_precision))
         image = Part((to.crop_size, to.crop_size, 3), np.uint8)
