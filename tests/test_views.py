@@ -71,6 +71,14 @@ def test_views_are_torchvisions(tta: str, tempered: float) -> None:
     np.testing.assert_allclose(found["nll"], -np.log(expected.numpy()[np.arange(6), labels]), rtol=1e-10)
 
 
+def test_views_are_in_torchvisions_order() -> None:
+    images = np.random.default_rng(3).normal(0, 1, (2, 19, 19, 3)).astype(np.float32)
+    views, crop = Views(flip=True, crops=True), transforms.TenCrop(TO.crop_size)
+    for number, expected in enumerate(crop(torch.from_numpy(images.transpose(0, 3, 1, 2)))):
+        found = views.one(images, TO.crop_size, np.int32(number))  # type: ignore[arg-type]
+        np.testing.assert_array_equal(np.asarray(found).transpose(0, 3, 1, 2), expected)
+
+
 @pytest.mark.parametrize("tempered", [1.0, 0.6])
 def test_views_of_several_labels(tempered: float) -> None:
     rng = np.random.default_rng(2)
