@@ -23,7 +23,6 @@ from jaxsft.run.explanation import PREDICTED, TRUE, Asked, explain, windows
 from jaxsft.run.machine import keep_compilations
 from jaxsft.run.prediction import find_images
 from jaxsft.run.saved import Run, load_run
-from jaxsft.storage import Location
 
 INDEX, OVERVIEW = "index.html", "overview.png"
 LONGEST = 40  # letters of a name that a file's name takes over
