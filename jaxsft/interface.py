@@ -29,9 +29,10 @@ from jaxsft import cli, export, recipes, storage
 from jaxsft import config as config_module
 from jaxsft.buckets import BucketPath
 from jaxsft.cli import UserError
+from jaxsft.interpret import predictions as tables
 from jaxsft.interpret.mistakes import Mistakes, mistakes
 from jaxsft.interpret.multilabel import Result
-from jaxsft.run import evaluation, prediction, saved, training
+from jaxsft.run import evaluation, prediction, saved, temperature, training
 from jaxsft.run import workdir as workdir_module
 from jaxsft.run.machine import keep_compilations
 from jaxsft.storage import Location
@@ -59,19 +60,40 @@ class Run(saved.Run):
         state = "finished" if self.finished else "not finished"
         return f"<{self.card.arch} of {self.card.num_classes} classes at step {self.step}, {self.workdir}, {state}>"
 
-    def evaluate(self, data: str = "", split: str = "") -> Result:
-        """Evaluate on every image once: loss, accuracy, top-5, accuracy by class and confusions.
+    def evaluate(self, data: str = "", split: str = "", tta: str = "", predictions: Place | None = None) -> Result:
+        """Evaluate on every image once: loss, accuracy, top-5, and what the result's methods say; a notebook shows it.
 
-        Of several labels an image: loss, mean average precision, F1, the share that is right in all its labels.
+        `per_class_table()`, `average("macro")`, `confused(10)`, `confusion`, `calibration()`, `interval()`,
+        `top_losses(10)`. Of several labels an image: loss, mean average precision, F1, the share that is right in all
+        its labels.
 
         Args:
           data: a source as config.data.source names it; '': the run's own.
           split: such as 'test[:500]'; '': the one to evaluate on.
+          tta: 'flip', 'crops' or 'flip+crops': average the probabilities over such views of each image.
+          predictions: a file, .csv or .parquet, that gets a row for each image.
 
         Raises:
-          UserError: there is no such data, or it has a class that the model lacks.
+          UserError: there is no such data, it has a class that the model lacks, or the file can't be written.
         """
-        return evaluation.evaluate_run(self, evaluation.open_examples(self, data, split))
+        to = None if predictions is None else tables.predictions_to(str(place_of(predictions)))
+        return evaluation.evaluate_into(self, evaluation.open_examples(self, data, split, tta=tta), to)
+
+    def fit_temperature(self, split: str, data: str = "") -> Run:
+        """The run with the temperature that makes its probabilities fit `split` best, written into its model.json too.
+
+        Take a split that was neither trained on nor is the one to evaluate on.
+
+        Args:
+          split: such as 'val'.
+          data: as for `evaluate`.
+
+        Raises:
+          UserError: as `evaluate`, or no temperature fits.
+        """
+        fitted = temperature.with_fitted(self, evaluation.open_examples(self, data, split))
+        temperature.write(fitted)
+        return dataclasses.replace(self, card=fitted.card)
 
     def predict(self, images: Picture | Iterable[Picture], topk: int = 5) -> list[dict[str, Any]]:
         """The most probable classes of images.
@@ -105,8 +127,7 @@ class Run(saved.Run):
         """
         examples = evaluation.open_examples(self, data, split)
         source, answers = examples.source, evaluation.evaluate_run(self, examples).answers
-        names = (*source.class_names, *self.card.names[len(source.class_names) :])
-        return mistakes(source, answers, names, most)
+        return mistakes(source, answers, evaluation.names_of(self, source), most)
 
     def export(self, path: Place) -> Location:
         """Write the weights to a new file, in the form that its name ends in, and say how they are read.

@@ -11,7 +11,8 @@ import pytest
 from sklearn import metrics as sklearn
 
 from jaxsft.interpret import metrics
-from jaxsft.interpret.metrics import Evaluation
+from jaxsft.interpret.metrics import UNRANKED, Evaluation
+from jaxsft.interpret.per_class import PerClass, confused_pairs
 from jaxsft.learn.losses import cross_entropy
 
 ROWS, BATCH = 203, 64  # the last batch holds 11
@@ -67,6 +68,78 @@ def test_everything_is_scikit_learns(classes: int) -> None:
     of_few = {3: "", 6: f", top-5 {top5:.4f} of 6 classes"}  # of five and fewer all are among the first five
     said = of_few.get(classes, f", top-5 {top5:.4f}")
     assert found.summary() == f"accuracy {right / ROWS:.4f} ({right} of {ROWS}){said}, loss {found.loss:.4f}"
+
+
+@pytest.mark.parametrize("classes", [3, 12])
+def test_each_class_is_scikit_learns(classes: int) -> None:
+    """Class 1 has no examples, 2 no predictions, and the last neither."""
+    logits, labels = draw(classes + 1)
+    labels[(labels == 1) | (labels == classes)] = 0
+    logits[:, 2] = logits[:, classes] = -9
+    found, numbers, predicted = evaluate(logits, labels), np.arange(classes + 1), logits.argmax(1)
+    *ratios, support = sklearn.precision_recall_fscore_support(
+        labels, predicted, labels=numbers, average=None, zero_division=np.nan
+    )
+    rows = found.per_class_table()
+    assert [row.label for row in rows] == numbers.tolist()
+    np.testing.assert_array_equal([row.support for row in rows], support)
+    np.testing.assert_allclose([row[1:4] for row in rows], np.transpose(ratios), rtol=1e-15)
+    assert np.isnan(rows[1].recall) and rows[1].f1 == 0 and np.isnan(rows[2].precision) and np.isnan(rows[-1].f1)
+    report = sklearn.classification_report(labels, predicted, output_dict=True, zero_division=0)
+    for how in ("macro", "weighted"):
+        expected = report[f"{how} avg"]
+        wanted = {"precision": expected["precision"], "recall": expected["recall"], "f1": expected["f1-score"]}
+        assert found.average(how) == pytest.approx(wanted, rel=1e-12)
+    assert found.average("micro") == pytest.approx(dict.fromkeys(("precision", "recall", "f1"), found.accuracy))
+
+
+def test_a_row_without_a_prediction_is_an_example_of_its_class() -> None:
+    label, predicted = np.array([0, 0, 1, 2]), np.array([0, UNRANKED, 1, 1])
+    found = PerClass.of(label, predicted, 3)
+    np.testing.assert_array_equal(found.recall, [0.5, 1, 0])
+    np.testing.assert_array_equal(found.precision, [1, 0.5, np.nan])
+    assert confused_pairs(label, predicted, 9) == [(2, 1, 1)]
+    assert found.average("micro") == pytest.approx({"precision": 2 / 3, "recall": 2 / 4, "f1": 4 / 7})
+
+
+def test_confused_pairs_are_the_largest_of_the_confusion_matrix() -> None:
+    logits, labels = draw(12)
+    found = evaluate(logits, labels)
+    matrix = found.confusion.copy()
+    np.fill_diagonal(matrix, 0)
+    places = [(-matrix[a, b], a, b) for a in range(12) for b in range(12) if matrix[a, b]]
+    expected = [(a, b, -count) for count, a, b in sorted(places)]
+    assert found.confused(1000) == expected
+    assert found.confused(3) == expected[:3]
+    far = np.array([999_999, 3], np.int32)  # whose code does not fit 32 bits
+    assert confused_pairs(far, far[::-1], 5) == [(3, 999_999, 1), (999_999, 3, 1)]
+    assert confused_pairs(far, far, 5) == []
+
+
+def test_what_is_said_of_probabilities_is_scikit_learns() -> None:
+    logits, labels = draw(12)
+    found = evaluate(logits, labels)
+    odds = np.exp(logits.astype(np.float64))
+    probabilities = odds / odds.sum(1, keepdims=True)
+    assert found.nll == pytest.approx(sklearn.log_loss(labels, probabilities, labels=range(12)), rel=1e-6)
+    assert found.brier == pytest.approx(((probabilities - np.eye(12)[labels]) ** 2).sum(1).mean(), rel=1e-6)
+    curve = found.calibration()
+    assert curve.counts.sum() == ROWS
+    assert (curve.counts * np.nan_to_num(curve.accuracy)).sum() == pytest.approx(found.accuracy * ROWS)
+    worst = found.top_losses(4)
+    assert found.answers["loss"][worst].tolist() == sorted(found.answers["loss"], reverse=True)[:4]
+    logits[17, 2] = np.nan
+    assert evaluate(logits, labels).top_losses(1).tolist() == [17]
+
+
+def test_the_first_classes_are_the_most_probable() -> None:
+    logits, labels = draw(12)
+    found = jax.device_get(metrics.answer(logits, labels, top=5))
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    np.testing.assert_array_equal(found["classes"], order)
+    odds = np.exp(logits.astype(np.float64))
+    expected = np.take_along_axis(odds / odds.sum(1, keepdims=True), order, 1)
+    np.testing.assert_allclose(found["probabilities"], expected, rtol=1e-5)
 
 
 def test_a_class_without_examples_has_no_accuracy() -> None:

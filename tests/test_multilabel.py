@@ -314,8 +314,13 @@ def test_a_run_says_what_it_is_and_reports_each_class(run: jaxsft.Run) -> None:
 
 def test_the_commands_say_what_the_run_does(run: jaxsft.Run, images: Path, tmp_path: Path) -> None:
     last, names = records(run.workdir)[-1], list(COLOURS)
-    status, said, _ = hear_command(f"evaluate --workdir {run.workdir} --json @/e.json", tmp_path)
-    assert status == 0 and "mAP" in said
+    status, said, _ = hear_command(f"evaluate --workdir {run.workdir} --json @/e.json --predictions @/t.csv", tmp_path)
+    assert status == 0 and "mAP" in said and "macro F1" in said and "micro " in said and "calibration: ECE" in said
+    rows = (tmp_path / "t.csv").read_text().splitlines()
+    assert rows[0] == "file,label,predicted,correct,loss," + ",".join(f"p_{name}" for name in names)
+    assert len(rows) == last["count"] + 1 and sum(",True," in row for row in rows) == round(
+        last["accuracy"] * last["count"]
+    )
     found = json.loads((tmp_path / "e.json").read_text())
     assert {name: found[name] for name in last if name in found and name != "step"} == {
         name: value for name, value in last.items() if name in found and name != "step"

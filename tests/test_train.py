@@ -102,7 +102,7 @@ def test_evaluate_repeats_the_last_line(finished, tmp_path: Path) -> None:
     status, printed, said = hear_command(f"evaluate --workdir {workdir} --json @/result.json", tmp_path)
     assert status == 0, said
     result, last = json.loads((tmp_path / "result.json").read_text()), records(workdir)[-1]
-    assert printed.endswith(f"; {result['precision']}\n")
+    assert printed.splitlines()[0].endswith(f"; {result['precision']}")
     assert result["precision"] == "float32 (auto), products in full"
     assert result["accuracy"] == last["accuracy"]
     assert result["top5"] == last["top5"]

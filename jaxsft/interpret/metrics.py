@@ -15,8 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.scipy.special import logsumexp
 
-from jaxsft.interpret import per_class
+from jaxsft.interpret import bootstrap, calibration, per_class
+from jaxsft.interpret.bootstrap import Interval
+from jaxsft.interpret.calibration import BINS, Calibration
 from jaxsft.interpret.per_class import PerClass
 
 UNRANKED = -1  # the prediction of a row with a NaN
@@ -57,23 +61,47 @@ def count(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Arr
     }
 
 
-def answer(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+def answer(logits: jax.Array, labels: jax.Array, top: int = 0) -> dict[str, jax.Array]:
     """What a model takes each example for.
 
     Args:
-      logits: [N, K].
+      logits: [N, K], divided by the temperature.
       labels: int32 [N].
+      top: how many classes to name.
 
     Returns:
       "predicted" int32 [N], of equal logits the first, UNRANKED in a row with a NaN; its "probability", float [N]; the
-      "rank" of the label, as `rank_of` has it.
+      "rank" of the label, as `rank_of` has it; "nll", minus the logarithm of the label's probability, and "brier", the
+      squared distance of all probabilities from 1 for the label and else 0 (0 to 2), float [N]; with `top` the most
+      probable "classes", int32 [N, top], and their "probabilities".
     """
-    predicted = jnp.where(jnp.isnan(logits).any(1), UNRANKED, logits.argmax(1)).astype(jnp.int32)
-    return {
-        "predicted": predicted,
-        "probability": jax.nn.softmax(logits).max(1),
+    logarithms = jax.nn.log_softmax(logits)
+    probabilities = jax.nn.softmax(logits)
+    is_label = jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype)
+    answers = {
+        "predicted": jnp.where(jnp.isnan(logits).any(1), UNRANKED, logits.argmax(1)).astype(jnp.int32),
+        "probability": probabilities.max(1),
         "rank": rank_of(logits, labels),
+        "nll": -jnp.take_along_axis(logarithms, labels[:, None], axis=1, mode="clip")[:, 0],
+        "brier": ((probabilities - is_label) ** 2).sum(1),
     }
+    if top:
+        answers["probabilities"], answers["classes"] = lax.top_k(probabilities, top)
+    return answers
+
+
+def averaged(logits: jax.Array) -> jax.Array:
+    """The logarithm of the mean probability over several views of each example: [V, N, K] to [N, K].
+
+    Probabilities are averaged, as fastai does, not logits, as timm did: so each view has one vote, however large its
+    logits are, and what comes out is a probability of a mixture, whose loss is at most the views' mean loss.
+    """
+    return logsumexp(jax.nn.log_softmax(logits), axis=0) - jnp.log(len(logits))
+
+
+def largest(losses: np.ndarray, most: int) -> np.ndarray:
+    """The places of the largest of `losses`, float [N], the largest first, of equals the first; NaN is above all."""
+    return np.argsort(-np.where(np.isnan(losses), np.inf, losses), kind="stable")[:most]
 
 
 def gathered(batches: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
@@ -93,12 +121,15 @@ class Evaluation:
     """
 
     num_classes: int
-    answers: Mapping[str, np.ndarray]  # "example", "label", "predicted", "rank" int32 [N]; "loss", "probability" [N]
+    answers: Mapping[str, np.ndarray]  # "example", "label" int32 [N], "loss" float [N], and what `answer` says
+    class_names: tuple[str, ...] = ()  # for people; (): their numbers
 
     @classmethod
-    def of(cls, batches: Iterable[Mapping[str, Any]], num_classes: int) -> Evaluation:
+    def of(
+        cls, batches: Iterable[Mapping[str, Any]], num_classes: int, class_names: tuple[str, ...] = ()
+    ) -> Evaluation:
         """From what `make_eval_step` returns of every batch, on the host."""
-        return cls(num_classes, gathered(batches))
+        return cls(num_classes, gathered(batches), class_names)
 
     @property
     def count(self) -> int:
@@ -138,6 +169,36 @@ class Evaluation:
         """Which classes are taken for which others, the most frequent first: [(label, predicted, count), ...]."""
         return per_class.confused_pairs(self.answers["label"], self.answers["predicted"], most)
 
+    def average(self, how: str = "macro") -> dict[str, float]:
+        """The mean "precision", "recall" and "f1" of the classes, 'macro' or 'weighted'; see `PerClass.average`."""
+        return self.classes.average(how)
+
+    def calibration(self, bins: int = BINS, adaptive: bool = False) -> Calibration:
+        """The reliability curve of what is predicted, and its errors; see `calibration.calibrate`."""
+        return calibration.calibrate(self.answers["probability"], self.answers["rank"] == 0, bins, adaptive)
+
+    @property
+    def nll(self) -> float:
+        """The mean negative log-likelihood: the loss, with the temperature in it."""
+        return float(np.mean(self.answers["nll"], dtype=np.float64))
+
+    @property
+    def brier(self) -> float:
+        """Brier's score in his own definition, 0 to 2: the mean squared distance over all classes, summed over them."""
+        return float(np.mean(self.answers["brier"], dtype=np.float64))
+
+    def top_losses(self, most: int = 10) -> np.ndarray:
+        """The rows of `answers` with the largest loss, the largest first, of equals the first; NaN is above all."""
+        return largest(self.answers["loss"], most)
+
+    def interval(self, number: int = bootstrap.RESAMPLES, seed: int = bootstrap.SEED) -> dict[str, Interval]:
+        """The 95 % bootstrap intervals of "accuracy", "top5", "loss", "f1_macro" and "ece", from `number` resamples.
+
+        See `bootstrap.intervals`. That of the calibration error lies high, since a resample is noisier than what it is
+        drawn from, and noise counts as miscalibration.
+        """
+        return bootstrap.of_one_label(self.answers, self.num_classes, number, seed)
+
     @functools.cached_property
     def confusion(self) -> np.ndarray:
         """Examples by label (row) and prediction (column), int64 [K, K]; those without a prediction are not in it."""
@@ -147,6 +208,12 @@ class Evaluation:
 
     def __repr__(self) -> str:
         return f"<{self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        """What IPython displays."""
+        from jaxsft.interpret import tables  # here: it imports this module
+
+        return tables.as_html(self)
 
     def summary(self) -> str:
         """One line for people."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-AVERAGES = ("macro", "weighted")
+AVERAGES = ("macro", "weighted", "micro")
 RATIOS = ("precision", "recall", "f1")
 
 
@@ -32,7 +32,7 @@ def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PerClass:
-    """How often each class is right, is an example's, and is predicted: int64 [K] each."""
+    """How often each class is right, is an example's, and is predicted: int64 [K] each; of resamples float64."""
 
     hits: np.ndarray  # predictions of the class that are right
     support: np.ndarray  # examples of it
@@ -68,11 +68,15 @@ class PerClass:
         """Precision, recall and F1 over all classes that an example has or is predicted: "precision", "recall", "f1".
 
         What scikit-learn's classification_report says under the same names: a ratio with nothing to divide by counts as
-        0. The micro average has no place here, for with one label and one prediction an example it is the accuracy.
+        0.
 
         Args:
-          how: 'macro', the mean over classes | 'weighted', by how many examples they have.
+          how: 'macro', the mean over classes | 'weighted', by how many examples they have | 'micro', of all decisions
+            together, which of one label an example is the accuracy three times.
         """
+        if how == "micro":
+            whole = PerClass(*(np.array([counts.sum()]) for counts in (self.hits, self.support, self.predicted)))
+            return {name: float(np.nan_to_num(getattr(whole, name)[0])) for name in RATIOS}
         occurs = self.support + self.predicted > 0
         weights = self.support[occurs] if how == "weighted" else np.ones(int(occurs.sum()))
         values = {name: np.nan_to_num(getattr(self, name)[occurs]) for name in RATIOS}

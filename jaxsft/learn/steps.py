@@ -100,30 +100,53 @@ def make_statistics_step(
 
 
 def make_eval_step(
-    model: nn.Module, preprocessing: Preprocessing | None, *, logits: bool = False, axis_name: str | None = None
+    model: nn.Module,
+    preprocessing: Preprocessing | None,
+    *,
+    logits: bool = False,
+    top: int = 0,
+    temperature: float = 1.0,
+    views: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    number_of_views: int = 1,
+    axis_name: str | None = None,
 ) -> Callable[[Any, Dataset, Batch], dict[str, jax.Array]]:
     """(variables, dataset, this device's batch with "mask") -> what the model takes each example of all devices for.
 
     That is "example" int32 [B], its "label" and "loss", float [B], what `metrics.answer` says, or `multilabel.answer`
-    of several labels an image, and "mask" bool [B]. The loss is cross-entropy, of several labels binary cross-entropy.
+    of several labels an image, and "mask" bool [B]. The loss is cross-entropy, of several labels binary cross-entropy,
+    of the logits as they are; the temperature is in all that is said of probabilities.
 
     Args:
       model: the network.
       preprocessing: what is left to be done to the images; without it they are the model's input as they are.
-      logits: return "logits" [B, K], too; of several labels they are there in any case.
+      logits: return "logits" [B, K], as they are; of several labels they are there in any case, else with the
+        temperature in them.
+      top: how many of the most probable classes to return, of one label an image.
+      temperature: what logits are divided by before they become probabilities.
+      views: (prepared images, a view's number, int32) -> the model's input; probabilities are averaged over the views.
+      number_of_views: how many there are.
       axis_name: of the devices, where there are several.
     """
 
     def eval_step(variables: Any, dataset: Dataset, batch: Batch) -> dict[str, jax.Array]:
         batch = gather(dataset, batch)
         images = batch["image"] if preprocessing is None else preprocess(batch["image"], preprocessing)
-        scores, labels = model.apply(variables, images, train=False), batch["label"]
+        labels = batch["label"]
         several = labels.ndim == 2
+        kind = multilabel if several else metrics
+        if views is None:
+            scores = model.apply(variables, images, train=False)
+            tempered = scores if temperature == 1 else scores / temperature
+        else:
+            of_view = lambda number: model.apply(variables, views(images, number), train=False)
+            each = lax.map(of_view, jnp.arange(number_of_views))
+            scores = kind.averaged(each)
+            tempered = scores if temperature == 1 else kind.averaged(each / temperature)
         answers = {
             **{name: batch[name] for name in ("example", "label", "mask")},
             "loss": (binary_cross_entropy if several else cross_entropy)(scores, labels),
-            **(multilabel if several else metrics).answer(scores, labels),
-            **({"logits": scores} if logits or several else {}),
+            **(multilabel.answer(tempered, labels) if several else metrics.answer(tempered, labels, top)),
+            **({"logits": scores if logits else tempered} if logits or several else {}),
         }
         return answers if axis_name is None else lax.all_gather(answers, axis_name, tiled=True)
 

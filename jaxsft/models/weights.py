@@ -71,8 +71,12 @@ class ModelCard:
     def save(self, directory: Path) -> None:
         """Write `directory`/model.json, whole or not at all."""
         partial = directory / (CARD + ".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        partial.write_text(self.to_json())
         partial.replace(directory / CARD)
+
+    def to_json(self) -> str:
+        """What model.json holds."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
     def load(cls, directory: Location) -> ModelCard:

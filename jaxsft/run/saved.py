@@ -12,6 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxsft import config as config_module
+from jaxsft import storage
 from jaxsft.cli import UserError
 from jaxsft.models import weights
 from jaxsft.models.initial import make_model
@@ -107,6 +108,11 @@ def read_card(workdir: Location) -> ModelCard:
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             return ModelCard.of(in_checkpoint(workdir, "card"))
         raise
+
+
+def write_card(workdir: Location, card: ModelCard) -> None:
+    """Let a run's model.json be `card`, whole or not at all. Raises UserError where it can't be written."""
+    storage.write_file(workdir / weights.CARD, card.to_json().encode())
 
 
 def in_checkpoint(workdir: Location, name: str) -> Any:
