@@ -62,7 +62,7 @@ def test_leaves_a_whole_workdir_and_says_where(finished) -> None:
     assert '<th scope="row">computed in</th><td>float32 (auto), products in full</td>' in report
     assert "<summary>All 38 arrays</summary>" in report and "310,746 of 310,746 numbers train" in report
     assert '<th scope="row">fc/kernel</th><td>128x10</td><td>0</td><td>0.02</td><td>0.0005</td>' in report
-    assert "cpu core" in report and len(report) < 2_000_000
+    assert "1 x cpu, pmap" in report and len(report) < 2_000_000
     lines = records(workdir)
     assert lines[-1]["final"] is True
     assert lines[-1]["count"] == 1000

@@ -17,6 +17,7 @@ from jaxsft import cli, patience, storage
 from jaxsft.run import checkpoint, lease, pretrained, saved, training, working_copy
 from jaxsft.run.checkpoint import Checkpoints
 from jaxsft.run.lease import Lease
+from jaxsft.run.log import records
 from jaxsft.run.working_copy import COMMITTED, WorkingCopy
 from tests import small
 from tests.commands import run_command
@@ -54,7 +55,7 @@ def test_cut_off_between_any_two_writes_a_run_can_be_resumed(google, place) -> N
         again = WorkingCopy(workdir)
         assert checkpoint.steps(again.path) == found
         last = found[-1] if found else 0
-        logged = [record["step"] for record in training.records(again.path)]
+        logged = [record["step"] for record in records(again.path)]
         assert logged[:last] == steps[:last]  # what may be ahead is cut when the run resumes
         for step in found:
             texts = [(again.path / "checkpoints" / str(step) / name).read_text() for name in ("state/a", "host")]

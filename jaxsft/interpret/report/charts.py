@@ -106,13 +106,23 @@ def curves(title: str, what: str, series: Sequence[Points], *, share: bool = Fal
     traces = [curve(one, form) for one in series]
     layout = {
         "xaxis": {"title": {"text": "epoch"}, "rangemode": "tozero"},
-        "yaxis": {"title": {"text": what}, "rangemode": "nonnegative", **({"tickformat": ".0%"} if share else {})},
+        "yaxis": {"title": {"text": what}, **around(series, share), **({"tickformat": ".0%"} if share else {})},
         "hovermode": "x unified",
     }
     ends = ", ".join(f"{one.name} {said(one.points[-1][2], share)}" for one in series)
     return Chart(
         title, f"{title} over the epochs; at the end {ends}", traces, layout, curve_table(title, series, share)
     )
+
+
+def around(series: Sequence[Points], share: bool) -> dict[str, Any]:
+    """A range for curves that are all one constant, which Plotly would show in the middle of -1 .. 1; else none."""
+    values = {value for one in series for _, _, value in one.points}
+    if len(values) > 1:
+        return {}
+    (value,) = values
+    ends = sorted((0, 2 * value or 1))
+    return {"range": [ends[0], min(ends[1], 1.02) if share else ends[1]]}
 
 
 def said(value: float, share: bool) -> str:

@@ -49,7 +49,7 @@
   };
 
   const layoutOf = (own) => {
-    const axis = { gridcolor: themed("line"), zerolinecolor: themed("line"), automargin: true };
+    const axis = { gridcolor: themed("line"), zerolinecolor: themed("line") };
     return {
       autosize: true, showlegend: false, margin: { l: 56, r: 14, t: 12, b: 44 },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
@@ -58,7 +58,7 @@
       modebar: { bgcolor: "rgba(0,0,0,0)", color: themed("soft"), activecolor: themed("ink") },
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
       ...coloured(own),
-      xaxis: { ...axis, ...coloured(own.xaxis) }, yaxis: { ...axis, ...coloured(own.yaxis) },
+      xaxis: { ...axis, ...coloured(own.xaxis) }, yaxis: { ...axis, automargin: true, ...coloured(own.yaxis) },
     };
   };
 
