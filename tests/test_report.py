@@ -102,7 +102,8 @@ def of_several(classes: int, count: int = 60) -> MultiLabelEvaluation:
     logits, label = rng.normal(0, 2, (count, classes)), (rng.random((count, classes)) < 0.4).astype(np.uint8)
     answers = {"example": np.arange(count), "label": label, "predicted": (logits > 0).astype(np.uint8),
                "logits": logits,
-               "probabilities": 1 / (1 + np.exp(-logits)), "loss": rng.random(count), "probability": rng.random(count)}  # fmt: skip
+               "probabilities": 1 / (1 + np.exp(-logits)), "loss": rng.random(count),
+               "probability": rng.random(count)}  # fmt: skip
     return MultiLabelEvaluation.of([{**answers, "mask": np.ones(count, bool)}], classes)
 
 
