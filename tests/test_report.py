@@ -101,7 +101,9 @@ def of_several(classes: int, count: int = 60) -> MultiLabelEvaluation:
     rng = np.random.default_rng(1)
     logits, label = rng.normal(0, 2, (count, classes)), (rng.random((count, classes)) < 0.4).astype(np.uint8)
     answers = {"example": np.arange(count), "label": label, "predicted": (logits > 0).astype(np.uint8),
-               "logits": logits, "loss": rng.random(count), "probability": rng.random(count)}  # fmt: skip
+               "logits": logits,
+               "probabilities": 1 / (1 + np.exp(-logits)), "loss": rng.random(count),
+               "probability": rng.random(count)}  # fmt: skip
     return MultiLabelEvaluation.of([{**answers, "mask": np.ones(count, bool)}], classes)
 
 
@@ -205,7 +207,7 @@ def test_the_library_is_the_published_one() -> None:
     assert "</script" not in library.decode().lower() and "eval(" not in library.decode()
 
 
-@pytest.mark.parametrize("classes", [100, 1000])
+@pytest.mark.parametrize("classes", [pytest.param(100, marks=pytest.mark.full), 1000])
 def test_a_report_stays_small(classes: int) -> None:
     names = tuple(f"class number {k} of many" for k in range(classes))
     run = told(names, answered(classes, 20_000), records=log(20_000), wrong=gallery(names, 24, 128),

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxsft.interpret.calibration import calibrate
 from jaxsft.interpret.metrics import Evaluation
 from jaxsft.interpret.mistakes import Mistake
 from jaxsft.interpret.multilabel import MultiLabelEvaluation
@@ -143,18 +142,21 @@ def logged(run: Reported) -> Html:
 
 def calibration(run: Reported) -> Section:
     """Whether the probabilities mean what they say."""
-    title, answers = "Calibration", run.confidence()
-    if answers is None or not len(answers[0]):
+    title, result = "Calibration", run.result
+    if result is None:
         return Section("calibration", title, paragraph(run.missing or "There is no evaluation yet.", "note"))
-    confidence, correct = answers
-    found = calibrate(confidence, correct)
-    what = "labelled so" if run.card.multi_label else "right"
-    mean, share = float(confidence.mean()), float(correct.mean())
-    said = f"Expected calibration error {100 * found.ece:.1f} %, the largest of a bin {100 * found.mce:.1f} %."
-    drawn = [charts.reliability(found, what), charts.confidences(confidence, correct)]
-    if run.card.multi_label:
-        drawn = drawn[:1]
-    else:
-        said += f" The mean probability is {100 * mean:.1f} %, and {100 * share:.1f} % are right."
+    found = result.calibration()
+    if not found.counts.any():
+        return Section("calibration", title, paragraph("The network computes no numbers.", "note"))
+    said = [f"Expected calibration error {100 * found.ece:.1f} %, the largest of a bin {100 * found.mce:.1f} %."]
+    if run.card.temperature != 1:
+        said.append(f"Logits are divided by the temperature {run.card.temperature:.4g}.")
+    drawn = [charts.reliability(found, "labelled so" if run.card.multi_label else "right")]
+    if isinstance(result, Evaluation):
+        probability, right = result.answers["probability"], result.answers["rank"] == 0
+        known = ~np.isnan(probability)
+        shares = [f"{100 * float(values[known].mean()):.1f} %" for values in (probability, right)]
+        said.append(f"The mean probability is {shares[0]}, and {shares[1]} are right.")
+        drawn.append(charts.confidences(probability[known], right[known]))
     body = Html(f'<div class="charts">{joined(map(charts.html, drawn))}</div>')
-    return Section("calibration", title, joined([paragraph(said), body]))
+    return Section("calibration", title, joined([paragraph(" ".join(said)), body]))

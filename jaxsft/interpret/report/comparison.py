@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxsft.interpret.calibration import calibrate
 from jaxsft.interpret.metrics import Evaluation
 from jaxsft.interpret.report import charts, overview, page
 from jaxsft.interpret.report.charts import Points, points_of
@@ -81,8 +80,7 @@ def marked(texts: Sequence[str], values: Sequence[float], *, lowest: bool) -> li
 
 def calibration_error(run: Reported) -> float:
     """The expected calibration error; NaN where there is no evaluation."""
-    answers = run.confidence()
-    return calibrate(*answers).ece if answers is not None else math.nan
+    return math.nan if run.result is None else run.result.calibration().ece
 
 
 def evaluated_data(run: Reported) -> str:

@@ -90,8 +90,8 @@ def document(title: str, header: Html, sections: Sequence[Section]) -> bytes:
     """
     style, script, library = (asset(name) for name in (STYLE, SCRIPT, LIBRARY))
     allowed = " ".join(f"'sha256-{digest(code)}'" for code in (library, script))
-    of_pictures = "img-src data: blob:; style-src 'unsafe-inline'"
-    policy = f"default-src 'none'; {of_pictures}; script-src {allowed}; form-action 'none'; base-uri 'none'"
+    nothing = "default-src 'none'; form-action 'none'; base-uri 'none'"
+    policy = f"{nothing}; img-src data: blob:; style-src 'unsafe-inline'; script-src {allowed}"
     contents = "".join(f'<li><a href="#{s.anchor}">{escape(s.title)}</a></li>' for s in sections)
     bodies = "\n".join(
         f'<section id="{s.anchor}" aria-labelledby="{s.anchor}-title">\n'

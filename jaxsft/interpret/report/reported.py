@@ -100,21 +100,3 @@ class Reported:
         """Images a second in training, the median of the log's lines; None where none tells it."""
         speeds = [r["images_per_sec"] for r in self.records if isinstance(r.get("images_per_sec"), int | float)]
         return float(np.median(speeds)) if speeds else None
-
-    def confidence(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """(probability, whether it is right) of all that the model has said, float [N] and bool [N]; None: unknown.
-
-        Of several labels an image each decision counts: the probability is the label's, and right is that it has it.
-        """
-        if self.result is None:
-            return None
-        answers = self.result.answers
-        if self.card.multi_label:
-            if "logits" not in answers:
-                return None
-            logits = answers["logits"].astype(np.float64).ravel() / self.card.temperature
-            known = ~np.isnan(logits)
-            with np.errstate(over="ignore"):
-                return 1 / (1 + np.exp(-logits[known])), (answers["label"] > 0).ravel()[known]
-        known = ~np.isnan(answers["probability"])
-        return answers["probability"][known], (answers["label"] == answers["predicted"])[known]
