@@ -6,10 +6,13 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
-from jaxsft.data import resize
+from jaxsft.data import augment, resize
 from jaxsft.data.base import LONG
 from jaxsft.data.decode import REACH, middle, resampling
+from jaxsft.models.weights import Preprocessing
+from jaxsft.ship import onnx_file
 from tests.files import picture
 from tests.tiny import compiled
 
@@ -59,3 +62,15 @@ def test_what_a_device_resizes_whole_the_host_does_too() -> None:
         top, left = (round((side - 16) / 2) for side in whole.shape[:2])
         found = middle(PIL.Image.fromarray(image), 20, 16, "bilinear")
         np.testing.assert_array_equal(found, whole[top : top + 16, left : left + 16])
+
+
+@pytest.mark.parametrize("interpolation", REACH)
+@pytest.mark.parametrize("size", [(50, 70), (24, 20), (32, 48), (16, 16)])
+def test_a_program_in_torch_resizes_as_the_device_does(size: tuple[int, int], interpolation: str) -> None:
+    """What an exported ONNX file has inside for pictures of one size: larger, smaller, of the right one."""
+    to = Preprocessing(32, 24, interpolation=interpolation)
+    images = np.random.default_rng(0).integers(0, 256, (3, *size, 3), np.uint8)
+    found = onnx_file.with_preprocessing(torch.nn.Identity(), to, size)(torch.from_numpy(images))
+    expected = np.asarray(augment.preprocess(images, to))
+    # The same levels; a division by 255 and one by the deviation are rounded differently.
+    np.testing.assert_allclose(found.numpy().transpose(0, 2, 3, 1), expected, rtol=1e-6, atol=1e-6)

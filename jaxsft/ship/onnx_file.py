@@ -13,14 +13,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from convert import files, names
 from convert.reference import torch_network
 from jaxsft.cli import UserError
-from jaxsft.data.augment import METHODS
+from jaxsft.data.resize import BITS, HEIGHT, WIDTH, passes, weights
 from jaxsft.models.weights import ModelCard, Preprocessing
 from jaxsft.ship.facts import BATCH, as_text, facts, taken
 
@@ -111,42 +109,48 @@ def with_preprocessing(network: Any, to: Preprocessing, image_size: tuple[int, i
     import torch
 
     class Preprocessed(torch.nn.Module):
-        """Resizes by two products, as `resizing` says, and normalises."""
+        """Resizes and crops as PIL does on 8 bits, in the passes that `resizing` says, and normalises."""
 
         def __init__(self) -> None:
             super().__init__()
             self.network = network
             for name, values in (("mean", to.mean), ("std", to.std)):
                 self.register_buffer(name, torch.tensor(values, dtype=torch.float32)[:, None, None])
-            for name, matrix in zip(("rows", "columns"), resizing(image_size, to) if image_size else (None, None)):
-                self.register_buffer(name, None if matrix is None else torch.from_numpy(matrix))
+            self.axes = []
+            for axis, matrix in resizing(image_size, to) if image_size else ():
+                self.axes.append(axis)
+                self.register_buffer(f"matrix_{axis}", torch.from_numpy(matrix))
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            x = images.permute(0, 3, 1, 2).to(torch.float32)
-            if image_size:
-                x = (self.rows @ x @ self.columns).clamp(0, 255)  # bicubic interpolation overshoots
-            return self.network((x / 255 - self.mean) / self.std)
+            x = images.permute(0, 3, 1, 2)
+            if self.axes:
+                x = x.to(torch.float64)  # which holds the sums in fixed point exactly
+            for axis in self.axes:
+                matrix = getattr(self, f"matrix_{axis}")
+                sums = matrix @ x if axis == HEIGHT else x @ matrix.T
+                x = torch.floor(sums / (1 << BITS) + 0.5).clamp(0, 255)
+            return self.network((x.to(torch.float32) / 255 - self.mean) / self.std)
 
     return Preprocessed().eval()
 
 
-def resizing(image_size: tuple[int, int], to: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
-    """The matrices R [crop, height], C [width, crop] with which R @ image @ C is what `augment.preprocess` cuts out.
+def resizing(image_size: tuple[int, int], to: Preprocessing) -> list[tuple[int, np.ndarray]]:
+    """The passes by which pictures of one size become what `augment.preprocess` cuts out of them, to the last bit.
 
-    Resizing is linear, and each side is resized by itself: what it makes of the unit matrix is its matrix.
+    Returns:
+      In their order the axis, HEIGHT or WIDTH, and the weights of each pixel along it, float64 [crop_size, side]: whole
+      numbers in units of 2**-BITS.
     """
-    height, width = image_size
     short = min(image_size)
-    matrices = []
-    for side in (height, width):
-        resized = to.resize_size * side // short
-        matrix = np.eye(side, dtype=np.float32)
-        if resized != side:
-            resize = jax.image.resize(jnp.asarray(matrix), (resized, side), METHODS[to.interpolation], antialias=True)
-            matrix = np.asarray(resize)
+    size = (to.resize_size * image_size[0] // short, to.resize_size * image_size[1] // short)
+    order = passes(image_size, size, to.interpolation)
+    found = []
+    for axis in (*order, *(axis for axis in (HEIGHT, WIDTH) if axis not in order)):
+        side, resized = image_size[axis - 1], size[axis - 1]
+        whole = weights(side, resized, to.interpolation) if axis in order else np.eye(side, dtype=np.int64) << BITS
         first = round((resized - to.crop_size) / 2)
-        matrices.append(np.array(matrix[first : first + to.crop_size]))
-    return matrices[0], np.ascontiguousarray(matrices[1].T)
+        found.append((axis, whole[first : first + to.crop_size].astype(np.float64)))
+    return found
 
 
 @contextlib.contextmanager
