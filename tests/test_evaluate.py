@@ -194,6 +194,15 @@ def test_a_temperature_is_fitted_written_and_used(own: Path, tmp_path: Path) -> 
     assert isinstance(again, jaxsft.Run) and again.evaluate().nll == pytest.approx(after.nll)
 
 
+def test_a_temperature_that_can_not_be_written_is_not_fitted(own: Path, tmp_path: Path) -> None:
+    (own / "model.json").unlink()
+    (own / "model.json").mkdir()  # the card is in the checkpoint, too
+    expected = "@/run/model.json can't be written: Is a directory; name another file"
+    command = "evaluate --workdir @/run --fit-temperature test[100:200] --predictions @/p.csv"
+    assert_refused(command, expected, tmp_path)
+    assert not (tmp_path / "p.csv").exists()
+
+
 def test_a_run_that_goes_on_has_other_weights_and_no_temperature(own: Path) -> None:
     """A finished one keeps it."""
     run = saved.load_run(own)
