@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from jaxsft.interpret.metrics import Evaluation
-from jaxsft.interpret.report import charts, overview, page
-from jaxsft.interpret.report.charts import Points, points_of
+from jaxsft.interpret.report import charts, lines, overview, page
+from jaxsft.interpret.report.lines import Points, points_of
 from jaxsft.interpret.report.page import Html, Section, joined, paragraph
 from jaxsft.interpret.report.reported import Reported
 from jaxsft.interpret.report.tables import NONE, Cell, number, percent, table
@@ -114,12 +114,12 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def curves(runs: Sequence[Reported], names: Sequence[str]) -> Section:
     """The curves of all runs in the same axes."""
 
-    def of(title: str, what: str, split: str, quantity: str, share: bool = False, form: str = charts.PLAIN) -> Any:
+    def of(title: str, what: str, split: str, quantity: str, share: bool = False, form: str = lines.PLAIN) -> Any:
         series = [
             Points(name, points_of(list(map(dict, run.records)), split, quantity), k, k)
             for k, (name, run) in enumerate(zip(names, runs))
         ]
-        return charts.curves(title, what, series, share=share, form=form)
+        return lines.curves(title, what, series, share=share, form=form)
 
     several = any(run.card.multi_label for run in runs)
     found = [

@@ -9,8 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxsft.interpret.report import charts
-from jaxsft.interpret.report.charts import Points, points_of
+from jaxsft.interpret.report import charts, lines
+from jaxsft.interpret.report.lines import Points, points_of
 from jaxsft.interpret.report.page import Html, Section, escape, joined, paragraph
 from jaxsft.interpret.report.reported import CALLED, Reported
 from jaxsft.interpret.report.tables import facts, folded, table
@@ -104,29 +104,28 @@ def about(run: Reported) -> Section:
 
 def curves(run: Reported) -> Section:
     """Loss, metrics, rate and speed over the epochs."""
-    lines, other = list(map(dict, run.records)), training_loss(run.config, run.card.multi_label)
+    log, other = list(map(dict, run.records)), training_loss(run.config, run.card.multi_label)
     train = f"training, with {other}" if other else "training"
 
     def both(title: str, quantity: str, name: str, share: bool) -> charts.Chart | None:
-        series = [Points(name, points_of(lines, "train", quantity), TRAIN, 1),
-                  Points("evaluation", points_of(lines, "eval", quantity), EVAL, 0)]  # fmt: skip
-        return charts.curves(title, title.lower(), series, share=share)
+        series = [Points(name, points_of(log, "train", quantity), TRAIN, 1),
+                  Points("evaluation", points_of(log, "eval", quantity), EVAL, 0)]  # fmt: skip
+        return lines.curves(title, title.lower(), series, share=share)
 
     several = [
-        Points(CALLED[key], points_of(lines, "eval", key), k, k)
-        for k, key in enumerate(("map", "f1_micro", "f1_macro"))
+        Points(CALLED[key], points_of(log, "eval", key), k, k) for k, key in enumerate(("map", "f1_micro", "f1_macro"))
     ]
     found = [
         both("Loss", "loss", train, False),
         both("All labels right" if run.card.multi_label else "Accuracy", "accuracy", "training", True),
-        charts.curves("Evaluation of several labels", "share", several, share=True),
-        charts.curves("Learning rate", "rate", [Points("rate", points_of(lines, "train", "lr"), 2)], form=".3~g"),
-        charts.curves(
-            "Speed", "images a second", [Points("speed", points_of(lines, "train", "images_per_sec"), 3)], form=",.0f"
+        lines.curves("Evaluation of several labels", "share", several, share=True),
+        lines.curves("Learning rate", "rate", [Points("rate", points_of(log, "train", "lr"), 2)], form=".3~g"),
+        lines.curves(
+            "Speed", "images a second", [Points("speed", points_of(log, "train", "images_per_sec"), 3)], form=",.0f"
         ),
-        charts.curves(
+        lines.curves(
             "Unlabelled images that are taught from", "share",
-            [Points("share", points_of(lines, "train", "confident"), 4)], share=True,
+            [Points("share", points_of(log, "train", "confident"), 4)], share=True,
         ),
     ]  # fmt: skip
     shown = [charts.html(one) for one in found if one is not None]
