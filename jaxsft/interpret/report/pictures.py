@@ -28,7 +28,8 @@ def encoded(image: PIL.Image.Image) -> str:
     lossy = "webp" if has_webp else "jpeg"
     attempts: list[tuple[str, dict[str, Any]]] = [(lossy, {"quality": quality}) for quality in QUALITIES]
     if max(image.size) <= EXACT:
-        attempts.insert(0, ("webp", {"lossless": True}) if has_webp else ("png", {}))
+        fast = {"lossless": True, "method": 1, "quality": 0}  # a fifth of the time, and 1 % more bytes
+        attempts.insert(0, ("webp", fast) if has_webp else ("png", {}))
     for kind, options in attempts:
         file = io.BytesIO()
         image.save(file, kind.upper(), **options)
