@@ -1,6 +1,6 @@
 """Maps and attributions are those of pytorch-grad-cam and captum for torchvision's own networks with the same weights.
 
-Map by map the largest difference may be 1e-4 of the largest value, which is what is promised; it is about 1e-6.
+Maps, from 0 to 1, and attributions, in units of the logit, may differ by 1e-4, which is what is promised.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ from tests import small
 from tests.narrow import NARROW, SIDE
 
 CLASSES = 10
-NEAR = 1e-4  # of the largest; float32 alone leaves 1e-5 in the deepest of these networks
+NEAR = 1e-4
+# Of the largest attribution. Where a value lies at the bend of a ReLU roundings decide whether its gradient passes:
+# of a trained ResNet-18 torch's own float32 leaves its own float64 by 3e-4 of the largest attribution, us by 2e-4.
+BENT = 1e-3
 STEPS = 16
 CAMS = ("GradCAM", "GradCAMPlusPlus")
 networks.NOT_IN_TORCHVISION[small.ARCH] = small.in_torch
@@ -48,15 +51,16 @@ DEEP = ("resnet18", "vgg11_bn", "convnext_tiny", "vit_b_32", "swin_t", "densenet
 class Both:
     """A network with the same weights in torch and here, images to ask about, and a class for each: its own."""
 
-    def __init__(self, arch: str, theirs: torch.nn.Module, images: np.ndarray):
-        size, self.arch, self.theirs, self.images = images.shape[1], arch, theirs.eval(), images
+    def __init__(self, arch: str, theirs: torch.nn.Module, images: np.ndarray, dtype: Any = np.float32):
+        size, self.arch, self.images = images.shape[1], arch, images.astype(dtype)
+        self.theirs = theirs = theirs.eval().to(torch.from_numpy(self.images).dtype)
         self.to = Preprocessing(size, size)
         tensors = oracle.state(theirs)
         classes = len(list(tensors.values())[-1])
-        self.model: nn.Module = ARCHITECTURES[arch](num_classes=classes)
+        self.model: nn.Module = ARCHITECTURES[arch](num_classes=classes, dtype=dtype, param_dtype=dtype)
         self.variables = ours.variables(self.model, tensors, arch, size)
         mean, std = (np.asarray(values, np.float32) for values in (self.to.mean, self.to.std))
-        self.input = oracle.nchw((images.astype(np.float32) / 255 - mean) / std)
+        self.input = oracle.nchw((self.images / 255 - mean) / std)
         with torch.no_grad():
             self.logits = theirs(self.input).numpy()
         self.classes = self.logits.argmax(1).astype(np.int32)
@@ -143,7 +147,7 @@ def test_integrated_gradients_are_those_of_captum(arch: str, start: str) -> None
         one.input, nothing, one.targets, n_steps=STEPS, return_convergence_delta=True
     )
     values = expected.detach().numpy().transpose(0, 2, 3, 1)
-    assert np.abs(found.values - values).max() <= NEAR * np.abs(values).max()
+    assert np.abs(found.values - values).max() <= min(NEAR, BENT * np.abs(values).max())
     # Completeness is missed by as much, in units of what the attributions are summed up from.
     assert np.abs(found.delta() - delta.numpy()).max() <= NEAR * np.abs(values).sum((1, 2, 3)).max()
 
@@ -160,7 +164,18 @@ def test_occlusion_is_that_of_captum(arch: str, window: int, stride: int, cover:
     expected = captum.attr.Occlusion(one.theirs).attribute(
         one.input, (3, window, window), (3, stride, stride), nothing, one.targets, perturbations_per_eval=4
     )
-    assert np.abs(found - expected.numpy()[:, 0]).max() <= NEAR * float(expected.abs().max())
+    assert np.abs(found - expected.numpy()[:, 0]).max() <= NEAR * max(1, float(np.abs(one.logits).max()))
+
+
+def test_in_float64_only_roundings_are_left() -> None:
+    """captum rounds the weights of its steps to float32, which leaves 6e-8."""
+    with jax.enable_x64(True):
+        one = Both(small.ARCH, built(small.ARCH, SIDE), noise(SIDE), np.float64)
+        found = integrated_gradients.make(one.model, one.to, STEPS)(one.variables, one.images, one.classes)
+        theirs = captum.attr.IntegratedGradients(one.theirs).attribute(one.input, None, one.targets, n_steps=STEPS)
+        values = theirs.detach().numpy().transpose(0, 2, 3, 1)
+        assert found.values.dtype == np.float64
+        assert np.abs(found.values - values).max() <= 1e-6 * np.abs(values).max()
 
 
 def test_attributions_are_complete_in_enough_steps() -> None:
@@ -226,7 +241,7 @@ def test_a_trained_network_on_real_pictures(cifar7: Path) -> None:
     found = integrated_gradients.make(one.model, one.to, 50)(one.variables, one.images, one.classes)
     expected = captum.attr.IntegratedGradients(theirs).attribute(one.input, target=one.targets, n_steps=50)
     values = expected.detach().numpy().transpose(0, 2, 3, 1)
-    assert np.abs(found.values - values).max() <= NEAR * np.abs(values).max()
+    assert np.abs(found.values - values).max() <= min(NEAR, BENT * np.abs(values).max())
     more = integrated_gradients.make(one.model, one.to, 300)(one.variables, one.images, one.classes)
     change = np.abs(np.asarray(more.logit) - np.asarray(more.start))
     assert np.median(np.abs(more.delta()) / change) < 0.01

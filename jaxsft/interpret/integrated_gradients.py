@@ -71,10 +71,10 @@ def make(
 
     # The steps are calls, no loop in the program: on a CPU that took twice the time, and long to compile.
     def attribute(variables: Any, images: jax.Array, classes: jax.Array) -> Attributions:
-        (logit, _), (first, whole) = (step(variables, images, classes, np.float32(place)) for place in (1, 0))
+        (logit, _), (first, whole) = (step(variables, images, classes, np.float64(place)) for place in (1, 0))
         values = jnp.zeros_like(whole)
         for place, weight in points:
-            values += np.float32(weight) * step(variables, images, classes, np.float32(place))[1]
+            values += float(weight) * step(variables, images, classes, place)[1]
         return Attributions(values, logit, first)
 
     return attribute
