@@ -3,7 +3,8 @@
 python -m jaxsft.explain --workdir DIR IMAGE_OR_FOLDER ... --out DIR [--method gradcam] [--class predicted]
 
 Writes for each picture, class and method the map over the picture (PNG), index.html with all of them, and overview.png
-with the first. --method and --class may be given several times. Images are found and read as by jaxsft.predict.
+with the first. --method and --class may be given several times. Images are found and read as by jaxsft.predict: one
+that can't be is named on stderr and passed over; the exit status is 1 then.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def file_name(number: int, file: str, method: str, class_name: str, taken: set[s
     return name
 
 
-def main() -> None:
+def main() -> int:
     parser = cli.Parser(
         prog="python -m jaxsft.explain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -137,6 +138,7 @@ def main() -> None:
         entries = write(run, paths, asked, folder)
     cli.say(f"{args.out / INDEX} shows all of them")
     args.json({"step": run.step, "explanations": entries})
+    return cli.FAILED if len({entry["file"] for entry in entries}) < len(paths) else 0
 
 
 if __name__ == "__main__":
