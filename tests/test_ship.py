@@ -169,7 +169,7 @@ def test_the_library_is_one_that_has_these_tensors() -> None:
 
 @pytest.mark.full
 @pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
-@pytest.mark.parametrize("arch", ["resnet18", "resnext50_32x4d", "wide_resnet50_2", "densenet121", "vgg11", "vgg11_bn"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnext50_32x4d", "densenet121", "vgg11_bn"])
 def test_timm_loads_the_folder(arch: str, tmp_path: Path) -> None:
     import timm
     import torch
