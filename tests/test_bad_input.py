@@ -304,7 +304,7 @@ CASES: tuple[tuple[str, str], ...] = (
     ("predict --workdir @/no_checkpoint @/no_image.png", "@/no_checkpoint has no checkpoint yet; train longer"),
     (
         "export --workdir @/no_checkpoint --format tf --out @/out",
-        "--format tf is not supported; known: torch, safetensors, stablehlo, onnx, hf, card",
+        "--format tf is not supported; known: torch, safetensors, stablehlo, onnx, int8, hf, card",
     ),
     (
         "export --workdir @/none --format torch --out @/out.pth",

@@ -333,7 +333,7 @@ def test_data_that_are_gone_are_replaced_by_named_images(workdir: Path, exported
 
 
 WRONG = (
-    ("tf", "x.tf", "known: torch, safetensors, stablehlo, onnx, hf, card"),
+    ("tf", "x.tf", "known: torch, safetensors, stablehlo, onnx, int8, hf, card"),
     ("torch", "x.safetensors", "let it end in .pth"),
     ("safetensors", "there.safetensors", "exists"),
     ("hf", "full", "exists"),
