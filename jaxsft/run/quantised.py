@@ -19,7 +19,7 @@ from jaxsft.run.saved import Run
 from jaxsft.ship import int8, runtime
 from jaxsft.ship.onnx_file import to_onnx
 
-CALIBRATE = 512  # images; of 64 and 256 the logits of a ResNet-10 and a ResNet-18 are a little further from float32's
+CALIBRATE = 512  # images; with 256 the logits of the sample's ResNet-10 were a little further from float32's
 
 Take = Callable[[np.ndarray], np.ndarray]  # float32 [B, S, S, 3] in 0..255 -> what an ONNX file takes
 
