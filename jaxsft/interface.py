@@ -182,8 +182,8 @@ class Run(saved.Run):
           path: .pth or .safetensors: a state_dict of torchvision's; .stablehlo: uint8 images to logits, for any JAX;
             .onnx: images to logits, .int8.onnx the same in int8; .md: the model card; of 'hf' a new folder.
           form: 'torch', 'safetensors', 'stablehlo', 'onnx', 'int8', 'card' or 'hf'; '': as `path` ends.
-          preprocessing: of onnx and int8: 'inside', it takes uint8 [n, S, S, 3], resized and cropped; '' or 'outside', it takes
-            float32 [n, 3, S, S], normalised.
+          preprocessing: of onnx and int8: 'inside', it takes uint8 [n, S, S, 3], resized and cropped; '' or 'outside',
+            it takes float32 [n, 3, S, S], normalised.
           image_size: (height, width) in px of pictures that stablehlo and onnx then resize and crop themselves.
           images: files and folders to compare on; none: of the run's evaluation split.
 
