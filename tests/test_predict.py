@@ -127,7 +127,7 @@ SIZES = {  # kind of set -> (height, width) of its pictures; of one size evaluat
 def assert_as_evaluated(run: Run, root: Path, batch_size: int) -> None:
     """The probability of the likeliest class of each picture, to the last bit."""
     run.config.data.update({"batch_size": batch_size, "workers": 0})
-    answers = evaluation.answers_of(run, evaluation.open_examples(run, f"folder:{root}"))
+    answers = evaluation.evaluate_run(run, evaluation.open_examples(run, f"folder:{root}")).answers
     found = list(prediction.predict(run, loose.find([root]), 1))
     assert [entry["classes"][0]["class"] for entry in found] == [run.card.names[i] for i in answers["predicted"]]
     np.testing.assert_array_equal([entry["classes"][0]["probability"] for entry in found], answers["probability"])

@@ -18,7 +18,6 @@ from torchvision.models import list_models
 import jaxsft
 from convert import names
 from jaxsft import config as config_module
-from jaxsft.data.augment import preprocess
 from jaxsft.models.families import ARCHITECTURES
 from jaxsft.models.family import variable_shapes
 from jaxsft.models.weights import ModelCard, Preprocessing
@@ -185,19 +184,6 @@ def test_timm_loads_the_folder(arch: str, tmp_path: Path) -> None:
     data = timm.data.resolve_model_data_config(theirs)
     resize, crop, *_ = timm.data.create_transform(**data, is_training=False).transforms
     assert (resize.size, tuple(crop.size)) == (72, (64, 64))
-
-
-SIZES = (((50, 70), "bilinear"), ((33, 20), "bicubic"), ((24, 24), "bilinear"), ((100, 31), "bicubic"))
-
-
-@pytest.mark.parametrize(("size", "interpolation"), SIZES)
-def test_two_products_resize_and_crop_as_the_device_does(size: tuple[int, int], interpolation: str) -> None:
-    to = Preprocessing(24, 16, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), interpolation)
-    images = np.random.default_rng(0).integers(256, size=(2, *size, 3), dtype=np.uint8)
-    rows, columns = onnx_file.resizing(size, to)
-    found = np.clip(np.einsum("ch,nhwk,wd->ncdk", rows, images.astype(np.float32), columns), 0, 255)
-    # Levels of 255. Sums in another order.
-    np.testing.assert_allclose(found, preprocess(images, to), rtol=0, atol=1e-3)
 
 
 def test_the_sha256_is_of_names_shapes_dtypes_and_values() -> None:
