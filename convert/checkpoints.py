@@ -175,8 +175,6 @@ def write(path: Location, arrays: dict[str, np.ndarray]) -> None:
     with storage.new_file(path) as partial:
         if path.suffix == ".pth":
             torch = files.import_torch()
-            torch.save({name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, partial)
+            files.write(partial, {name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
         else:
-            from safetensors.numpy import save_file
-
-            save_file(arrays, partial)
+            files.write(partial, arrays)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import warnings
 import zipfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +156,28 @@ def reason(error: Exception) -> str:
     sentences = re.split(r"(?<=\.)\s|\n", text.partition("WeightsUnpickler error:")[2] or text)
     said = (sentence.strip() for sentence in sentences if not ADVICE.search(sentence))
     return next(filter(None, said), type(error).__name__)[:200]
+
+
+def write(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors of torch's as .pth, or arrays as .safetensors.
+
+    Both libraries have words of their own for a disk that is full; made in memory and then written, it is an OSError.
+
+    Args:
+      path: of a file to be written, whose ending says which it is.
+      tensors: by name.
+      metadata: of .safetensors.
+
+    Raises:
+      UserError: PyTorch is not installed, and a .pth is wanted.
+      OSError: it can't be written.
+    """
+    if path.suffix == SAFETENSORS:
+        from safetensors.numpy import save
+
+        content = save(dict(tensors), dict(metadata) if metadata else None)
+    else:
+        made = io.BytesIO()
+        import_torch().save(tensors, made)
+        content = made.getvalue()
+    path.write_bytes(content)

@@ -374,3 +374,15 @@ def test_what_is_too_large_for_onnx_is_refused(run: Run, monkeypatch) -> None:
     monkeypatch.setattr(onnx_file, "MOST_BYTES", 1000)
     with pytest.raises(jaxsft.UserError, match="one_block takes .* GiB, and an ONNX file at most 2"):
         onnx_file.to_onnx(run.variables, run.card, inside=False)
+
+
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(run: Run, ending: str, tmp_path: Path, monkeypatch) -> None:
+    def full(self: Path, content: bytes) -> None:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(jaxsft.UserError, match="can't be written: No space left on device; name another"):
+        jaxsft.load(run.workdir).export(tmp_path / f"tuned{ending}")
+    assert list(tmp_path.iterdir()) == []

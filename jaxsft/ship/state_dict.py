@@ -42,11 +42,9 @@ def write(path: Path, variables: Mapping[str, Any], card: ModelCard, step: int) 
         torch = files.import_torch()
         found = OrderedDict((name, torch.from_numpy(tensor)) for name, tensor in tensors.items())
         found._metadata = OrderedDict({KEY: said})  # type: ignore[attr-defined]
-        torch.save(found, path)
+        files.write(path, found)
     else:
-        from safetensors.numpy import save_file
-
-        save_file(tensors, path, FORMAT | said)
+        files.write(path, tensors, FORMAT | said)
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
