@@ -9,6 +9,11 @@ that can't be is named on stderr and passed over; the exit status is 1 then.
 
 from __future__ import annotations
 
+from jaxsft.run import machine
+
+if __name__ == "__main__":
+    machine.ask_for_huge_pages()  # before the imports below: it starts this command anew
+
 import argparse
 import contextlib
 import re

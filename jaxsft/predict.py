@@ -14,6 +14,11 @@ then, and 2 where none can be read.
 
 from __future__ import annotations
 
+from jaxsft.run import machine
+
+if __name__ == "__main__":
+    machine.ask_for_huge_pages()  # before the imports below: it starts this command anew
+
 import argparse
 import contextlib
 import csv

@@ -11,6 +11,11 @@ from taking more; what it has taken it answers, and ends with status 0, or with 
 
 from __future__ import annotations
 
+from jaxsft.run import machine
+
+if __name__ == "__main__":
+    machine.ask_for_huge_pages()  # before the imports below: it starts this command anew
+
 import argparse
 import contextlib
 import os

@@ -23,6 +23,20 @@ else:
     os.cpu_count = lambda: {0}
 """
 TRAIN = "import runpy\nrunpy.run_module('jaxsft.train', run_name='__main__')"
+READ = """
+from pathlib import Path
+from jaxsft.run.parallel import all_devices
+from jaxsft.run.saved import load_run
+from tests import small  # which registers its network
+print(all_devices(load_run(Path({!r})).config))
+"""
+ASKS = """
+import os, pathlib, runpy, sys
+from jaxsft.run import machine
+machine.ENABLED = pathlib.Path({!r})
+os.execv = lambda *command: sys.exit(print("imports before it asks" if "jax" in sys.modules else "asks"))
+runpy.run_module("jaxsft.{}", run_name="__main__")
+"""
 CORES = """
 from jaxsft.config import default
 from jaxsft.run.parallel import all_devices
@@ -106,6 +120,23 @@ def test_huge_pages_are_asked_for_once(monkeypatch, tmp_path: Path, kernel, said
     assert os.environ[machine.VARIABLE] == expected
     machine.ask_for_huge_pages()
     assert len(started) == 1, "a command that has been started anew goes on"
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "predict", "explain", "serve", "report", "search", "bench.__main__"]
+)
+def test_commands_that_compute_ask_before_they_import(command: str, tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "enabled").write_text("[madvise]")
+    done = python("-c", ASKS.format(str(tmp_path / "enabled"), command), cache=cache)
+    assert (done.returncode, done.stdout) == (0, "asks\n"), done.stderr
+
+
+def test_a_run_that_is_read_back_computes_on_all_cores(tmp_path: Path, cache: Path) -> None:
+    """JAX looks for devices when the first array is read, and does so once."""
+    small.run_here(tmp_path, "--config.train.epochs=1")
+    program = OF_SO_MANY_CORES.format(2) + READ.format(str(tmp_path))
+    done = python("-c", program, cache=cache)
+    assert (done.returncode, done.stdout) == (0, "2 x cpu core, pmap\n"), done.stderr
 
 
 def test_compiled_programs_are_kept_where_they_can_be(tmp_path: Path, cache: Path) -> None:

@@ -24,6 +24,7 @@ from jaxsft.models.weights import ModelCard, Preprocessing
 from jaxsft.progress import progress
 from jaxsft.run import prediction
 from jaxsft.run.machine import keep_compilations
+from jaxsft.run.parallel import cores_are_devices
 from jaxsft.run.saved import Run
 
 SHORT = 300  # px, the short side of a photograph at least; ImageNet's has about 375
@@ -97,6 +98,7 @@ def ours(args: argparse.Namespace, paths: list[str]) -> Turn:
     c.model.arch, c.model.weights, c.data.image_size = args.arch, "", args.image_size
     c.data.batch_size, c.data.workers = args.batch_size, args.workers
     config.check(c)
+    cores_are_devices()  # as `load_run` does
     model = make_model(c, CLASSES)
     card = ModelCard(args.arch, CLASSES, preprocessing=preprocessing(args.image_size))
     saved = Run(Path(), c, card, model, init_variables(model, 0, args.image_size), 0)

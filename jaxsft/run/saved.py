@@ -19,6 +19,7 @@ from jaxsft.models.initial import make_model
 from jaxsft.models.weights import ModelCard
 from jaxsft.run import checkpoint
 from jaxsft.run.best import Best
+from jaxsft.run.parallel import cores_are_devices
 from jaxsft.storage import Location
 
 CONFIG = "config.json"
@@ -183,6 +184,7 @@ def load_run(workdir: Location, which: str = "last") -> Run:
     Raises:
       UserError: as `read`.
     """
+    cores_are_devices()  # before JAX looks for devices, so that all of a CPU's cores compute, as in training
     saved = read(workdir, which)
     model = make_model(saved.config, saved.card.num_classes)
     variables = jax.device_put(saved.variables, jax.local_devices()[0])
