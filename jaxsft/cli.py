@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import copyreg
 import difflib
 import logging
 import os
@@ -34,6 +35,10 @@ class Stop(Exception):
     def __init__(self, what: str, what_to_do: str, status: int = FAILED):
         super().__init__(f"{what}; {what_to_do}")
         self.status = status
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How a process sends it to another: as it is, not made anew from its message."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
     def _render_traceback_(self) -> list[str]:
         """What a notebook shows in place of a traceback."""

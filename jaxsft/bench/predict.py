@@ -1,11 +1,13 @@
-"""How fast `jaxsft.predict` is on JPEGs of as many sizes as there are, and a plain loop of torchvision's, in turns."""
+"""How fast `jaxsft.predict` is on JPEGs of as many sizes as there are, and a plain loop of torchvision's, in turns.
+
+Each has a process of its own.
+"""
 
 from __future__ import annotations
 
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import numpy as np
 import PIL.Image
 
 from jaxsft import cli, config
+from jaxsft.bench import apart
 from jaxsft.bench.step import CLASSES, missing, whole
 from jaxsft.data.base import Options
 from jaxsft.data.embedded import open_sample
@@ -59,19 +62,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
       UserError: torchvision is missing.
     """
-    keep_compilations()
     with tempfile.TemporaryDirectory(prefix="jaxsft-bench-") as folder:
         paths = write_pictures(Path(folder), args.images)
-        contestants: dict[str, Turn] = {"jaxsft": ours(args, paths)}
+        made: dict[str, tuple[Any, ...]] = {"jaxsft": (ours, args, paths)}
         if args.against:
-            contestants |= {layout: torchs(args, paths, layout) for layout in LAYOUTS}
-        seconds: dict[str, list[float]] = {name: [] for name in contestants}
-        for _ in range(args.rounds + 1):
-            for name, turn in contestants.items():
-                began = time.perf_counter()
-                count = turn()
-                seconds[name].append(time.perf_counter() - began)
-                assert count == len(paths), f"{name} predicted {count} of {len(paths)} pictures"
+            made |= {layout: (torchs, args, paths, layout) for layout in LAYOUTS}
+        seconds: dict[str, list[float]] = {name: [] for name in made}
+        with apart.contestants(made) as contestants:
+            for _ in range(args.rounds + 1):
+                for name, turn in contestants.items():
+                    spent, count = turn.timed(1)
+                    seconds[name].append(spent)
+                    assert count == len(paths), f"{name} predicted {count} of {len(paths)} pictures"
     results = {name: result(values, args.images) for name, values in seconds.items()}
     record = results.pop("jaxsft")
     said = f"predict  images/s: jaxsft {record['images_per_sec']:.1f}"
@@ -94,6 +96,7 @@ def result(seconds: list[float], images: int) -> dict[str, Any]:
 
 def ours(args: argparse.Namespace, paths: list[str]) -> Turn:
     """What `python -m jaxsft.predict` does with a run of this network."""
+    keep_compilations()
     c = config.default()
     c.model.arch, c.model.weights, c.data.image_size = args.arch, "", args.image_size
     c.data.batch_size, c.data.workers = args.batch_size, args.workers
@@ -147,7 +150,10 @@ def torchs(args: argparse.Namespace, paths: list[str], layout: str) -> Turn:
 
     def turn() -> int:
         found: list[Any] = []
-        loader = torch.utils.data.DataLoader(Pictures(), args.batch_size, num_workers=args.workers)
+        # Forked, as a script's are on Linux; a process that was spawned would spawn its own.
+        loader = torch.utils.data.DataLoader(
+            Pictures(), args.batch_size, num_workers=args.workers, multiprocessing_context="fork"
+        )
         with torch.inference_mode():
             for batch in loader:
                 logits = model(batch.to(device=device, memory_format=memory))

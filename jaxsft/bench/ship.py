@@ -1,4 +1,4 @@
-"""What a run is worth as it leaves: accuracy, size and speed of each of its forms, in turns in one process.
+"""What a run is worth as it leaves: accuracy, size and speed of each of its forms, in turns, in processes of their own.
 
 The forms are the run in this program, its weights in PyTorch, and its ONNX files in float32 and in int8 under ONNX
 Runtime. All take the same pictures, uint8, and normalise them; all have a thread for each core of the CPU.
@@ -7,11 +7,10 @@ Runtime. All take the same pictures, uint8, and normalise them; all have a threa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,15 +20,18 @@ import numpy as np
 from convert import checkpoints, files, names
 from convert.reference import torch_network
 from jaxsft import cli, storage
-from jaxsft.bench import step
+from jaxsft.bench import apart, step
 from jaxsft.data.augment import normalise
 from jaxsft.data.threads import cores
 from jaxsft.models.precision import with_products
+from jaxsft.models.weights import ModelCard
 from jaxsft.run import exported, quantised
 from jaxsft.run.evaluation import open_examples
+from jaxsft.run.machine import keep_compilations
 from jaxsft.run.parallel import all_devices
 from jaxsft.run.saved import Run, load_run
 from jaxsft.ship import runtime
+from jaxsft.storage import Location
 
 Call = Callable[[np.ndarray], np.ndarray]  # uint8 [B, S, S, 3] -> logits [B, K]
 ONE, MANY = 1, 32  # images at once: how long one waits, and how many come in a second
@@ -38,9 +40,8 @@ ONE, MANY = 1, 32  # images at once: how long one waits, and how many come in a 
 class Form(NamedTuple):
     """One of the forms of a run."""
 
-    name: str
     size: int  # bytes of its file
-    call: Call
+    make: tuple[Any, ...]  # a function and its arguments, which give a Call
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,21 +73,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       UserError: there is no such run, its images can't be had, or a package is missing.
     """
     rows: list[dict[str, Any]] = []
-    calls: list[Call] = []
-    for workdir in args.workdir:
-        one = load_run(workdir, args.checkpoint)
-        made = forms(one, args.calibrate)
-        programs = {form.name: functools.partial(of_levels, form.call) for form in made}
-        scores = exported.evaluate_programs(programs, open_examples(one), one.card.multi_label)
-        about = {"workdir": str(workdir), "arch": one.card.arch, "image_size": one.card.preprocessing.crop_size}
-        for form in made:
-            accuracy = scores[form.name].accuracy
-            rows.append({**about, "form": form.name, "bytes": form.size, "accuracy": accuracy})
-            calls.append(form.call)
-    for count in (ONE, MANY):
-        turns = [functools.partial(call, noise(count, row["image_size"])) for call, row in zip(calls, rows)]
-        for row, seconds in zip(rows, medians(turns, args.rounds, args.seconds)):
-            row.update({"latency_ms": 1000 * seconds} if count == ONE else {"images_per_sec": count / seconds})
+    calls: list[apart.Contestant] = []
+    with contextlib.ExitStack() as stack:
+        for workdir in args.workdir:
+            one = load_run(workdir, args.checkpoint)
+            made = forms(one, args.calibrate)
+            called = stack.enter_context(apart.contestants({name: form.make for name, form in made.items()}))
+            programs = {name: functools.partial(of_levels, call) for name, call in called.items()}
+            scores = exported.evaluate_programs(programs, open_examples(one), one.card.multi_label)
+            about = {"workdir": str(workdir), "arch": one.card.arch, "image_size": one.card.preprocessing.crop_size}
+            for name, form in made.items():
+                rows.append({**about, "form": name, "bytes": form.size, "accuracy": scores[name].accuracy})
+            calls += called.values()
+        for count in (ONE, MANY):
+            turns = {i: (calls[i], (noise(count, row["image_size"]),)) for i, row in enumerate(rows)}
+            for i, seconds in apart.medians(turns, args.rounds, args.seconds).items():
+                rows[i].update({"latency_ms": 1000 * seconds} if count == ONE else {"images_per_sec": count / seconds})
     for row in rows:
         cli.say(said(row))
     cli.say(f"threads: {cores()} of each; latency of {ONE} image, images/s of {MANY} at once")
@@ -99,16 +101,17 @@ def said(row: dict[str, Any]) -> str:
     return f"{row['arch']:20} {row['form']:20} accuracy {row['accuracy']:.4f} {size:>10} {speed:>30}"
 
 
-def forms(one: Run, calibrate: int) -> list[Form]:
+def forms(one: Run, calibrate: int) -> dict[str, Form]:
     """The forms of a run, with the sizes of what `jaxsft.export` writes. Raises UserError: a package is missing."""
+    files.import_torch()
     tensors = names.to_torch(one.variables, one.card.arch)
     onnx = quantised.onnx_files(one, inside=True, calibrate=calibrate)
-    return [
-        Form("jaxsft float32", size(tensors, ".safetensors"), in_jax(one)),
-        Form("torch float32", size(tensors, ".pth"), in_torch(one, tensors)),
-        Form("onnxruntime float32", len(onnx.floats), runtime.program(onnx.floats)),
-        Form("onnxruntime int8", len(onnx.int8), runtime.program(onnx.int8)),
-    ]
+    return {
+        "jaxsft float32": Form(size(tensors, ".safetensors"), (in_jax, one.workdir, str(one.step))),
+        "torch float32": Form(size(tensors, ".pth"), (in_torch, one.card, tensors)),
+        "onnxruntime float32": Form(len(onnx.floats), (runtime.program, onnx.floats)),
+        "onnxruntime int8": Form(len(onnx.int8), (runtime.program, onnx.int8)),
+    }
 
 
 def size(tensors: dict[str, np.ndarray], ending: str) -> int:
@@ -119,8 +122,10 @@ def size(tensors: dict[str, np.ndarray], ending: str) -> int:
         return file.stat().st_size
 
 
-def in_jax(one: Run) -> Call:
-    """The run in this program: a batch is split over the cores, as in evaluation; one image is computed by all."""
+def in_jax(workdir: Location, checkpoint: str) -> Call:
+    """A run in this program: a batch is split over the cores, as in evaluation; one image is computed by all."""
+    keep_compilations()
+    one = load_run(workdir, checkpoint)
     parallel, to = all_devices(one.config), one.card.preprocessing
     axis_name, replicated = parallel.axis_name, parallel.replicate(one.variables)
 
@@ -142,16 +147,16 @@ def in_jax(one: Run) -> Call:
     return call
 
 
-def in_torch(one: Run, tensors: dict[str, np.ndarray]) -> Call:
-    """torch's network of the run's weights, eager, in channels_last, the better of its layouts on a CPU.
+def in_torch(card: ModelCard, tensors: dict[str, np.ndarray]) -> Call:
+    """torch's network of a run's weights, eager, in channels_last, the better of its layouts on a CPU.
 
     Raises:
       UserError: torch is missing, or has no such network.
     """
     torch = files.import_torch()
     torch.set_num_threads(cores())
-    to = one.card.preprocessing
-    network = torch_network(one.card.arch, one.card.num_classes, to.crop_size)
+    to = card.preprocessing
+    network = torch_network(card.arch, card.num_classes, to.crop_size)
     network.load_state_dict({name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}, strict=True)
     network = network.eval().to(memory_format=torch.channels_last)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (to.mean, to.std))
@@ -171,27 +176,3 @@ def of_levels(call: Call, images: np.ndarray) -> np.ndarray:
 def noise(count: int, side: int) -> np.ndarray:
     """uint8 [count, side, side, 3]; what is on a picture does not change how long it takes."""
     return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
-
-
-def medians(calls: Sequence[Callable[[], Any]], rounds: int, seconds: float) -> list[float]:
-    """Seconds of each call: a turn of each in every round, of a turn its mean call, of the rounds the median.
-
-    The first call of a turn is not timed, see `bench.train.in_turns`.
-    """
-    for call in calls:
-        call()  # which compiles it
-    counts = [max(round(seconds / timed(call, 1)), 1) for call in calls]
-    turns: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds):
-        for call, count, found in zip(calls, counts, turns):
-            call()
-            found.append(timed(call, count) / count)
-    return [statistics.median(found) for found in turns]
-
-
-def timed(call: Callable[[], Any], count: int) -> float:
-    """Seconds that `count` calls take."""
-    began = time.perf_counter()
-    for _ in range(count):
-        call()
-    return time.perf_counter() - began
