@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxsft.run import machine
+from jaxsft.run import machine, saved
 from tests import small
 from tests.conftest import ROOT, compile_flags
 from tests.test_parallel import assert_same_run
@@ -23,12 +23,12 @@ else:
     os.cpu_count = lambda: {0}
 """
 TRAIN = "import runpy\nrunpy.run_module('jaxsft.train', run_name='__main__')"
-READ = """
+REPORTS = """
 from pathlib import Path
-from jaxsft.run.parallel import all_devices
-from jaxsft.run.saved import load_run
+from jaxsft.run import parallel, reporting
 from tests import small  # which registers its network
-print(all_devices(load_run(Path({!r})).config))
+reporting.of_workdir(Path({!r}))
+print(parallel.all_devices(small.config()))
 """
 ASKS = """
 import os, pathlib, runpy, sys
@@ -132,11 +132,20 @@ def test_commands_that_compute_ask_before_they_import(command: str, tmp_path: Pa
 
 
 def test_a_run_that_is_read_back_computes_on_all_cores(tmp_path: Path, cache: Path) -> None:
-    """JAX looks for devices when the first array is read, and does so once."""
+    """JAX looks for devices when it is first asked for one, and does so once."""
     small.run_here(tmp_path, "--config.train.epochs=1")
-    program = OF_SO_MANY_CORES.format(2) + READ.format(str(tmp_path))
-    done = python("-c", program, cache=cache)
-    assert (done.returncode, done.stdout) == (0, "2 x cpu core, pmap\n"), done.stderr
+    done = python("-c", OF_SO_MANY_CORES.format(2) + REPORTS.format(str(tmp_path)), cache=cache)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "2 x cpu core, pmap"), done.stderr
+
+
+def test_cores_are_devices_before_a_checkpoint_is_read(tmp_path: Path, monkeypatch) -> None:
+    """Reading it puts arrays on devices."""
+    calls: list[str] = []
+    monkeypatch.setattr(saved, "cores_are_devices", lambda: calls.append("devices"))
+    monkeypatch.setattr(saved, "read", lambda *_: sys.exit(calls.append("read")))
+    with pytest.raises(SystemExit):
+        saved.load_run(tmp_path)
+    assert calls == ["devices", "read"]
 
 
 def test_compiled_programs_are_kept_where_they_can_be(tmp_path: Path, cache: Path) -> None:

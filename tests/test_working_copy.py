@@ -113,6 +113,9 @@ def test_a_run_in_a_bucket_is_the_same_and_resumes_from_there_alone(google, plac
     status, said = run_command(f"evaluate --workdir {place} --json {place}/result.json", tmp_path)
     assert status == 0, said
     assert json.loads((place / "result.json").read_text())["step"] == 8
+    (place / "report.html").unlink()
+    status, said = run_command(f"report --workdir {place}", tmp_path)
+    assert status == 0 and "Worst mistakes" in (place / "report.html").read_text(), said
     status, said = run_command(f"export --workdir {place} --format safetensors --out {place}/a.safetensors", tmp_path)
     assert status == 0, said
     assert (place / "a.safetensors").is_file() and COMMITTED in {p.rpartition("/")[2] for p in place.walk()}

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 import PIL.Image
 from flax import traverse_util
@@ -34,6 +33,7 @@ from jaxsft.models.weights import ModelCard, Preprocessing
 from jaxsft.run import evaluation, saved, starts
 from jaxsft.run.job import Job
 from jaxsft.run.log import records
+from jaxsft.run.parallel import all_devices
 from jaxsft.run.saved import Run
 from jaxsft.run.workdir import known_data
 from jaxsft.run.working_copy import WorkingCopy
@@ -166,8 +166,9 @@ def of_workdir(workdir: Location, which: str = "last", data: str = "", split: st
     asked = which != "last" or bool(data or split or data_dir)
     check_run(workdir)
     config, card = saved.read_config(workdir), saved.read_card(workdir)
+    devices = all_devices(config).devices
     known = of_folder(workdir, workdir, config, card, rules_of(config, card))
-    precision = precision_said(config.train.precision, config.train.matmul_precision, jax.devices())
+    precision = precision_said(config.train.precision, config.train.matmul_precision, devices)
     known["precision"] = known["starts"][-1].get("precision", precision) if known["starts"] else precision
     try:
         run = saved.load_run(workdir, which)
