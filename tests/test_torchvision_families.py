@@ -6,6 +6,7 @@ Narrow networks, in float64 where only rounding may differ; dropout and stochast
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -180,6 +181,7 @@ BROKEN: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], Callable[...,
 }  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_detail_is_named(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arch, broken, part, expected = BROKEN[case]
@@ -205,8 +207,10 @@ def gradient(arch: str, variables: Any, remat: bool) -> Callable[[Any], Any]:
 
 @pytest.mark.parametrize("arch", NARROW)
 def test_blocks_can_be_recomputed(arch: str) -> None:
-    variables = drawn(arch)
-    assert "remat" in str(jax.make_jaxpr(gradient(arch, variables, True))(variables["params"]))
+    model = ARCHITECTURES[arch](num_classes=CLASSES, remat=True)
+    keys = network_keys(step_key(0, jnp.int32(0)), jnp.arange(4))
+    apply = partial(model.apply, train=True, keys=keys, mutable=["batch_stats"])
+    assert "remat" in str(jax.make_jaxpr(apply)(drawn(arch), IMAGES))
 
 
 @pytest.mark.parametrize(

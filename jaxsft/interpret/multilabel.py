@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.scipy.special import logsumexp
 
 from jaxsft.interpret import bootstrap, calibration, per_class
@@ -42,6 +43,11 @@ def count(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Arr
     }
 
 
+def probabilities_of(logits: jax.Array) -> jax.Array:
+    """The sigmoid of each: the same bits in every program, as `metrics.probabilities_of`."""
+    return lax.optimization_barrier(jax.nn.sigmoid(lax.optimization_barrier(logits)))
+
+
 def answer(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
     """What a model takes each example for.
 
@@ -58,7 +64,7 @@ def answer(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
     return {
         "predicted": (logits > 0).astype(jnp.uint8),
         "probability": jax.nn.sigmoid(-truth).max(1),
-        "probabilities": jax.nn.sigmoid(logits),
+        "probabilities": probabilities_of(logits),
         "nll": -jax.nn.log_sigmoid(truth).mean(1),
     }
 

@@ -170,7 +170,7 @@ def make_probability_step(
         batch = gather(dataset, batch)
         images = batch["image"] if preprocessing is None else preprocess(batch["image"], preprocessing)
         logits = model.apply(variables, images, train=False) / temperature
-        probability = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
+        probability = (multilabel if multi_label else metrics).probabilities_of(logits)
         answers = {"example": batch["example"], "mask": batch["mask"], "probability": probability}
         return answers if axis_name is None else lax.all_gather(answers, axis_name, tiled=True)
 

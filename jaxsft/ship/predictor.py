@@ -16,7 +16,7 @@ import numpy as np
 from jaxsft.cli import UserError
 from jaxsft.data.augment import normalise
 from jaxsft.data.threads import cores
-from jaxsft.interpret import feature_map, gradcam, overlay
+from jaxsft.interpret import feature_map, gradcam, metrics, multilabel, overlay
 from jaxsft.models.precision import with_products
 from jaxsft.models.weights import ModelCard
 from jaxsft.ship import picture
@@ -63,11 +63,11 @@ class Predictor:
         self.observers: list[Callable[[int, int, float], None]] = []  # told of each batch, as by `Batcher`
         self._upright = upright
         to, temperature = card.preprocessing, card.temperature
-        probabilities = jax.nn.sigmoid if card.multi_label else jax.nn.softmax
+        probabilities_of = (multilabel if card.multi_label else metrics).probabilities_of
 
         def body(variables: Any, images: jax.Array) -> jax.Array:
             logits = model.apply(variables, normalise(images, to), train=False)
-            return probabilities(logits.astype(jnp.float32) / temperature)
+            return probabilities_of(logits.astype(jnp.float32) / temperature)
 
         compiled = jax.jit(with_products(body, matmul_precision))
         image = Part((to.crop_size, to.crop_size, 3), np.uint8)
