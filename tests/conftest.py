@@ -65,6 +65,16 @@ def _own_cache(cache: Path):
         yield
 
 
+@pytest.fixture(autouse=True)
+def _forget_programs(request: pytest.FixtureRequest):
+    """JAX keeps every program of a process, and the tests behind `full` make hundreds of large ones."""
+    yield
+    if request.node.get_closest_marker("full"):
+        import jax  # here: when XLA has been told what it is told
+
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def run(cache: Path, pytestconfig: pytest.Config):
     """Run `python ARGUMENTS...` in the project's root: run("-m", "jaxsft.train", ..., devices=8, KEY="value").

@@ -149,6 +149,7 @@ def test_processes(start, one_device: Path, tmp_path: Path, count: int, devices:
     assert f"{count * devices} x cpu in {count} processes, {backend}" in results[0][1]
     assert all("accuracy" not in out for _, out, _ in results[1:])  # one speaks and writes
     assert len(list(tmp_path.glob("events/*"))) == 1
+    assert (tmp_path / "report.html").exists() and (tmp_path / "MODEL_CARD.md").exists()
     assert_same_run(one_device, tmp_path)
 
 
