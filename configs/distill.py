@@ -13,10 +13,18 @@ labels, half is how far it is from the teacher's answers, both softened by a tem
 | `shufflenet_v2_x0_5` and so on | torchvision's, by the architecture       | 352,042                  |
 | `resnet10_w16`                 | the weights that come with jaxsft, 64 px | 310,746                  |
 
-ResNet-18 has 11,181,642. The variants have not been measured yet. From scratch, `--config.model.weights=`, a
-MobileNetV3 needs a thousand updates or more: its running statistics move by a hundredth in each, as torchvision's do,
-and after 470 they still held what they began with (0.13 on CIFAR-10's test images). `--config.train.teacher=` trains
-without the teacher, to see what it is good for.
+ResNet-18 has 11,181,642. Measured of `resnet10_w16` at 64 px on the first 5,000 training images of CIFAR-10
+(`--config.data.train_split=train[:10%]`), one seed: accuracy and loss on the 10,000 test images. The teacher is a
+ResNet-18 tuned on the same images (0.777; 0.673); alone is `--config.train.teacher=`.
+
+| starts from                        | taught       | alone        |
+|------------------------------------|--------------|--------------|
+| its weights, of seven classes      | 0.791; 0.626 | 0.790; 0.667 |
+| scratch, `--config.model.weights=` | 0.660; 1.016 | 0.621; 1.074 |
+
+So a teacher gives what its student does not know already, and better probabilities. The other variants have not been
+measured. From scratch a MobileNetV3 needs a thousand updates or more: its running statistics move by a hundredth in
+each, as torchvision's do, and after 470 they still held what they began with (0.13 on CIFAR-10's test images).
 """
 
 from ml_collections import ConfigDict
