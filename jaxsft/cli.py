@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
-import copyreg
 import difflib
 import logging
 import os
@@ -38,7 +37,7 @@ class Stop(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """How a process sends it to another: as it is, not made anew from its message."""
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
+        return Exception.__new__, (type(self), *self.args), self.__dict__
 
     def _render_traceback_(self) -> list[str]:
         """What a notebook shows in place of a traceback."""
