@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from jaxsft.bench import apart
 from jaxsft.cli import UserError
+from tests.conftest import ROOT
 
 
 def adds(number: int) -> Callable[[int], tuple[int, int]]:
@@ -29,6 +35,20 @@ def test_each_has_a_process_of_its_own_and_keeps_it() -> None:
     assert (one[1], two[1]) == (11, 12)
     assert len({os.getpid(), one[0], two[0]}) == 3
     assert set(seconds) == {"one", 2} and all(spent > 0 for spent in seconds.values())
+
+
+def test_none_is_left_where_the_command_is_killed() -> None:
+    program = "from jaxsft.bench import apart\nfrom tests.test_bench_apart import adds\n"
+    program += (
+        "print(apart.Contestant(adds, 1)(1)[0], flush=True)\nimport os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", program]  # one that is left holds its stdout open
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    until = time.monotonic() + 30
+    while Path(f"/proc/{int(done.stdout)}").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{int(done.stdout)}").exists()
 
 
 def test_a_turn_is_as_many_calls_as_take_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

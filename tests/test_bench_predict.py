@@ -25,6 +25,12 @@ def test_wrong_amounts_are_one_line(option: str, tmp_path: Path) -> None:
     )
 
 
+def test_it_is_asked_for_without_a_file(tmp_path: Path) -> None:
+    """What is sent to the contestants' processes can be pickled."""
+    status, said, _ = hear_command("bench predict --images 2 --image-size 32 --batch-size 2 --rounds 1", tmp_path)
+    assert status == 0 and said.startswith("predict  images/s: jaxsft ")
+
+
 @pytest.mark.full
 def test_a_small_run(tmp_path: Path) -> None:
     options = "--images 6 --image-size 32 --batch-size 4 --rounds 1 --against torch --json @/out.json"

@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
+
+from jaxsft.data.pipeline import exit_with_parent
 
 Key = TypeVar("Key")
 
@@ -24,7 +27,7 @@ class Contestant:
 
     def __init__(self, make: Callable[..., Callable[..., Any]], *arguments: Any):
         """`make(*arguments)`, a function of a module, is called there at the first call and gives the function."""
-        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _end_with_parent)
         self._make = (make, arguments)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -38,6 +41,11 @@ class Contestant:
     def close(self) -> None:
         """End the process."""
         self._pool.shutdown()
+
+
+def _end_with_parent() -> None:
+    """Where the command is killed, its contestants would wait for it for ever."""
+    threading.Thread(target=exit_with_parent, name="parent", daemon=True).start()
 
 
 def _timed(make: Callable[..., Any], settings: tuple[Any, ...], count: int, arguments: Any) -> tuple[float, Any]:

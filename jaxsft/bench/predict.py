@@ -10,7 +10,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -34,6 +34,15 @@ SHORT = 300  # px, the short side of a photograph at least; ImageNet's has about
 TOPK = 5
 LAYOUTS = ("channels_last", "NCHW")
 Turn = Callable[[], int]  # predicts all pictures and returns how many
+
+
+class Asked(NamedTuple):
+    """What both are asked for."""
+
+    arch: str
+    image_size: int  # px
+    batch_size: int
+    workers: int  # that decode
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,9 +73,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory(prefix="jaxsft-bench-") as folder:
         paths = write_pictures(Path(folder), args.images)
-        made: dict[str, tuple[Any, ...]] = {"jaxsft": (ours, args, paths)}
+        asked = Asked(args.arch, args.image_size, args.batch_size, args.workers)
+        made: dict[str, tuple[Any, ...]] = {"jaxsft": (ours, asked, paths)}
         if args.against:
-            made |= {layout: (torchs, args, paths, layout) for layout in LAYOUTS}
+            made |= {layout: (torchs, asked, paths, layout) for layout in LAYOUTS}
         seconds: dict[str, list[float]] = {name: [] for name in made}
         with apart.contestants(made) as contestants:
             for _ in range(args.rounds + 1):
@@ -94,17 +104,17 @@ def result(seconds: list[float], images: int) -> dict[str, Any]:
     return {"images_per_sec": images / median, "seconds": median, "all": others, "first_seconds": first}
 
 
-def ours(args: argparse.Namespace, paths: list[str]) -> Turn:
+def ours(asked: Asked, paths: list[str]) -> Turn:
     """What `python -m jaxsft.predict` does with a run of this network."""
     keep_compilations()
     c = config.default()
-    c.model.arch, c.model.weights, c.data.image_size = args.arch, "", args.image_size
-    c.data.batch_size, c.data.workers = args.batch_size, args.workers
+    c.model.arch, c.model.weights, c.data.image_size = asked.arch, "", asked.image_size
+    c.data.batch_size, c.data.workers = asked.batch_size, asked.workers
     config.check(c)
     cores_are_devices()  # as `load_run` does
     model = make_model(c, CLASSES)
-    card = ModelCard(args.arch, CLASSES, preprocessing=preprocessing(args.image_size))
-    saved = Run(Path(), c, card, model, init_variables(model, 0, args.image_size), 0)
+    card = ModelCard(asked.arch, CLASSES, preprocessing=preprocessing(asked.image_size))
+    saved = Run(Path(), c, card, model, init_variables(model, 0, asked.image_size), 0)
     return lambda: sum(1 for _ in prediction.predict(saved, paths, TOPK))
 
 
@@ -113,7 +123,7 @@ def preprocessing(side: int) -> Preprocessing:
     return Preprocessing(round(side * 256 / 224), side)
 
 
-def torchs(args: argparse.Namespace, paths: list[str], layout: str) -> Turn:
+def torchs(asked: Asked, paths: list[str], layout: str) -> Turn:
     """The loop that PyTorch's users write: PIL images through torchvision's transforms in a DataLoader's workers.
 
     Raises:
@@ -127,7 +137,7 @@ def torchs(args: argparse.Namespace, paths: list[str], layout: str) -> Turn:
         raise missing("torchvision", "torch") from None
     from convert.reference import torchvision_model
 
-    to = preprocessing(args.image_size)
+    to = preprocessing(asked.image_size)
     transform = transforms.Compose(
         [
             transforms.Resize(to.resize_size),
@@ -146,13 +156,13 @@ def torchs(args: argparse.Namespace, paths: list[str], layout: str) -> Turn:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    model = torchvision_model(args.arch, CLASSES, args.image_size).to(device=device, memory_format=memory).eval()
+    model = torchvision_model(asked.arch, CLASSES, asked.image_size).to(device=device, memory_format=memory).eval()
 
     def turn() -> int:
         found: list[Any] = []
         # Forked, as a script's are on Linux; a process that was spawned would spawn its own.
         loader = torch.utils.data.DataLoader(
-            Pictures(), args.batch_size, num_workers=args.workers, multiprocessing_context="fork"
+            Pictures(), asked.batch_size, num_workers=asked.workers, multiprocessing_context="fork"
         )
         with torch.inference_mode():
             for batch in loader:
