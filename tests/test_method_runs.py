@@ -92,7 +92,7 @@ def test_teachers_are_known_by_their_classes(monkeypatch: pytest.MonkeyPatch, tm
     """Its outputs in the order of the data's classes; without names their number must do."""
     config = config_module.default()
     assert load_teacher(config, ("a", "b")) == (None, None)
-    config.train.update({"teacher": str(tmp_path), "distill_weight": 0.2, "temperature": 5.0})
+    config.train.teacher = str(tmp_path)
     with pytest.raises(UserError, match="holds no run"):
         load_teacher(config, ("a", "b"))
     names: tuple[str, ...] | None = ("c", "a", "b")
@@ -103,7 +103,7 @@ def test_teachers_are_known_by_their_classes(monkeypatch: pytest.MonkeyPatch, tm
 
     monkeypatch.setattr("jaxsft.run.teacher.load_run", load_run)
     teacher, variables = load_teacher(config, ("a", "b", "c"))
-    assert (teacher.columns, teacher.weight, teacher.temperature, variables) == ((1, 2, 0), 0.2, 5.0, {"params": 1})
+    assert (teacher.columns, variables) == ((1, 2, 0), {"params": 1})
     for classes, message in ((("a", "d"), "does not know the class 'd'"), (("a", "b"), "'c', which the data lack")):
         with pytest.raises(UserError, match=message):
             load_teacher(config, classes)

@@ -24,14 +24,11 @@ from jaxsft.data.augment import Amounts, preprocess, train_images
 from jaxsft.data.base import Options
 from jaxsft.data.sources import open_splits
 from jaxsft.interpret import metrics
-from jaxsft.learn import losses
-from jaxsft.learn.fixmatch import FixMatch
-from jaxsft.learn.objective import Inputs, Objective
 from jaxsft.models import families, initial, layers, resnet
 from jaxsft.models.family import variable_shapes
 from jaxsft.models.resnet import BasicBlock, ResNet
 from jaxsft.models.weights import Preprocessing
-from jaxsft.run import checkpoint, job, log, prepare, program, training
+from jaxsft.run import checkpoint, job, log, prepare, training
 from jaxsft.run.pretrained import load_pretrained
 from jaxsft.run.working_copy import WorkingCopy
 from tests import small
@@ -296,31 +293,6 @@ def test_remat_computes_the_same() -> None:
         found.append(compiled(jax.grad(loss))(values["params"]))
     # float32 sums in another program
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(a).max()), *found)
-
-
-def test_the_step_is_told_what_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it makes of it has tests of its own."""
-    told: dict[str, Any] = {}
-    monkeypatch.setattr(program, "make_train_step", lambda _, __, **options: told.update(options))
-    monkeypatch.setattr(losses, "make_loss", lambda *arguments: arguments)
-    config = config_of(
-        optim__accumulate=4, train__loss="focal", train__focal_gamma=3.0, train__label_smoothing=0.1,
-        train__class_weights=(1.0, 2.0), train__mixup=0.2, train__cutmix=0.3, data__augment=("flip",),
-        data__erasing=0.7, data__unlabelled="sample", optim__sam=0.05, train__fixmatch_threshold=0.8,
-        train__fixmatch_weight=2.0,
-    )  # fmt: skip
-    config.seed = 5
-    config.model.freeze = ("^a",)
-    params = {"a": np.zeros(1), "fc": {"kernel": np.zeros((1, 1))}}
-    program.Program(config, None, params, lambda step: 0.1, 10, 100, SimpleNamespace(axis_name="batch")).body()
-    assert told == {
-        "seed": 5, "accumulate": 4, "sam": 0.05, "frozen": ("a",), "average": None, "axis_name": "batch",
-    }  # fmt: skip
-    assert losses.loss_of(config, "batch") == (0.1, (1.0, 2.0), "batch", "focal", 3.0)
-    found = Objective.of(config, None, OF_WEIGHTS, losses.cross_entropy, None, Preprocessing())
-    inputs = Inputs(OF_WEIGHTS, ("flip",), Amounts(erasing=0.7))
-    told_of = inputs, losses.cross_entropy, 0.2, 0.3, None, FixMatch(0.8, 2.0)
-    assert found == Objective(None, *told_of, dataclasses.replace(inputs, preprocessing=Preprocessing()))
 
 
 # settings -> updates of the run, of an epoch, of 100 images

@@ -17,17 +17,14 @@ from sklearn.model_selection import StratifiedKFold
 from jaxsft.cli import UserError
 from jaxsft.data.base import Arrays, Part
 from jaxsft.data.loader import make_loader
-from jaxsft.data.mix import mix
 from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, TrainPlan
 from jaxsft.data.splits import folds as folds_of
-from jaxsft.learn import steps
 from jaxsft.models.weights import Preprocessing
-from jaxsft.run import program as program_module
 from jaxsft.run import training
 from jaxsft.run.parallel import DataParallel
 from jaxsft.run.prepare import prepare
-from jaxsft.run.shared import NUMBERS, RATE, UPDATES, Number, Shared, numbers_of, program_key
+from jaxsft.run.shared import Shared
 from jaxsft.tune import folds, loop, pool, range_test
 from jaxsft.tune.range_test import Curve, proposals
 from tests import small
@@ -36,16 +33,6 @@ from tests.commands import assert_refused, hear_command
 SEARCH = "search --config tests/small.py"
 QUICK = ("--config.train.epochs=2", "--config.eval.every_epochs=1", "--config.optim.warmup_epochs=0")
 OPTIONS = " ".join([*small.ARGUMENTS[1:], *QUICK])
-# Numbers that are arguments, each at two values; those of mixing have a test of their own, for they compile for long.
-ON = {"optim.weight_decay": 0.01, "optim.clip_norm": 1.0, "train.label_smoothing": 0.1, "train.ema": 0.9,
-      "optim.sam": 0.05}  # fmt: skip
-OTHERS = {"optim.weight_decay": 0.1, "optim.clip_norm": 0.5, "train.label_smoothing": 0.2, "train.ema": 0.5,
-          "optim.sam": 0.1, "optim.momentum": 0.5, "optim.lr": 0.2, "optim.schedule": "linear",
-          "train.epochs": 3.0}  # fmt: skip
-
-
-def config_with(changes: dict[str, Any]) -> ConfigDict:
-    return small.config(*QUICK, *(f"--config.{key}={value}" for key, value in changes.items()))
 
 
 @pytest.mark.parametrize(("sizes", "count"), [((50, 50, 50), 5), ((7, 13, 100, 5), 5), ((2, 9, 31), 3), ((3, 3), 6)])
@@ -83,87 +70,6 @@ def test_a_part_of_an_array_is_loaded_as_its_images_alone_would_be() -> None:
 
 def parts(config: ConfigDict) -> pool.Pool:
     return pool.open_pool(config, 3)
-
-
-def losses(config: ConfigDict, splits: pool.Splits, shared: Shared | None) -> list[float]:
-    """The loss of every batch, and that of the evaluation at the end."""
-    job, _ = prepare(config, splits, shared)
-    found = [float(jax.device_get(job.update(call)["loss"])) for call in job.calls(0)]
-    return [*found, job.evaluate().loss]
-
-
-def test_numbers_as_arguments_compute_what_constants_do_and_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    traced: list[str] = []
-
-    def watch(module: Any, name: str) -> None:
-        original = getattr(module, name)  # called while a step is traced, before it is compiled
-        monkeypatch.setattr(module, name, lambda *what, **how: (traced.append(name), original(*what, **how))[1])
-
-    watch(program_module, "make_train_step")
-    watch(steps, "preprocess")
-    config, other = config_with(ON), config_with({**ON, **OTHERS})
-    assert set(NUMBERS) == {*ON, "optim.momentum", "optim.l2_sp", "train.mixup", "train.cutmix"}
-    data, shared = parts(config), Shared()
-    first = losses(config, data.splits(0), shared)
-    assert traced == ["make_train_step", "preprocess"]
-    second = losses(other, data.splits(1), shared)  # of 43 images after 42, 6 updates after 4
-    assert traced == ["make_train_step", "preprocess"]
-    # float32, whose sums XLA may order otherwise where a factor is a constant; the losses are sums of 16.
-    assert np.allclose(second, losses(other, data.splits(1), None), rtol=1e-5)
-    assert not np.allclose(first[:4], second[:4], rtol=1e-3)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        "optim.name=adamw optim.lr_scaling=linear optim.schedule=onecycle",
-        "optim.name=lamb optim.schedule=polynomial optim.sam=0.1",
-        "optim.name=lars train.loss=bce optim.no_decay=norm",
-        "optim.name=lion optim.layer_decay=0.5 optim.accumulate=2",
-        "optim.name=muon model.freeze=layer1 optim.l2_sp=0",
-        "train.ema_warmup=True train.class_weights=1,2,1,1,1,1,1,1,1,1",
-    ],
-)
-def test_every_kind_of_update_takes_its_numbers_as_arguments(options: str) -> None:
-    mixing = ("train.mixup=0.2", "train.cutmix=0.2", "optim.nesterov=False")
-    changes = [*(f"{key}={value}" for key, value in ON.items()), *mixing, *options.split()]
-    config = small.config(*QUICK, *(f"--config.{change}" for change in changes))
-    job, _ = prepare(config, parts(config).splits(0), Shared())
-    text = job.train_step.lower(job.state, job.train_loader.dataset, job.train_loader.batch(0)).as_text()
-    assert f"tensor<{UPDATES}xf32>" in text  # the rates are there, and nothing has taken a number for a constant
-
-
-def test_mixing_takes_its_numbers_as_arguments() -> None:
-    images = jax.random.normal(jax.random.key(0), (2, 4, 6, 6, 3))
-
-    @jax.jit
-    def ours(key: jax.Array, mixup: jax.Array, cutmix: jax.Array) -> Any:
-        return mix(key, *images, Number(mixup), Number(cutmix))  # type: ignore[arg-type]
-
-    constant = jax.jit(lambda key: mix(key, *images, 0.3, 0.7))
-    for seed in range(4):  # on both sides of the coin
-        key = jax.random.key(seed)
-        for mine, theirs in zip(ours(key, 0.3, 0.7), constant(key), strict=True):
-            assert np.allclose(mine, theirs, rtol=1e-5, atol=1e-6)  # float32
-    assert ours._cache_size() == 1
-
-
-def test_programs_are_told_apart_by_all_but_numbers() -> None:
-    key = program_key(small.config())
-    assert key == program_key(
-        small.config("--config.optim.lr=1", "--config.optim.momentum=0.1", "--config.eval.every_epochs=9")
-    )
-    for change in (
-        "--config.optim.momentum=0",
-        "--config.optim.nesterov=False",
-        "--config.data.batch_size=8",
-        "--config.seed=1",
-    ):
-        assert key != program_key(small.config(change)), change
-    assert set(RATE) & set(NUMBERS) == set()
-    for updates in (1, UPDATES, UPDATES + 1):
-        rates = numbers_of(small.config(), np.ones(updates, np.float32))["rates"]
-        assert (len(rates), rates.sum()) == (UPDATES if updates <= UPDATES else 2 * UPDATES, updates)
 
 
 def test_cross_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +165,9 @@ class _Job:
 
     class train_loader:  # noqa: N801
         dataset: dict[str, Any] = {}  # noqa: RUF012
+
+    class order:  # noqa: N801
+        steps_per_epoch = 4
 
     class parallel:  # noqa: N801
         replicate = staticmethod(lambda tree: tree)

@@ -148,21 +148,21 @@ def with_step(source: Source, args: argparse.Namespace) -> dict[str, float]:
     program = Program(
         config, model, variables["params"], lambda step: 1e-3, 1000, 10_000, parallel, left=loader.preprocessing
     )
-    update, state = program.phases()[0].train_step, program.state(variables)
+    update, state, dataset = program.phases()[0].train_step, program.state(variables), program.dataset({})
     count = min(len(source) // args.batch_size - WARM_UP, MOST_STEPS)
     fixed = loader.batch(0)
     for step in range(WARM_UP):
-        state, counts = update(state, {}, loader.batch(step))
+        state, counts = update(state, dataset, loader.batch(step))
     jax.block_until_ready(counts)
     began = time.perf_counter()
     for step in range(count):
-        state, counts = update(state, {}, loader.batch(WARM_UP + step))
+        state, counts = update(state, dataset, loader.batch(WARM_UP + step))
     jax.block_until_ready(counts)
     fed = time.perf_counter() - began
     loader.close()
     began = time.perf_counter()
     for _ in range(count):
-        state, counts = update(state, {}, fixed)
+        state, counts = update(state, dataset, fixed)
     jax.block_until_ready(counts)
     alone = time.perf_counter() - began
     images = count * args.batch_size

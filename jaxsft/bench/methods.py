@@ -56,8 +56,7 @@ def file(text: str) -> str:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train what has not been trained yet by `workdir`, print a table, and return it.
 
-    A run computes what its command does, and leaves its accuracy alone. Those of a method and a seed share one compiled
-    program.
+    A run computes what its command does, and leaves its accuracy alone. Those of a method share one compiled program.
 
     Returns:
       {"methods": {method: {images of a class: {"accuracy": [of each seed], "mean", "command"}}}, "torch": the same}.
@@ -73,8 +72,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     except OSError as error:
         raise cli.UserError(f"{args.workdir} can't be written: {error.strerror}", "give another --workdir") from None
     for method in args.methods:
+        shared = Shared()
         for seed in args.seeds:
-            loops: dict[str, Loop] = {"methods": functools.partial(ours, shared=Shared())}
+            loops: dict[str, Loop] = {"methods": functools.partial(ours, shared=shared)}
             if args.against and method in IN_TORCH:
                 loops["torch"] = reference.accuracy
             for per_class in args.per_class:

@@ -32,6 +32,7 @@ class Steps(NamedTuple):
     evaluate: Any
     state: TrainState  # shapes
     batch: dict[str, Any]  # shapes, of the global batch
+    arguments: dict[str, Any]  # of the train step, beside images: on the host
 
 
 def whole(text: str) -> int:
@@ -105,6 +106,7 @@ def make_steps(c: ConfigDict, parallel: DataParallel, model: nn.Module | None = 
         program.evaluation(),
         jax.eval_shape(lambda variables: TrainState.create(variables, program.optimizer()), shapes),
         batch,
+        program.arguments(),
     )
 
 

@@ -117,8 +117,9 @@ def lowered(steps: step.Steps, config: Any, parallel: DataParallel) -> Any:
         return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(parallel.mesh, spec))
 
     state = jax.tree.map(lambda leaf: placed(leaf, PartitionSpec()), steps.state)
+    arguments = jax.tree.map(lambda leaf: placed(leaf, PartitionSpec()), steps.arguments)
     batch = jax.tree.map(lambda leaf: placed(leaf, PartitionSpec(AXIS)), steps.batch)
-    return steps.train.lower(state, {}, batch)
+    return steps.train.lower(state, arguments, batch)
 
 
 def measure(config: Any, parallel: DataParallel, chip: Chip, model: Any = None) -> dict[str, Any]:

@@ -120,11 +120,11 @@ def ours(config: ConfigDict, kind: str, model: Any = None) -> Step:
     if kind == "eval":
         placed = parallel.split({**batch, "mask": np.ones(config.data.batch_size, bool)})
         return lambda: steps.evaluate(state.evaluated(), {}, placed)
-    placed = parallel.split(batch)
+    placed, arguments = parallel.split(batch), parallel.replicate(steps.arguments)
 
     def update() -> Any:
         nonlocal state
-        state, counts = steps.train(state, {}, placed)
+        state, counts = steps.train(state, arguments, placed)
         return counts
 
     return update

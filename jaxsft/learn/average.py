@@ -22,11 +22,11 @@ from jaxsft.models.layers import BatchNorm
 Move = Callable[[Any, Any, jax.Array], Any]  # (average, values after an update, updates made before it) -> average
 
 
-def average_of(config: ConfigDict, total: int, every: int) -> Move | None:
-    """What a run's config asks for, of `total` updates, `every` an epoch; None: no average."""
+def average_of(config: ConfigDict, first: Any, every: Any) -> Move | None:
+    """What a run's config asks for, `first` and `every` as for `swa`; None: no average."""
     if config.train.ema:
         return ema(config.train.ema, config.train.ema_warmup)
-    return swa(total, every, config.train.swa_epochs) if config.train.swa_epochs else None
+    return swa(first, every) if config.train.swa_epochs else None
 
 
 def ema(decay: float, warmup: bool = False) -> Move:
@@ -51,14 +51,13 @@ def ema(decay: float, warmup: bool = False) -> Move:
     return move
 
 
-def swa(total: int, every: int, epochs: int) -> Move:
-    """The mean of the parameters at the ends of the last `epochs` epochs of `every` updates, of `total` updates in all.
+def swa(first: Any, every: Any) -> Move:
+    """The mean of the parameters after `first` updates (see `swa_start`) and after each `every` more, an epoch's.
 
     Stochastic weight averaging (Izmailov et al. 2018, arXiv:1803.05407), with torch.optim.swa_utils.AveragedModel's
-    arithmetic: average + (values - average) / (n + 1). Ends are counted from the run's own: `total`, `total` - `every`
-    and so on. Before the first of them the average is the values themselves; batch statistics are always these.
+    arithmetic: average + (values - average) / (n + 1). Before the first of them the average is the values themselves;
+    batch statistics are always these. Both are ints, or int32 scalars.
     """
-    first = swa_start(total, every, epochs)
 
     def move(average: Any, values: Any, updates: jax.Array) -> Any:
         done = updates + 1
@@ -75,7 +74,10 @@ def swa(total: int, every: int, epochs: int) -> Move:
 
 
 def swa_start(total: int, every: int, epochs: int) -> int:
-    """The number of updates after which `swa` takes the parameters for the first time."""
+    """The number of updates after which the mean over the last `epochs` epochs takes the parameters for the first time.
+
+    Ends of epochs are counted from the run's own: `total` updates, `total` - `every` and so on.
+    """
     ends = min(epochs, (total - 1) // every + 1)
     return total - (ends - 1) * every
 

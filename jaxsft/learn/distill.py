@@ -20,8 +20,8 @@ class Teacher:
     model: nn.Module
     preprocessing: Preprocessing  # of its input
     columns: tuple[int, ...]  # the teacher's output for each of the student's
-    weight: float  # its share of the loss, 0..1
-    temperature: float
+    weight: float = 0.5  # its share of the loss, 0..1
+    temperature: float = 2.0
     independent: bool = False  # outputs are probabilities by themselves (binary cross-entropy), not together
 
     def logits(self, variables: Any, images: jax.Array, of: Preprocessing | None) -> jax.Array:

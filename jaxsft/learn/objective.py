@@ -44,9 +44,10 @@ def gather(dataset: Dataset, batch: Batch) -> Batch:
     return {**taken, **batch}
 
 
-def step_key(seed: int, step: jax.Array) -> jax.Array:
-    """The key of all that update number `step` draws."""
-    return jax.random.fold_in(jax.random.key(seed), step)
+def step_key(seed: int | jax.Array, step: jax.Array) -> jax.Array:
+    """The key of all that update number `step` draws; `seed` a number, or the key that it makes."""
+    is_key = jnp.issubdtype(getattr(seed, "dtype", int), jax.dtypes.prng_key)
+    return jax.random.fold_in(seed if is_key else jax.random.key(seed), step)
 
 
 def network_keys(key: jax.Array, examples: jax.Array) -> jax.Array:

@@ -197,10 +197,10 @@ def scale_by_rate(rate: Schedule) -> optax.GradientTransformationExtraArgs:
 
 
 def scale_by_path(factor_of: Callable[[str], float]) -> optax.GradientTransformation:
-    """Updates times a constant for each path, skipping those that are 1; masked leaves pass through."""
+    """Updates times a factor for each path, skipping those that are 1.0; masked leaves pass through."""
 
     def scale(keys: Any, leaf: Any) -> Any:
         factor = factor_of(path_of(keys))
-        return leaf if factor == 1.0 else leaf * jnp.asarray(factor, leaf.dtype)
+        return leaf if isinstance(factor, float) and factor == 1.0 else leaf * jnp.asarray(factor, leaf.dtype)
 
     return stateless(lambda updates, params: jax.tree_util.tree_map_with_path(scale, updates))

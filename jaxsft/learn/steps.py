@@ -28,7 +28,7 @@ def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformationExtraArgs,
     *,
-    seed: int = 0,
+    seed: int | jax.Array = 0,
     accumulate: int = 1,
     sam: float = 0.0,
     frozen: Collection[str] = (),
@@ -43,7 +43,7 @@ def make_train_step(
     Args:
       objective: what is minimised.
       optimizer: gradients to updates.
-      seed: of all that a step draws.
+      seed: of all that a step draws, or its key.
       accumulate, sam, frozen, axis_name: as for `make_gradient`.
       average: how the state's average moves, where it has one.
     """
@@ -80,7 +80,7 @@ def make_several(step: Callable[..., Any]) -> Callable[[TrainState, Dataset, Seq
 
 
 def make_statistics_step(
-    model: nn.Module, inputs: Inputs, *, seed: int = 0, axis_name: str | None = None
+    model: nn.Module, inputs: Inputs, *, seed: int | jax.Array = 0, axis_name: str | None = None
 ) -> Callable[[dict[str, Any], Dataset, Batch], dict[str, Any]]:
     """(variables with "seen", int32, dataset, this device's batch) -> the same, with the batch seen.
 

@@ -114,7 +114,7 @@ def lr_multiplier(config: ConfigDict, path: str, paths: Iterable[str]) -> float:
         return float(own)
     stage_of = family_of(config.model.arch).stage_of
     above = {stage for stage in map(stage_of, paths) if stage > stage_of(path)}
-    return float(own * config.optim.layer_decay ** len(above))
+    return own * config.optim.layer_decay ** len(above) if above else float(own)
 
 
 def kinds_of(path: str, paths: Collection[str]) -> set[str]:

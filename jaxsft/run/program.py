@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -22,6 +23,7 @@ from jaxsft.learn.state import TrainState
 from jaxsft.learn.steps import make_eval_step, make_several, make_statistics_step, make_train_step
 from jaxsft.models.precision import resolved_precision
 from jaxsft.models.weights import Preprocessing
+from jaxsft.run import numbers
 from jaxsft.run.parallel import DataParallel
 
 
@@ -74,11 +76,15 @@ class Program:
 
     def objective(self, epoch: float = 0.0) -> Objective:
         """What is minimised at `epoch`."""
+        train = self.config.train
         loss = loss_of(self.config, self.parallel.axis_name, self.class_weights)
-        return Objective.of(self.config, self.network(epoch), self.left, loss, self.teacher, self.of_unlabelled)
+        teacher = self.teacher and dataclasses.replace(
+            self.teacher, weight=train.distill_weight, temperature=train.temperature
+        )
+        return Objective.of(self.config, self.network(epoch), self.left, loss, teacher, self.of_unlabelled)
 
-    def body(self, epoch: float = 0.0) -> Callable[..., Any]:
-        """The update at `epoch`, of one device."""
+    def update(self, epoch: float, ends: tuple[Any, Any]) -> Callable[..., Any]:
+        """The update at `epoch`, of one device; `ends` as for `average_of`."""
         return make_train_step(
             self.objective(epoch),
             self.optimizer(epoch),
@@ -86,9 +92,23 @@ class Program:
             accumulate=self.config.optim.accumulate,
             sam=self.config.optim.sam,
             frozen=trainable.waiting(self.rules, epoch),
-            average=average_of(self.config, self.total, self.every),
+            average=average_of(self.config, *ends),
             axis_name=self.parallel.axis_name,
         )
+
+    def taking_numbers(self, make: Callable[[Program, tuple[Any, Any]], Callable[..., Any]]) -> Callable[..., Any]:
+        """The step that `make` makes of a program and its ends, with the numbers that come with the data set."""
+
+        def step(state: Any, dataset: dict[str, Any], batch: Any) -> Any:
+            rest = dict(dataset)
+            own = numbers.taken(self.config, rest.pop(numbers.KEY))
+            return make(dataclasses.replace(self, config=own.config, rate=own.rate), own.ends)(state, rest, batch)
+
+        return step
+
+    def body(self, epoch: float = 0.0) -> Callable[..., Any]:
+        """The update at `epoch`, of one device: (state, what `dataset` returns, batch) -> (state, counts)."""
+        return self.taking_numbers(lambda program, ends: program.update(epoch, ends))
 
     def phases(self) -> list[Phase]:
         """The steps of training, in their order; without model.unfreeze there is one phase.
@@ -112,13 +132,22 @@ class Program:
         """The step by which an average's batch statistics are estimated anew; None: it keeps those that it has."""
         if not self.config.train.swa_epochs:
             return None
-        last = self.objective(trainable.phases(self.rules, self.every, self.total)[-1][1])
-        axis_name, seed = self.parallel.axis_name, self.config.seed
-        return self.parallel.compile(make_statistics_step(last.model, last.inputs, seed=seed, axis_name=axis_name))
+        last = trainable.phases(self.rules, self.every, self.total)[-1][1]
+
+        def make(program: Program, _: Any) -> Callable[..., Any]:
+            objective, seed = program.objective(last), program.config.seed
+            return make_statistics_step(objective.model, objective.inputs, seed=seed, axis_name=self.parallel.axis_name)
+
+        return self.parallel.compile(self.taking_numbers(make))
+
+    def arguments(self) -> dict[str, dict[str, np.ndarray]]:
+        """What the steps of training are called with beside images, on the host."""
+        rates = np.asarray(self.rate(np.arange(self.total, dtype=np.int32)))
+        return {numbers.KEY: numbers.numbers_of(self.config, rates, self.every)}
 
     def dataset(self, dataset: dict[str, Any]) -> dict[str, Any]:
         """What the steps of training are called with beside a batch, of the set that the loader has on the devices."""
-        return dataset
+        return {**dataset, **self.parallel.replicate(self.arguments())}
 
     def state(self, variables: Any) -> TrainState:
         """The state before the first update, on every device."""

@@ -39,5 +39,4 @@ def load_teacher(config: ConfigDict, class_names: tuple[str, ...]) -> tuple[Teac
             raise UserError(f"{what} has the class {odd[0]!r}, which the data lack", what_to_do)
         columns = tuple(map(theirs.index, class_names))
     independent = run.card.multi_label or train.loss == "bce"
-    preprocessing, weight = run.card.preprocessing, train.distill_weight
-    return Teacher(run.model, preprocessing, columns, weight, train.temperature, independent), run.variables
+    return Teacher(run.model, run.card.preprocessing, columns, independent=independent), run.variables

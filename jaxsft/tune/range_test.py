@@ -19,8 +19,9 @@ from jaxsft import cli
 from jaxsft.allowed import above
 from jaxsft.cli import UserError
 from jaxsft.output import write_json
+from jaxsft.run.numbers import KEY, numbers_of
 from jaxsft.run.prepare import prepare
-from jaxsft.run.shared import KEY, Shared, numbers_of
+from jaxsft.run.shared import Shared
 from jaxsft.storage import Location
 from jaxsft.tune import place
 from jaxsft.tune.loop import training_losses
@@ -100,7 +101,8 @@ def measure(config: ConfigDict, rates: np.ndarray) -> Curve:
     whole = part(pool.source, np.arange(len(pool.source), dtype=np.int32))
     job, said = prepare(config, (whole, whole), shared)
     cli.say(said.partition("; ")[0])
-    job.train_loader.dataset = {**job.train_loader.dataset, KEY: job.parallel.replicate(numbers_of(config, rates))}
+    numbers = job.parallel.replicate(numbers_of(config, rates, job.order.steps_per_epoch))
+    job.train_loader.dataset = {**job.train_loader.dataset, KEY: numbers}
     losses: list[float] = []
     smooth: list[float] = []
     mean = 0.0
