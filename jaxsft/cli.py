@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, NoReturn
 from jaxsft import streams
 
 FAILED, USER_ERROR = 1, 2  # exit status
+DEAF = "compilation"  # the name of threads that a process need not wait for when it ends, and can't stop
 OFFLINE = (
     "give local files, --config.model.weights=FILE and --config.data.data_dir=DIR (prepared by TFDS),"
     " or run configs/cifar10.py:sample, which needs no network"
@@ -161,6 +163,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout = began_with[0]  # `output.json_to` may have turned it
         for stream in began_with:
             streams.flush_or_discard(stream)
+    if any(thread.name == DEAF for thread in threading.enumerate()):
+        os._exit(status)
     sys.exit(status)
 
 

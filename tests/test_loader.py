@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode
 
 from jaxsft.data.base import Arrays, Options, Source
 from jaxsft.data.decode import onto_canvas
-from jaxsft.data.loader import Stream, layout_of, make_loader
+from jaxsft.data.loader import Stream, WithUnlabelled, layout_of, make_loader
 from jaxsft.data.order import Order
 from jaxsft.data.reading import EvalPlan, TrainPlan, in_memory
 from jaxsft.models.weights import INTERPOLATIONS, Preprocessing
@@ -86,6 +86,19 @@ def test_random_crops_get_the_whole_picture(interpolation: str):
         onto_canvas(PICTURES[number], laid, interpolation)
         np.testing.assert_array_equal(image, laid)
     stream.close()
+
+
+@pytest.mark.parametrize("partners", [False, True])
+def test_a_blank_batch_has_the_shapes_of_all_others(partners: bool) -> None:
+    plans = TrainPlan(ORDER, partners), EvalPlan(10, BATCH)
+    made = [
+        *(loader(source, plan) for source in (SMALL, PICTURES, in_memory(SMALL, Options())) for plan in plans),
+        loader(PICTURES, plans[0], augmentations=("random_resized_crop",)),
+        WithUnlabelled(loader(SMALL, plans[0]), loader(PICTURES, plans[0])),
+    ]
+    for each in made:
+        shapes = [{name: (x.shape, x.dtype) for name, x in batch.items()} for batch in (each.blank(), each.batch(1))]
+        assert shapes[0] == shapes[1]
 
 
 def test_a_step_can_be_asked_for_at_any_time():

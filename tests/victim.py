@@ -19,7 +19,7 @@ from jaxsft.run import checkpoint, features, job, training
 
 MOMENTS: dict[str, tuple[Any, str]] = {
     "features": (features.Keeper, "features"),
-    "compilation": (job.Job, "compile_evaluation"),
+    "compilation": (job.Job, "compile_ahead"),
     "step": (job.Job, "update"),
     "evaluation": (training.Trainer, "evaluate"),
     "checkpoint": (checkpoint.Checkpoints, "save"),

@@ -103,6 +103,9 @@ class Loader(Protocol):
     def batches(self) -> Iterator[dict[str, jax.Array]]:
         """All batches of an evaluation."""
 
+    def blank(self) -> dict[str, jax.Array]:
+        """A batch of the shapes that all others have, for who compiles: nothing is read for it."""
+
     def close(self) -> None:
         """End the worker processes, where there are any; the next batch starts new ones."""
 
@@ -122,6 +125,10 @@ class Resident:
         """See Loader."""
         return self.devices.split(self.plan[step])
 
+    def blank(self) -> dict[str, jax.Array]:
+        """See Loader."""
+        return self.batch(0)
+
     def batches(self) -> Iterator[dict[str, jax.Array]]:
         """See Loader."""
         return map(self.batch, range(len(self.plan)))
@@ -140,8 +147,14 @@ class WithUnlabelled:
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """See Loader."""
-        more = self.unlabelled.batch(step).items()
-        return {**self.labelled.batch(step), **{f"unlabelled_{name}": value for name, value in more}}
+        return self._beside(self.labelled.batch(step), self.unlabelled.batch(step))
+
+    def blank(self) -> dict[str, jax.Array]:
+        """See Loader."""
+        return self._beside(self.labelled.blank(), self.unlabelled.blank())
+
+    def _beside(self, labelled: dict[str, jax.Array], unlabelled: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {**labelled, **{f"unlabelled_{name}": value for name, value in unlabelled.items()}}
 
     def batches(self) -> Iterator[dict[str, jax.Array]]:
         """See Loader; of the labelled images alone."""
@@ -165,6 +178,10 @@ class Sent:
         numbers = self.plan[step]
         rows = numbers["example"]
         return self.devices.split({"image": self.source.images[rows], "label": self.source.labels[rows], **numbers})
+
+    def blank(self) -> dict[str, jax.Array]:
+        """See Loader."""
+        return self.batch(0)
 
     def batches(self) -> Iterator[dict[str, jax.Array]]:
         """See Loader."""
@@ -227,6 +244,10 @@ class Stream:
             self.close()
             raise
         return self.devices.split({name: self._whole(value) for name, value in batch.items()})
+
+    def blank(self) -> dict[str, jax.Array]:
+        """See Loader."""
+        return self.devices.split({name: self._whole(value) for name, value in self.reader.blank().items()})
 
     def _read(self, step: int) -> dict[str, Any]:
         """The batch of a step on the host; raises as the pipeline does."""

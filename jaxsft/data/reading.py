@@ -146,6 +146,18 @@ class Reader:
             batch["mask"] = mask & np.array([int(number) not in bad for number in example])
         return {**batch, "bad": list(bad.items())}
 
+    def blank(self) -> Numbers:
+        """What a call gives of the first step, without "bad" and with black images: it reads none."""
+        batch = {name: self.own_rows(value) for name, value in self.plan[0].items()}
+        for prefix, role in (("", "example"), ("partner_", "partner")):
+            if role in batch:
+                count = len(batch[role])
+                batch[prefix + "label"] = self.source.labels[batch[role]]
+                batch[prefix + "image"] = np.zeros((count, *self.layout.shape, 3), np.uint8)
+                if self.layout.kind == "canvas":
+                    batch[prefix + "size"] = np.ones((count, 4), np.int32)
+        return batch
+
     def own_rows(self, values: np.ndarray) -> np.ndarray:
         """This process's part of an array [B, ...]."""
         process, processes = self.share

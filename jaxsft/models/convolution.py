@@ -46,6 +46,7 @@ import numpy as np
 from jax import lax
 
 from jaxsft.models import patches
+from jaxsft.models.platform import by_platform
 
 # Winograd's F(2x2, 3x3), Lavin & Gray 2015 (arXiv:1509.09308): a 2x2 tile of outputs from a 4x4 tile of inputs by 16
 # products for each pair of channels instead of 36, y = AT [(G g G^T) * (BT d BT^T)] AT^T. All entries are 0, 1, 1/2, so
@@ -116,7 +117,7 @@ def vary_like(kernel: jax.Array, x: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    return lax.platform_dependent(
+    return by_platform(
         x,
         kernel,
         cpu=lambda x, kernel: wide(forward, x.dtype, stride, padding)(x, kernel),
@@ -136,7 +137,7 @@ def _conv2d_bwd(stride: int, padding: int, saved: tuple, dy: jax.Array) -> tuple
     def default(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.vjp(lambda x, kernel: plain(x, kernel, stride, padding), x, kernel)[1](dy)
 
-    return lax.platform_dependent(*saved, dy, cpu=cpu, default=default)
+    return by_platform(*saved, dy, cpu=cpu, default=default)
 
 
 _conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
@@ -166,6 +167,7 @@ def _is_tiny(x_shape: Sequence[int], k_shape: Sequence[int]) -> bool:
     return min(x_shape[1:3]) <= k_shape[0] + 1
 
 
+@partial(jax.jit, static_argnums=(2, 3))
 def forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
     if patches.lie_side_by_side(kernel.shape, stride, padding):
         return patches.forward(x, kernel)
@@ -176,6 +178,7 @@ def forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.A
     return plain(x, kernel, stride, padding)
 
 
+@partial(jax.jit, static_argnums=(3, 4))
 def gradient_by_image(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, padding: int) -> jax.Array:
     if patches.lie_side_by_side(kernel.shape, stride, padding):
         return patches.gradient_by_image(x, kernel, dy)
@@ -189,6 +192,7 @@ def gradient_by_image(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: in
     return jax.linear_transpose(lambda x: plain(x, kernel, stride, padding), x)(dy)[0]
 
 
+@partial(jax.jit, static_argnums=(3, 4))
 def gradient_by_kernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, padding: int) -> jax.Array:
     if patches.lie_side_by_side(kernel.shape, stride, padding):
         return patches.gradient_by_kernel(x, kernel.shape[0], dy)

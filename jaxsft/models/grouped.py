@@ -43,6 +43,7 @@ import numpy as np
 from jax import lax
 
 from jaxsft.models import convolution as dense
+from jaxsft.models.platform import by_platform
 
 SHIFTED = 4  # channels of a group up to which the sum is said as shifted images
 JOINED, JOINED_BY_KERNEL = 8, 16  # channels that groups are joined to where the sum is said as dense convolutions
@@ -55,7 +56,7 @@ BLOCK = 2**13  # values of the gradient by the kernel that one step sums at leas
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def conv2d_grouped(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
     """`convolution.conv2d` of more than one group: `kernel` varies between devices as `x` does."""
-    return lax.platform_dependent(
+    return by_platform(
         x,
         kernel,
         cpu=lambda x, kernel: dense.wide(_forward, x.dtype, stride, padding, groups)(x, kernel),
@@ -75,7 +76,7 @@ def _bwd(stride: int, padding: int, groups: int, saved: tuple, dy: jax.Array) ->
     def default(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.vjp(lambda x, kernel: dense.plain(x, kernel, stride, padding, groups), x, kernel)[1](dy)
 
-    return lax.platform_dependent(*saved, dy, cpu=cpu, default=default)
+    return by_platform(*saved, dy, cpu=cpu, default=default)
 
 
 conv2d_grouped.defvjp(_fwd, _bwd)

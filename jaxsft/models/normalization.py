@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsft.models.platform import by_platform
+
 PIXELS = (0, 1, 2)  # of [N, H, W, C]
 
 
@@ -60,7 +62,7 @@ def _backward(
     dy = cotangents[0].astype(scale.dtype)
     dbias = dy.sum(PIXELS)
     # Bound to dy by a zero on the CPU: XLA there takes x - mean early, and stores it all through the forward pass.
-    bound = lax.platform_dependent(mean, dbias, cpu=lambda mean, dbias: mean + 0 * dbias, default=lambda mean, _: mean)
+    bound = by_platform(mean, dbias, cpu=lambda mean, dbias: mean + 0 * dbias, default=lambda mean, _: mean)
     centred = x.astype(scale.dtype) - bound
     dscale = rstd * (dy * centred).sum(PIXELS)
     of_dy, of_centred = mean_over(axis_name, (dbias / _count(x), rstd * dscale / _count(x)))

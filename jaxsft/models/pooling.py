@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from jaxsft.models.layers import at_least_float32
+from jaxsft.models.platform import by_platform
 
 STRIDE = 2
 
@@ -24,7 +25,7 @@ def max_pool(x: jax.Array, kernel_size: int = 3, padding: int = 1) -> jax.Array:
     Reverse mode only.
     """
     ours = lambda x: _first_maximum(x, kernel_size, padding)[0]
-    return lax.platform_dependent(x, cpu=ours, default=partial(_max_pool_plain, k=kernel_size, padding=padding))
+    return by_platform(x, cpu=ours, default=partial(_max_pool_plain, k=kernel_size, padding=padding))
 
 
 def _max_pool_plain(x: jax.Array, k: int, padding: int) -> jax.Array:
@@ -72,7 +73,7 @@ def _max_pool_gradient(x: jax.Array, dy: jax.Array, k: int, padding: int) -> jax
 
 def _max_pool_bwd(k: int, padding: int, x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
     plain = lambda x, dy: jax.vjp(partial(_max_pool_plain, k=k, padding=padding), x)[1](dy)[0]
-    return (lax.platform_dependent(x, dy, cpu=partial(_max_pool_gradient, k=k, padding=padding), default=plain),)
+    return (by_platform(x, dy, cpu=partial(_max_pool_gradient, k=k, padding=padding), default=plain),)
 
 
 max_pool.defvjp(lambda x, k, padding: (max_pool(x, k, padding), x), _max_pool_bwd)

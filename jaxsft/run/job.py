@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -85,13 +84,18 @@ class Job:
     def update(self, steps: range) -> dict[str, jax.Array]:
         """Make these updates (from 1) and return the sums of each batch, scalars or [updates], still on their way."""
         batches = [self.train_loader.batch(step - 1) for step in steps]
-        one, several = self.train_step, self.several_steps
-        for phase in self.later:
-            if phase.after < steps[0]:
-                one, several = phase.train_step, phase.several_steps
+        one, several = self.steps_after(steps[0] - 1)
         update, argument = (one, batches[0]) if len(batches) == 1 else (several, batches)
         self.state, counts = update(self.state, self.train_loader.dataset, argument)
         return counts
+
+    def steps_after(self, step: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The steps of the phase that the update after `step` is in: of one batch, and of several."""
+        one, several = self.train_step, self.several_steps
+        for phase in self.later:
+            if phase.after <= step:
+                one, several = phase.train_step, phase.several_steps
+        return one, several
 
     def estimate_statistics(self, step: int, between: Callable[[], None] = lambda: None) -> None:
         """Where the average after `step` updates needs it, its batch statistics anew, over an epoch of training images.
@@ -121,19 +125,15 @@ class Job:
         self.train_loader.close()
         self.eval_loader.close()
 
-    def compile_evaluation(self) -> None:
-        """Compile the evaluation by its first batch, at a time when a signal may end the process in the middle of it.
+    def compile_ahead(self, start: int) -> None:
+        """Begin to compile what the updates after `start` and the evaluations need, all at once.
 
-        Later there are updates to lose, and a compilation does not listen.
+        Meanwhile the loaders' workers start, and at an evaluation, when there are updates to lose, nothing is compiled
+        any more: a compilation does not hear a signal.
         """
-        with contextlib.suppress(FirstBatchDone):
-            self.evaluate(stop_after_first_batch)
-
-
-class FirstBatchDone(Exception):
-    """The first batch of an evaluation is done."""
-
-
-def stop_after_first_batch() -> None:
-    """End an evaluation after its first batch."""
-    raise FirstBatchDone
+        batch, dataset = self.train_loader.blank(), self.train_loader.dataset
+        one, several = self.steps_after(start)
+        one.compile_ahead(self.state, dataset, batch)
+        if lengths := [len(steps) for steps in self.calls(start) if len(steps) > 1]:
+            several.compile_ahead(self.state, dataset, [batch] * lengths[0])
+        self.eval_step.compile_ahead(self.state.evaluated(), self.eval_loader.dataset, self.eval_loader.blank())

@@ -7,8 +7,10 @@ same body: `jax.pmap` with `in_axes` / `out_axes` None for what is replicated, o
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import os
+import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -18,8 +20,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from jaxsft import cli
 from jaxsft.cli import UserError
 from jaxsft.data.threads import cores
+from jaxsft.models.platform import for_platform
 from jaxsft.models.precision import DEFAULT, with_products
 
 AXIS = "batch"
@@ -44,8 +48,26 @@ class BoundedDispatch:
         """`function` is jitted or pmapped; with `donates` its first output goes to the next call, unawaited."""
         self._function, self._donates = function, donates
         self.lower = function.lower
+        self._compilation: threading.Thread | None = None
+
+    def compile_ahead(self, *args: Any) -> None:
+        """Trace the function for such arguments, and compile it in a thread, for which the next call waits.
+
+        What fails there is done again by the call, and raises. A process that ends does not wait (see `cli.run`).
+        """
+        lowered = self._function.lower(*args)
+
+        def compile_it() -> None:
+            with contextlib.suppress(Exception):
+                lowered.compile()
+
+        self._compilation = threading.Thread(target=compile_it, name=cli.DEAF, daemon=True)
+        self._compilation.start()
 
     def __call__(self, *args: Any) -> Any:
+        if self._compilation is not None:
+            self._compilation.join()
+            self._compilation = None
         result = self._function(*args)
         self._dispatched.append(result[1:] if self._donates else result)
         while len(self._dispatched) > IN_FLIGHT:
@@ -173,7 +195,8 @@ class DataParallel:
         With `donate_first` the memory of the first argument is given to the first of the results. The host waits in a
         call while more than IN_FLIGHT earlier ones are on their way (see `BoundedDispatch`).
         """
-        donate, body = (0,) if donate_first else (), with_products(body, self.matmul_precision)
+        donate = (0,) if donate_first else ()
+        body = for_platform(with_products(body, self.matmul_precision), self.devices[0].platform)
         if self.backend == "pmap":
             mapped = jax.pmap(
                 body, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=donate, devices=self.devices

@@ -60,7 +60,7 @@ class Trainer:
         images = {"total": total * batch_size, "initial": self.start * batch_size}
         with progress(enabled=job.parallel.is_main, unit="img", unit_scale=True, **images) as self.bar:
             self.tell("compiling ...")
-            job.compile_evaluation()
+            job.compile_ahead(self.start)
             if 0 < self.start < total and job.is_evaluated(self.start) and not self.log.has_evaluation(self.start):
                 self.evaluate(self.start)  # a signal came before its end
             for steps in job.calls(self.start):
