@@ -10,7 +10,7 @@ import pytest
 
 from jaxsft import config as config_module
 from jaxsft import recipes
-from jaxsft.bench import methods, reference
+from jaxsft.bench import methods, reference, torch_script
 from jaxsft.cli import Stop
 from jaxsft.data.augment import preprocess
 from jaxsft.models.initial import preprocessing
@@ -32,13 +32,13 @@ def test_every_method_has_a_recipe_that_goes_together(method: str) -> None:
 def test_torch_sees_the_pictures_that_we_see() -> None:
     config = recipes.load("few_labels")
     pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
-    found = reference.inputs(pictures, config, "cpu").numpy().transpose(0, 2, 3, 1)
+    found = torch_script.inputs(pictures, config.data, "cpu").numpy().transpose(0, 2, 3, 1)
     ours = preprocess(pictures.astype(np.float32), preprocessing(config))  # as after an augmentation
     np.testing.assert_allclose(found, ours, atol=1e-4)  # float32 over 0.2
-    moved = reference.augmented(pictures, ("pad_crop", "flip"), np.random.default_rng(1))
+    moved = torch_script.augmented(pictures, ("pad_crop", "flip"), np.random.default_rng(1))
     assert moved.shape == pictures.shape
     assert (moved != pictures).any((1, 2, 3)).all()
-    assert reference.augmented(pictures, (), np.random.default_rng(1)) is pictures
+    assert torch_script.augmented(pictures, (), np.random.default_rng(1)) is pictures
 
 
 @pytest.mark.parametrize("method", ["full", "probe"])

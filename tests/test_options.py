@@ -357,7 +357,7 @@ def test_what_a_run_leaves_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     made, _ = prepare.prepare(config)
     nothing = metrics.count(jnp.zeros((16, 10)), jnp.zeros(16, int), jnp.ones(16), jnp.ones(16, bool))
     made.train_step = jax.jit(lambda state, *_: (state.replace(step=state.step + 1), {k: nothing[k] for k in log.ZERO}))
-    made.eval_step = small.knows_nothing
+    made.eval_step, made.compile_ahead = small.knows_nothing, lambda start: None
     training.fit(made, WorkingCopy(tmp_path))
     assert lines(tmp_path, "train") == [4, 8, 12, 14]
     assert lines(tmp_path, "eval") == [5, 9, 14]  # the first at or after each 4.5

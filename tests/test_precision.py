@@ -168,7 +168,7 @@ def test_a_run_that_goes_on_in_other_numbers_says_so(
         counts = metrics.count(jnp.zeros((16, 10)), jnp.zeros(16, int), jnp.ones(16), jnp.ones(16, bool))
         kept = {key: counts[key] for key in log.ZERO}
         job.train_step = jax.jit(lambda state, *_, kept=kept: (state.replace(step=state.step + 1), kept))
-        job.eval_step = small.knows_nothing
+        job.eval_step, job.compile_ahead = small.knows_nothing, lambda start: None
         training.fit(job, WorkingCopy(tmp_path))
         warnings.append(capsys.readouterr().err)
     after = f"{here}; up to step 3 {elsewhere}"

@@ -2,6 +2,7 @@
 
 python -m jaxsft.bench train [--against torch] [--arch resnet18] [--image-size 224] [--batch-size 32] [--json FILE]
 python -m jaxsft.bench run   [--config configs/cifar10.py:sample] [--json FILE]
+python -m jaxsft.bench job   --weights FILE.pth [--work cifar|photos] [--against torch] [--json FILE]
 python -m jaxsft.bench data  [--against torch] [--folder PATH] [--image-size 224] [--arch resnet18] [--json FILE]
 python -m jaxsft.bench predict [--against torch] [--images 500] [--arch resnet18] [--workers 2] [--json FILE]
 python -m jaxsft.bench tpu   [--topology v5e:2x2] [--arch resnet50] [--batch-size 512] [--json FILE]
@@ -20,11 +21,12 @@ if __name__ == "__main__":
 import argparse
 
 from jaxsft import cli, output
-from jaxsft.bench import data, methods, predict, run, serve, ship, tpu, train
+from jaxsft.bench import data, job, methods, predict, run, serve, ship, tpu, train
 
 COMMANDS = {
     "train": train,
     "run": run,
+    "job": job,
     "data": data,
     "predict": predict,
     "tpu": tpu,

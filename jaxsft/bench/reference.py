@@ -8,12 +8,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxsft.cli import UserError
-from jaxsft.data.augment import PAD
 from jaxsft.data.base import Arrays
 from jaxsft.data.sources import open_splits
 from jaxsft.learn.schedule import make_schedule
-
-CHUNK = 500  # images at a time in evaluation
 
 
 def accuracy(config: ConfigDict) -> float:
@@ -36,66 +33,34 @@ def accuracy(config: ConfigDict) -> float:
     except ImportError:
         raise UserError("torch is not installed", "pip install 'jaxsft[torch]'") from None
     from convert.reference import torchvision_model
+    from jaxsft.bench import torch_script as script
 
     train, evaluated = open_splits(config)
     if not (isinstance(train, Arrays) and isinstance(evaluated, Arrays)):
         raise UserError(f"{config.data.source} is not held in memory", "name images of one size")
     torch.manual_seed(config.seed)
-    random, is_probe = np.random.default_rng(config.seed), config.train.method == "probe"
-    model = torchvision_model(config.model.arch, len(train.class_names), config.data.image_size)
-    if weights := config.model.weights:
-        state = {k: v for k, v in torch.load(weights, weights_only=True).items() if not k.startswith("fc.")}
-        missing, unused = model.load_state_dict(state, strict=False)
-        if unused or any(not name.startswith("fc.") for name in missing):
-            raise UserError(f"{weights} does not fit a {config.model.arch}", "name a state_dict of torchvision's")
+    is_probe, data = config.train.method == "probe", config.data
+    model = torchvision_model(config.model.arch, len(train.class_names), data.image_size)
+    weights = config.model.weights
+    if weights and script.with_weights(model, torch.load(weights, weights_only=True)):
+        raise UserError(f"{weights} does not fit a {config.model.arch}", "name a state_dict of torchvision's")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device=device, memory_format=torch.channels_last)
-    trained = model.fc.parameters() if is_probe else model.parameters()
-    model.requires_grad_(not is_probe).fc.requires_grad_(True)
-    o, per_epoch = config.optim, len(train) // config.data.batch_size
-    total = config.train.steps or round(config.train.epochs * per_epoch)
-    rate = make_schedule(config, per_epoch, total)
-    optimizer = torch.optim.SGD(trained, o.lr, o.momentum, weight_decay=o.weight_decay, nesterov=o.nesterov)
-    order = np.empty(0, int)
-    for step in range(total):
-        if step % per_epoch == 0:
-            order = random.permutation(len(train))
-        rows = order[step % per_epoch * config.data.batch_size :][: config.data.batch_size]
-        pictures = train.images[rows] if is_probe else augmented(train.images[rows], tuple(config.data.augment), random)
-        model.train(not is_probe)
-        optimizer.param_groups[0]["lr"] = float(rate(step))
-        optimizer.zero_grad()
-        labels = torch.from_numpy(train.labels[rows]).long().to(device)
-        torch.nn.functional.cross_entropy(model(inputs(pictures, config, device)), labels).backward()
-        optimizer.step()
-    model.eval()
-    right = 0
-    with torch.no_grad():
-        for at in range(0, len(evaluated), CHUNK):
-            logits = model(inputs(evaluated.images[at : at + CHUNK], config, device))
-            right += int((logits.argmax(1).cpu().numpy() == evaluated.labels[at : at + CHUNK]).sum())
-    return right / len(evaluated)
+    model.requires_grad_(not is_probe).train(not is_probe).fc.requires_grad_(True)
+    batches = script.shuffled(train.images, train.labels, data, () if is_probe else data.augment, config.seed, device)
+    script.train(model, batches, rates_of(config, len(train)), settings_of(config))
+    return script.accuracy(model, script.in_order(evaluated.images, evaluated.labels, data, device))
 
 
-def augmented(images: np.ndarray, names: tuple[str, ...], random: np.random.Generator) -> np.ndarray:
-    """uint8 [N, H, W, 3] moved by up to PAD px each way and turned over by a coin, each by itself."""
-    if "pad_crop" in names:
-        height, width = images.shape[1:3]
-        padded = np.pad(images, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)), mode="reflect")
-        tops, lefts = random.integers(0, 2 * PAD + 1, (2, len(images)))
-        images = np.stack([p[t : t + height, x : x + width] for p, t, x in zip(padded, tops, lefts, strict=True)])
-    if "flip" in names:
-        coins = random.random(len(images)) < 0.5
-        images = np.where(coins[:, None, None, None], images[:, :, ::-1], images)
-    return images
+def rates_of(config: ConfigDict, count: int) -> list[float]:
+    """The learning rate of each update of a run on `count` images, without the last, partial batch of an epoch."""
+    per_epoch = count // config.data.batch_size
+    total = config.train.steps or max(round(config.train.epochs * per_epoch), 1)
+    rates = make_schedule(config, per_epoch, total)(np.arange(total, dtype=np.int32))
+    return [float(rate) for rate in np.asarray(rates)]
 
 
-def inputs(images: np.ndarray, config: ConfigDict, device: str) -> Any:
-    """uint8 [N, H, W, 3] as torch's [N, 3, S, S] on `device`, resized with antialiasing, and normalised."""
-    import torch
-
-    x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(device).float() / 255
-    size, mode = config.data.image_size, config.data.interpolation
-    x = torch.nn.functional.interpolate(x, (size, size), mode=mode, antialias=True)
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (config.data.mean, config.data.std))
-    return ((x - mean) / std).to(memory_format=torch.channels_last)
+def settings_of(config: ConfigDict) -> dict[str, Any]:
+    """What `torch.optim.SGD` is given of a config."""
+    o = config.optim
+    return {"lr": o.lr, "momentum": o.momentum, "weight_decay": o.weight_decay, "nesterov": o.nesterov}

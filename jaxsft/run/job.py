@@ -20,7 +20,7 @@ from jaxsft.learn.average import swa_start
 from jaxsft.learn.state import TrainState
 from jaxsft.models.weights import ModelCard
 from jaxsft.run.evaluation import evaluate
-from jaxsft.run.parallel import DataParallel
+from jaxsft.run.parallel import BoundedDispatch, DataParallel
 from jaxsft.run.program import Phase
 
 
@@ -38,9 +38,9 @@ class Job:
     total_steps: int
     rates: np.ndarray  # float32 [total_steps], the learning rate of each update
     state: TrainState
-    train_step: Callable[..., Any]  # of the first phase, which is all there is without model.unfreeze
-    several_steps: Callable[..., Any]  # `train_step` for a list of batches in one call
-    eval_step: Callable[..., Any]
+    train_step: BoundedDispatch  # of the first phase, which is all there is without model.unfreeze
+    several_steps: BoundedDispatch  # `train_step` for a list of batches in one call
+    eval_step: BoundedDispatch
     statistics_step: Callable[..., Any] | None  # for an average whose batch statistics are estimated anew
     train_loader: Loader
     eval_loader: Loader
@@ -89,7 +89,7 @@ class Job:
         self.state, counts = update(self.state, self.train_loader.dataset, argument)
         return counts
 
-    def steps_after(self, step: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def steps_after(self, step: int) -> tuple[BoundedDispatch, BoundedDispatch]:
         """The steps of the phase that the update after `step` is in: of one batch, and of several."""
         one, several = self.train_step, self.several_steps
         for phase in self.later:

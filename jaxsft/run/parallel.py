@@ -189,7 +189,7 @@ class DataParallel:
 
         return jax.tree.map(place, tree)
 
-    def compile(self, body: Callable[..., Any], *, donate_first: bool = False) -> Callable[..., Any]:
+    def compile(self, body: Callable[..., Any], *, donate_first: bool = False) -> BoundedDispatch:
         """`body(replicated, replicated dataset, split batch)` on all devices; what it returns must be replicated.
 
         With `donate_first` the memory of the first argument is given to the first of the results. The host waits in a

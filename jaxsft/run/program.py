@@ -24,15 +24,15 @@ from jaxsft.learn.steps import make_eval_step, make_several, make_statistics_ste
 from jaxsft.models.precision import resolved_precision
 from jaxsft.models.weights import Preprocessing
 from jaxsft.run import numbers
-from jaxsft.run.parallel import DataParallel
+from jaxsft.run.parallel import BoundedDispatch, DataParallel
 
 
 class Phase(NamedTuple):
     """The steps from the time on when more parameters begin to train; compiled when they are first called."""
 
     after: int  # updates done by then
-    train_step: Callable[..., Any]
-    several_steps: Callable[..., Any]  # `train_step` for a list of batches in one call
+    train_step: BoundedDispatch
+    several_steps: BoundedDispatch  # `train_step` for a list of batches in one call
 
 
 def at_epoch(config: ConfigDict, model: nn.Module, rules: trainable.Rules, epoch: float) -> nn.Module:
@@ -123,7 +123,7 @@ class Program:
             found.append(Phase(after, *steps))
         return found
 
-    def evaluation(self) -> Callable[..., Any]:
+    def evaluation(self) -> BoundedDispatch:
         """The step of evaluation."""
         body = make_eval_step(self.model, self.to_evaluate, axis_name=self.parallel.axis_name)
         return self.parallel.compile(body)

@@ -19,7 +19,7 @@ from jaxsft.data.base import Arrays
 from jaxsft.data.loader import on_devices
 from jaxsft.learn import trainable
 from jaxsft.run.numbers import NUMBERS, RATE, is_on
-from jaxsft.run.parallel import DataParallel
+from jaxsft.run.parallel import BoundedDispatch, DataParallel
 from jaxsft.run.program import Phase, Program
 
 ELSEWHERE = (*FREE, "seed", "data.source", "data.train_split", "data.eval_split", "data.eval_fraction", "data.fraction",
@@ -85,7 +85,7 @@ class SharedProgram(Program):
         starts = trainable.phases(self.rules, self.every, self.total)
         return [Phase(after, *phase[1:]) for (after, _), phase in zip(starts, steps, strict=True)]
 
-    def evaluation(self) -> Step:
+    def evaluation(self) -> BoundedDispatch:
         """See Program."""
         return self.shared.once((self.key, "evaluation"), super().evaluation)
 
