@@ -17,6 +17,7 @@ from jaxsft.run import machine
 
 if __name__ == "__main__":
     machine.ask_for_huge_pages()  # before the imports below: it starts this command anew
+    machine.collect_seldom()
 
 import argparse
 from typing import Any

@@ -20,7 +20,8 @@ from jaxsft.cli import Stop, UserError
 from jaxsft.models import weights
 from jaxsft.run import checkpoint, saved, workdir
 from jaxsft.run.best import Best
-from jaxsft.run.log import EventsWriter, records
+from jaxsft.run.events import EventsWriter
+from jaxsft.run.log import records
 from tests import small
 from tests.small import run_here
 

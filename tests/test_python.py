@@ -26,7 +26,8 @@ from jaxsft.data.embedded import open_sample
 from jaxsft.interface import default_workdir
 from jaxsft.interpret.mistakes import rank
 from jaxsft.run import checkpoint
-from jaxsft.run.log import NotHere, records
+from jaxsft.run.events import NotHere
+from jaxsft.run.log import records
 from jaxsft.run.training import Trainer
 from tests import small
 from tests.commands import run_command

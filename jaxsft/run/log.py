@@ -6,12 +6,10 @@ import contextlib
 import json
 import math
 import os
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -22,26 +20,8 @@ from jaxsft.run.parallel import IN_FLIGHT
 from jaxsft.storage import Location
 
 
-class NotHere:
-    """An importer's finder to whom a module is not installed, for the thread that made it: no other misses it."""
-
-    def __init__(self, name: str):
-        self._name, self._thread = name, threading.get_ident()
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        """See importlib.abc.MetaPathFinder."""
-        if name == self._name and threading.get_ident() == self._thread:
-            raise ModuleNotFoundError(name)
-
-
-# tensorboardX imports torch where it is installed, and does without where it is not. Training never loads torch.
-sys.meta_path.insert(0, without_torch := NotHere("torch"))
-try:
-    from tensorboardX.event_file_writer import EventsWriter
-finally:
-    sys.meta_path.remove(without_torch)
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+if TYPE_CHECKING:
+    from jaxsft.run.events import Events
 
 METRICS, EVENTS = "metrics.jsonl", "events"
 ZERO = {"loss": 0.0, "top1": 0, "count": 0}
@@ -136,8 +116,8 @@ class Log:
 
     def __init__(self, workdir: Path, step: int, enabled: bool = True):
         """Continue after `step`: lines of later steps are removed, for they will be computed again."""
-        self.path = workdir / METRICS
-        self._events: EventsWriter | None = None
+        self.path, self._step, self._enabled = workdir / METRICS, step, enabled
+        self._events: Events | None = None
         if not enabled:
             return
         if self.path.exists():
@@ -146,28 +126,24 @@ class Log:
                 partial = self.path.with_suffix(".partial")
                 partial.write_text("".join(line for line in lines if is_up_to(line, step)))
                 partial.replace(self.path)
-        # The writer itself, not SummaryWriter: that one hands events to a thread, and waits for ever once it has died
-        # of a full disk.
-        with stop_on_write_error(workdir / EVENTS):
-            (workdir / EVENTS).mkdir(exist_ok=True)
-            self._events = EventsWriter(str(workdir / EVENTS / EVENTS))
-            self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, split: str, step: int, **values: Any) -> None:
         """Append a line; None values are left out, NaN and infinity are null, and the time is added."""
-        if self._events is None:
+        if not self._enabled:
             return
         now = time.time()
         values = {name: value for name, value in values.items() if value is not None}
         line = {"step": step, "split": split, **{k: None if is_nan(v) else v for k, v in values.items()}, "time": now}
         with stop_on_write_error(self.path), self.path.open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
-        with stop_on_write_error(self.path.with_name(EVENTS)):
-            for name, value in values.items():
-                if isinstance(value, int | float) and not isinstance(value, bool):
-                    summary = scalar(f"{split}/{name}", value)
-                    self._events.write_event(Event(step=step, wall_time=now, summary=summary))
-            self._events.flush()
+        from jaxsft.run.events import Events  # here, when the devices work: it takes half a second to import
+
+        folder = self.path.with_name(EVENTS)
+        with stop_on_write_error(folder):
+            if self._events is None:
+                folder.mkdir(exist_ok=True)
+                self._events = Events(folder / EVENTS, self._step + 1)
+            self._events.write(split, step, now, values)
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the file has the line of this evaluation; asked before the first write, in any process."""
@@ -175,7 +151,7 @@ class Log:
 
     def sync(self) -> None:
         """Put metrics.jsonl on the disk itself: a checkpoint that outlives a power cut must not be ahead of it."""
-        if self._events is not None and self.path.exists():
+        if self._enabled and self.path.exists():
             with stop_on_write_error(self.path), self.path.open("rb") as file:
                 os.fsync(file.fileno())
 
