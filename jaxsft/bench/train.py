@@ -1,11 +1,12 @@
-"""How fast a step is: this program's, and PyTorch's or a plain Flax model's, in turns in one process."""
+"""How fast a step is: this program's, and PyTorch's or a plain Flax model's, in turns."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,13 +15,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxsft import cli
-from jaxsft.bench import step
+from jaxsft.bench import apart, step
 from jaxsft.bench.plain import plain_model
 from jaxsft.learn.state import TrainState
 from jaxsft.models.family import init_variables
 from jaxsft.run.parallel import all_devices
 
 Step = Callable[[], Any]  # makes one step and returns what to wait for
+Turn = Callable[[int], float]  # makes so many steps; the seconds that they take
+LAYOUTS = ("channels_last", "NCHW")
 KINDS = ("train", "eval")
 OTHERS = ("torch", "torch.compile", "flax")
 
@@ -35,41 +38,80 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=step.above_zero, default=2.0, help="a turn takes about so long; default: %(default)s"
     )
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="default: both")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print a table, and return it.
 
+    On a CPU each contestant is measured in a process of its own, in turns, and that is what counts; and then all of
+    them in one process ("together"), where the threads of two disturb each other. An accelerator is one process's.
+
     Returns:
       "images_per_sec", "step_seconds" (median) and "compile_seconds" of the train step; with `--against` the same of
-      each other under "against"; "ratio", ours over the first of them; and under "eval" all of it for evaluation.
+      each other under "against"; "ratio", ours over the first of them; under "together" all of it in one process, where
+      that was measured beside; and under "eval" all of it for evaluation.
 
     Raises:
       UserError: the batch does not split over the devices, or a package is missing.
     """
     config = step.config_of(args)
+    all_devices(config).check_batch(args.batch_size)
+    is_cpu = jax.devices()[0].platform == "cpu"
     record: dict[str, Any] = {}
-    for kind in KINDS:
-        contestants: dict[str, Step] = {"jaxsft": ours(config, kind), **others(args, config, kind)}
-        result = in_turns(contestants, args)
+    for kind in args.kinds:
+        names = ["jaxsft", *(own for name in args.against for own in ([f"torch ({layout})" for layout in LAYOUTS]
+                             if name == "torch" else [name]))]  # fmt: skip
+        together = in_turns({name: functools.partial(timed, step_of(args, name, kind)) for name in names}, args)
+        result = together
+        if is_cpu and args.against:
+            made = {name: (turn_of, of_numbers(args), name, kind) for name in names}
+            with apart.contestants(made) as contestants:
+                result = in_turns(contestants, args)
+            tell(f"{kind}, a process each", result)
+            tell(f"{kind}, in one process", together)
+            result["together"] = together
+        else:
+            tell(kind, result)
         record.update(result if kind == "train" else {"eval": result})
-        tell(kind, result)
     return record
 
 
-def in_turns(contestants: dict[str, Step], args: argparse.Namespace) -> dict[str, Any]:
+def of_numbers(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments without what can't be sent to another process."""
+    return argparse.Namespace(**{name: value for name, value in vars(args).items() if not callable(value)})
+
+
+def turn_of(args: argparse.Namespace, name: str, kind: str) -> Turn:
+    """A contestant's turn, in its process."""
+    return functools.partial(timed, step_of(args, name, kind))
+
+
+def step_of(args: argparse.Namespace, name: str, kind: str) -> Step:
+    """A contestant's step."""
+    if name == "jaxsft":
+        return ours(step.config_of(args), kind)
+    if name == "flax":
+        model = plain_model(args.arch, step.CLASSES, jnp.dtype(args.precision))
+        return ours(step.config_of(args), kind, model)
+    if name == "torch.compile":
+        return torchs(args, kind, "channels_last", compiled=True)
+    return torchs(args, kind, name.removeprefix("torch (").removesuffix(")"))
+
+
+def in_turns(turns: Mapping[str, Turn], args: argparse.Namespace) -> dict[str, Any]:
     """One turn of each in every round; of a turn its mean step, of the rounds the median.
 
     The first step of a turn is not timed: it takes back from the kernel the memory that the last turn let go, which no
     step in a row of them has to.
     """
-    compile_seconds = {name: timed(one, 1) for name, one in contestants.items()}
-    counts = {name: max(round(args.seconds / timed(one, 1)), 1) for name, one in contestants.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    compile_seconds = {name: turn(1) for name, turn in turns.items()}
+    counts = {name: max(round(args.seconds / turn(1)), 1) for name, turn in turns.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(args.rounds):
-        for name, one in contestants.items():
-            timed(one, 1)
-            seconds[name].append(timed(one, counts[name]) / counts[name])
+        for name, turn in turns.items():
+            turn(1)
+            seconds[name].append(turn(counts[name]) / counts[name])
     results = {}
     for name, values in seconds.items():
         median = statistics.median(values)
@@ -101,7 +143,7 @@ def timed(one: Step, count: int) -> float:
 
 def tell(kind: str, result: dict[str, Any]) -> None:
     """Print one row."""
-    said = f"{kind:5}  images/s: jaxsft {result['images_per_sec']:.1f}"
+    said = f"{kind}: images/s jaxsft {result['images_per_sec']:.1f}"
     for name, other in result.get("against", {}).items():
         ratio = result["images_per_sec"] / other["images_per_sec"]
         layout = f", {other['layout']}" if "layout" in other else ""
@@ -128,19 +170,6 @@ def ours(config: ConfigDict, kind: str, model: Any = None) -> Step:
         return counts
 
     return update
-
-
-def others(args: argparse.Namespace, config: ConfigDict, kind: str) -> dict[str, Step]:
-    """The steps to compare with."""
-    found: dict[str, Step] = {}
-    for name in args.against:
-        if name == "flax":
-            found[name] = ours(config, kind, plain_model(args.arch, step.CLASSES, jnp.dtype(args.precision)))
-        elif name == "torch":
-            found |= {f"torch ({layout})": torchs(args, kind, layout) for layout in ("channels_last", "NCHW")}
-        else:
-            found[name] = torchs(args, kind, "channels_last", compiled=True)
-    return found
 
 
 class Ticket:

@@ -19,7 +19,6 @@ from jaxsft.cli import Stop, UserError
 from jaxsft.run.parallel import IN_FLIGHT
 from jaxsft.storage import Location
 
-
 if TYPE_CHECKING:
     from jaxsft.run.events import Events
 
