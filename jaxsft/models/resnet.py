@@ -66,7 +66,7 @@ class Bottleneck(nn.Module):
         width = self.planes * self.width_per_group // 64 * self.groups
         y = nn.relu(self.norm(name="bn1")(self.conv(width, 1, name="conv1")(x), train))
         y = self.conv(width, 3, self.stride, self.groups, name="conv2")(y)
-        y = relu(self.norm(name="bn2")(y, train))
+        y = nn.relu(self.norm(name="bn2")(y, train))
         y = pointwise(self.conv(self.planes * self.expansion, 1, name="conv3"), self.norm(name="bn3"), y, train)
         return relu(y + shortcut(self, x, train))
 
