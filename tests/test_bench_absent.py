@@ -73,11 +73,17 @@ SCHEDULE = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(
   ROOT %less = pred[] compare(%count.1, %five), direction=LT
 }
 
-ENTRY %main (x: bf16[2,4,4,8], kernel: f32[3,3,8,16], table: f32[100,16], row: s32[]) -> f32[100,16] {
+%branch (other: f32[16]) -> f32[16] {
+  %other = f32[16]{0} parameter(0)
+  ROOT %negated = f32[16]{0} negate(%other)
+}
+
+ENTRY %main (x: bf16[2,4,4,8], kernel: f32[3,3,8,16], table: f32[100,16], row: s32[], chooses: pred[]) -> f32[100,16] {
   %x = bf16[2,4,4,8]{3,2,1,0} parameter(0), sharding={replicated}
   %kernel = f32[3,3,8,16]{3,2,1,0} parameter(1)
   %table = f32[100,16]{1,0} parameter(2)
   %row = s32[] parameter(3)
+  %chooses = pred[] parameter(4)
   %input_transpose_fusion = bf16[16,3,3,8]{3,2,1,0} fusion(%kernel), kind=kInput, calls=%fused_transpose
   %conv = (bf16[2,4,4,16]{3,2,1,0}, u8[0]{0}) custom-call(%x, %input_transpose_fusion), window={size=3x3 pad=1_1x1_1}, \
 dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"
@@ -92,7 +98,8 @@ dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"
   %while = (s32[], f32[16]{0}) while(%start), condition=%condition, body=%body, \
 backend_config={"known_trip_count":{"n":"5"}}
   %summed = f32[16]{0} get-tuple-element(%while), index=1
-  %all-reduce-start = f32[16]{0} all-reduce-start(%summed), replica_groups={{0,1}}, to_apply=%add
+  %chosen = f32[16]{0} conditional(%chooses, %summed, %summed), true_computation=%branch, false_computation=%branch
+  %all-reduce-start = f32[16]{0} all-reduce-start(%chosen), replica_groups={{0,1}}, to_apply=%add
   %all-reduce-done = f32[16]{0} all-reduce-done(%all-reduce-start)
   ROOT %updated = f32[100,16]{1,0} fusion(%table, %all-reduce-done, %row), kind=kLoop, calls=%fused_update
 }
@@ -106,6 +113,8 @@ MOVED = {
     "product": Z * 2 + 16 * 16 * 4,  # an operand that it names twice is read once
     "loop": 5 * (ROW + ROW),
     "condition": 5 * (4 + 4 + 1),
+    "a branch": 2 * ROW,
+    "the other": 2 * ROW,
     "all-reduce": 2 * ROW,
     "updated": ROW + 4 + ROW,  # a row of the table is written, none read
 }

@@ -22,7 +22,9 @@ INSTRUCTION = re.compile(
     r"\((?P<operands>[^)]*)\)(?P<rest>.*)"
 )
 COMMENT = re.compile(r"/\*.*?\*/")
-CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)|branch_computations=\{([^}]*)\}")
+CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{([^}]*)\}"
+)
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 CONVOLUTION = re.compile(r'custom_call_target="__cudnn\$conv(\w+)"')
 LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
@@ -94,7 +96,10 @@ def counts(text: str) -> Counts:
 
 
 def running(program: Program, name: str, times: int = 1) -> Iterator[tuple[str, int]]:
-    """The computations whose instructions are launched one by one, and how often each runs, where that is known."""
+    """The computations whose instructions are launched one by one, and how often each runs, where that is known.
+
+    Of a condition's branches all are counted.
+    """
     yield name, times
     for instruction in program.computations[name].values():
         if instruction.opcode in ENCLOSING:
