@@ -1,4 +1,4 @@
-"""`conv2d` and `max_pool` are the plain XLA operations to rounding, with their gradients, wherever they are used.
+"""`conv2d`, `max_pool` and `relu` are the plain XLA operations to rounding, with their gradients, where they are used.
 
 The oracle is `lax.conv_general_dilated` in float64. What is run on the CPU here is every branch of the rule in
 convolution.py; what an accelerator would run is read from the lowered program.
@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxsft.models import convolution
+from jaxsft.models import convolution, pooling
+from jaxsft.models.blocks import relu
 from jaxsft.models.convolution import conv2d
 from jaxsft.models.pooling import max_pool
 
@@ -205,11 +206,47 @@ def test_max_pool_gives_the_gradient_to_the_first_of_equals(shape: tuple[int, ..
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize(("k", "padding"), [(3, 1), (2, 0)])
+@pytest.mark.parametrize("shape", [(2, 8, 8, 4), (2, 7, 9, 4), (1, 2, 5, 3)])
+def test_each_form_of_max_pools_gradient_is_xlas(shape: tuple[int, ...], k: int, padding: int) -> None:
+    """A GPU's, which no CPU takes of its own, too; whole numbers, so that no order of adding shows."""
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.integers(0, 3, shape), "float32")
+    plain, pull = jax.vjp(lambda x: pooling._max_pool_plain(x, k, padding), x)
+    dy = jnp.asarray(random.integers(-9, 9, plain.shape), "float32")
+    np.testing.assert_array_equal(pooling._first_maximum(x, k, padding)[0], plain)
+    for form in (pooling._gradient_by_pixels, pooling._gradient_by_taps):
+        np.testing.assert_array_equal(form(x, dy, k, padding), pull(dy)[0])
+
+
+def test_max_pool_takes_on_each_platform_what_is_fast_there() -> None:
+    """XLA's window on TPUs, slices elsewhere; the barrier between them is the CPU's."""
+    step = jax.jit(jax.value_and_grad(lambda x: max_pool(x).sum())).trace(jnp.zeros((2, 8, 8, 4)))
+    for platform, window, barrier in (("cpu", False, True), ("cuda", False, False), ("tpu", True, False)):
+        text = step.lower(lowering_platforms=(platform,)).as_text()
+        assert ("select_and_scatter" in text, "optimization_barrier" in text) == (window, barrier), platform
+
+
+def test_relu_at_the_end_of_a_block_is_relu() -> None:
+    """None passes at 0, as in torch; the gradient of the gradient; and the barrier is a GPU's."""
+    x = jnp.asarray([-2.0, -0.0, 0.0, 1e-40, 3.0])
+    for ours, expected in zip(jax.vjp(relu, x)[1](x + 5), jax.vjp(nn.relu, x)[1](x + 5), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    np.testing.assert_array_equal(relu(x), nn.relu(x))
+    twice = lambda function: jax.grad(lambda x: jnp.square(jax.grad(lambda x: (function(x) ** 3).sum())(x)).sum())(x)
+    np.testing.assert_array_equal(twice(relu), twice(nn.relu))
+    step = jax.jit(jax.value_and_grad(lambda x: relu(x).sum())).trace(x)
+    for platform in ("cpu", "cuda", "tpu"):
+        text = step.lower(lowering_platforms=(platform,)).as_text()
+        assert ("optimization_barrier" in text) == (platform == "cuda"), platform
+
+
 DEVICES = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxsft.models import convolution
 from jaxsft.models.convolution import conv2d
+from jaxsft.models.blocks import relu
 from jaxsft.models.pooling import max_pool
 jax.config.update("jax_enable_x64", True)
 random = np.random.default_rng(0)
@@ -218,7 +255,7 @@ x = np.tile(x, (6, 1, 1, 1))  # 24 images a device: in two parts, through the sc
 def loss(kernel, x):
     y = conv2d(x, kernel, 1, 1)
     y = conv2d(y[..., :32], kernel[:, :, :1, :32], 1, 1, 32)
-    return jnp.tanh(max_pool(y) / 300).sum()
+    return jnp.tanh(relu(max_pool(y)) / 300).sum()
 expected = jax.jit(jax.grad(loss))(kernel, x)
 def step(kernel, x):
     gradient = jax.grad(loss)(kernel, x)

@@ -6,6 +6,7 @@ python -m jaxsft.bench job   --weights FILE.pth [--work cifar|photos] [--against
 python -m jaxsft.bench data  [--against torch] [--folder PATH] [--image-size 224] [--arch resnet18] [--json FILE]
 python -m jaxsft.bench predict [--against torch] [--images 500] [--arch resnet18] [--workers 2] [--json FILE]
 python -m jaxsft.bench tpu   [--topology v5e:2x2] [--arch resnet50] [--batch-size 512] [--json FILE]
+python -m jaxsft.bench gpu   [--gpu h100|a100] [--cards 1] [--arch resnet50] [--batch-size 128] [--json FILE]
 python -m jaxsft.bench methods --weights FILE.pth [--against torch] [--methods full ema …] [--json FILE]
 python -m jaxsft.bench ship  --workdir DIR … [--json FILE]
 python -m jaxsft.bench serve [--workdir RUN] [--against torch] [--requests 2000] [--clients 32] [--json FILE]
@@ -21,7 +22,7 @@ if __name__ == "__main__":
 import argparse
 
 from jaxsft import cli, output
-from jaxsft.bench import data, job, methods, predict, run, serve, ship, tpu, train
+from jaxsft.bench import data, gpu, job, methods, predict, run, serve, ship, tpu, train
 
 COMMANDS = {
     "train": train,
@@ -30,6 +31,7 @@ COMMANDS = {
     "data": data,
     "predict": predict,
     "tpu": tpu,
+    "gpu": gpu,
     "methods": methods,
     "ship": ship,
     "serve": serve,

@@ -140,10 +140,11 @@ class BatchNorm(nn.Module):
 
 
 def pointwise(conv: Conv, norm: BatchNorm, x: jax.Array, train: bool) -> jax.Array:
-    """norm(conv(x)) of a 1x1 convolution, as one operation where that may be and pays: not at stride 2."""
-    if conv.stride == 1 and norm.may_fuse(x, train):
-        return norm(x, train, conv(x, only_kernel=True))
-    return norm(conv(x), train)
+    """norm(conv(x)) of a 1x1 convolution, as one operation where that may be."""
+    if not norm.may_fuse(x, train):
+        return norm(conv(x), train)
+    x = x[:, :: conv.stride, :: conv.stride]  # the pixels that it sees
+    return norm(x, train, conv(x, only_kernel=True))
 
 
 def is_frozen(path: tuple[str, ...], patterns: tuple[str, ...]) -> bool:

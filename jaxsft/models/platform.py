@@ -1,4 +1,4 @@
-"""One computation said in two ways: for the CPU, and for accelerators."""
+"""One computation said in several ways, for several platforms."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any
 
 from jax import lax
 
-# What is traced is for this platform, such as "cpu" or "tpu"; None: it may be for any, as what is exported.
+KNOWN = ("cpu", "tpu")  # to JAX a GPU's devices have one name, and its programs two, cuda and rocm
+# What is traced is for this platform, one of KNOWN; None: it may be for any, as what is exported.
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 
-def by_platform(*arrays: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
-    """`cpu(*arrays)` on a CPU and `default(*arrays)` elsewhere, as `lax.platform_dependent`.
+def by_platform(*arrays: Any, default: Callable[..., Any], **forms: Callable[..., Any]) -> Any:
+    """`forms[platform](*arrays)`, of platforms such as cpu, tpu and cuda; `default(*arrays)` on all others.
 
-    Where the platform is known, only its own is traced, which takes a tenth less time.
+    It is `lax.platform_dependent`; where the platform is known, only its own form is traced, which takes a tenth less
+    time.
     """
     known = _platform.get()
     if known is None:
-        return lax.platform_dependent(*arrays, cpu=cpu, default=default)
-    return (cpu if known == "cpu" else default)(*arrays)
+        return lax.platform_dependent(*arrays, default=default, **forms)
+    return forms.get(known, default)(*arrays)
 
 
 def for_platform(body: Callable[..., Any], platform: str) -> Callable[..., Any]:
@@ -29,7 +31,7 @@ def for_platform(body: Callable[..., Any], platform: str) -> Callable[..., Any]:
 
     @functools.wraps(body)
     def traced(*args: Any, **kwargs: Any) -> Any:
-        token = _platform.set(platform)
+        token = _platform.set(platform if platform in KNOWN else None)
         try:
             return body(*args, **kwargs)
         finally:

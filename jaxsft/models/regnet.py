@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxsft.models.blocks import ConvNorm, SqueezeExcitation
+from jaxsft.models.blocks import ConvNorm, SqueezeExcitation, relu
 from jaxsft.models.family import Family
 from jaxsft.models.layers import BatchNorm, Linear
 from jaxsft.models.pooling import global_average_pool
@@ -78,7 +78,7 @@ class Block(nn.Module):
         y = conv(1, name="f.c")(y, train)
         if self.stride > 1 or x.shape[-1] != self.width:
             x = conv(1, stride=self.stride, name="proj")(x, train)
-        return nn.relu(x + y)
+        return relu(x + y)
 
 
 class RegNet(nn.Module):

@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxsft.models.blocks import relu
 from jaxsft.models.family import Family
 from jaxsft.models.layers import BatchNorm, Conv, Linear, pointwise
 from jaxsft.models.pooling import global_average_pool, max_pool
@@ -45,7 +46,7 @@ class BasicBlock(nn.Module):
         y = nn.relu(self.norm(name="bn1")(y, train))
         y = self.conv(self.planes, 3, name="conv2")(y)
         y = self.norm(name="bn2")(y, train)
-        return nn.relu(y + shortcut(self, x, train))
+        return relu(y + shortcut(self, x, train))
 
 
 class Bottleneck(nn.Module):
@@ -67,7 +68,7 @@ class Bottleneck(nn.Module):
         y = self.conv(width, 3, self.stride, self.groups, name="conv2")(y)
         y = nn.relu(self.norm(name="bn2")(y, train))
         y = pointwise(self.conv(self.planes * self.expansion, 1, name="conv3"), self.norm(name="bn3"), y, train)
-        return nn.relu(y + shortcut(self, x, train))
+        return relu(y + shortcut(self, x, train))
 
 
 def shortcut(block: BasicBlock | Bottleneck, x: jax.Array, train: bool) -> jax.Array:
