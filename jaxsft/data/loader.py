@@ -288,6 +288,23 @@ def layout_of(source: Source, preprocessing: Preprocessing, names: Sequence[str]
     return Layout("middle", (crop, crop), resize, how), dataclasses.replace(preprocessing, resize_size=crop)
 
 
+def check_packed(source: Source, to: Preprocessing) -> None:
+    """Raise a UserError where pictures were resized, when they were packed, to less than a run needs, or otherwise."""
+    if source.shrunk is None:
+        return
+    size, how = source.shrunk
+    if size < to.resize_size:
+        raise UserError(
+            f"the pictures were packed at {size} px, and this run resizes them to {to.resize_size}",
+            f"pack them again with --size={to.resize_size}",
+        )
+    if how != to.interpolation:
+        raise UserError(
+            f"the pictures were packed with {how} interpolation, and this run's is {to.interpolation}",
+            f"pack them again with --interpolation={to.interpolation}",
+        )
+
+
 def make_loader(
     source: Source,
     plan: Plan,
@@ -312,7 +329,11 @@ def make_loader(
       share: (this process, number of processes) of a run on many machines: what part of each batch a stream reads.
       bad: where broken images are noted.
       dataset: of `on_devices`, where it is there already; of a part that of the whole.
+
+    Raises:
+      UserError: a broken image was left out and `bad` is for none, or the pictures were packed for another size.
     """
+    check_packed(source, preprocessing)
     bad = BadFiles() if bad is None else bad
     bad.add(source.bad)
     if isinstance(source, Arrays | Part):

@@ -12,6 +12,7 @@ import PIL.Image
 from jaxsft.data import decode
 from jaxsft.data.base import Arrays, Image, Options, Source
 from jaxsft.data.order import Order
+from jaxsft.data.records import Record
 from jaxsft.data.threads import in_order
 from jaxsft.progress import progress
 
@@ -85,12 +86,14 @@ class Layout:
     resize: int  # px, the short side
     interpolation: str = "bilinear"  # one of decode.REACH; 'whole' resizes nothing
 
-    def put(self, image: Image, out: np.ndarray) -> np.ndarray | None:
+    def put(self, image: Image | Record, out: np.ndarray) -> np.ndarray | None:
         """Write an image to `out`, uint8 [*shape, 3]; its size on a canvas (see `decode.onto_canvas`), else None.
 
         Raises:
           decode.Unreadable: it has not the size that all are said to have: its file has changed since it was looked at.
         """
+        if isinstance(image, Record):
+            return self.put_record(image, out)
         if self.kind == "whole":
             pixels = np.asarray(image)
             if pixels.shape != out.shape:
@@ -104,6 +107,23 @@ class Layout:
             out[:] = decode.middle(image, self.resize, self.shape[0], self.interpolation)
             return None
         return decode.onto_canvas(image, out, self.interpolation)
+
+    def put_record(self, record: Record, out: np.ndarray) -> np.ndarray | None:
+        """`put` of a picture that was decoded before: copied where it has the size wanted, else resized from that."""
+        rows, columns = record.pixels.shape[:2]
+        if self.kind == "middle" and rows == self.resize and columns <= decode.LONG * max(self.resize, *self.shape):
+            top, left = (round((side - self.shape[0]) / 2) for side in (rows, columns))
+            block = record.pixels[top : top + self.shape[0], left : left + self.shape[1]]
+            decode.lay(block, out, record.turned)
+            return None
+        if self.kind == "canvas":
+            size = decode.canvas_size(*record.original, self.shape)
+            if size == (rows, columns):
+                decode.lay(record.pixels, out, turned=False)
+            else:
+                decode.onto_canvas(PIL.Image.fromarray(record.image()), out, self.interpolation)
+            return np.array([*record.original, *size], np.int32)
+        return self.put(record.image(), out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +179,7 @@ class Reader:
         for offset in range(min(len(self.source), SUBSTITUTES)):
             candidate = (number + offset) % len(self.source)
             try:
-                return candidate, self.layout.put(self.source[candidate], out)
+                return candidate, self.layout.put(self.source.picture(candidate), out)
             except decode.Unreadable as error:
                 bad[candidate] = str(error)
                 if not substitute:
@@ -191,5 +211,5 @@ def in_memory(source: Source, options: Options) -> Source:
     named = tuple((source.name(number), reason) for number, reason in sorted(bad.items()))
     bads = source.bad + named
     names = tuple(map(source.name, range(len(source))))
-    arrays = Arrays(images, source.labels, source.class_names, bads, source.split, source.listing, names)
+    arrays = Arrays(images, source.labels, source.class_names, bads, source.split, source.listing, names, source.shrunk)
     return arrays.select(np.setdiff1d(np.arange(len(source)), list(bad))) if bad else arrays
