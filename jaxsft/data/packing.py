@@ -1,4 +1,4 @@
-"""How pictures are packed by `python -m jaxsft.data.pack`: split by split into files of records, and an index, the last.
+"""How pictures are packed by `python -m jaxsft.data.pack`: files of records of each split, and at the end an index.
 
 Until the index is there nothing can be read. Beside each file of records lies meanwhile what is in it: an interrupted
 command goes on after the last of them, and whether it is the same one shows in a key that goes by all that the index
