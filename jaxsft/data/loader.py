@@ -264,11 +264,10 @@ class Stream:
             self._pipeline = None
 
     def _whole(self, rows: np.ndarray) -> np.ndarray:
-        """This process's rows at their place in the global batch, whose other rows are never looked at.
-
-        A copy in any case: device_put on the CPU would point into the workers' shared memory, which then outlives them.
-        """
+        """This process's rows at their place in the global batch, whose other rows are never looked at."""
         process, processes = self.reader.share
+        if processes == 1:
+            return rows
         whole = np.empty((len(rows) * processes, *rows.shape[1:]), rows.dtype)
         whole[process * len(rows) : (process + 1) * len(rows)] = rows
         return whole

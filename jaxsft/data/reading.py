@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -130,13 +131,15 @@ class Layout:
 class Reader:
     """The batch of a step with its pixels; called in a worker process.
 
-    `share` is (this process, number of processes): of every batch it reads its rows alone.
+    `share` is (this process, number of processes): of every batch it reads its rows alone. `empty` makes the arrays of
+    pixels, as `np.empty` does.
     """
 
     source: Source
     plan: Plan
     layout: Layout
     share: tuple[int, int] = (0, 1)
+    empty: Callable[[tuple[int, ...], type], np.ndarray] = np.empty
 
     def __call__(self, step: int) -> dict[str, Any]:
         """The arrays of `plan[step]` with "image", "label" (and "size"), the same of the partners, and "bad".
@@ -150,7 +153,7 @@ class Reader:
         example, mask = numbers["example"], numbers.get("mask")
         roles = {"": example, "partner_": numbers["partner"]} if "partner" in numbers else {"": example}
         slots = {int(number): slot for slot, number in enumerate(dict.fromkeys(np.concatenate([*roles.values()])))}
-        images = np.empty((len(slots), *self.layout.shape, 3), np.uint8)
+        images = self.empty((len(slots), *self.layout.shape, 3), np.uint8)
         bad: dict[int, str] = {}
         read = [self.read(number, images[slot], bad, mask is None) for number, slot in slots.items()]
         batch: dict[str, Any] = {}
@@ -159,12 +162,17 @@ class Reader:
             taken = np.array([read[row][0] for row in rows], np.int32)
             batch[(prefix or "example_")[:-1]] = taken
             batch[prefix + "label"] = self.source.labels[taken]
-            batch[prefix + "image"] = images if len(slots) == len(rows) and not prefix else images[rows]
+            batch[prefix + "image"] = images if len(slots) == len(rows) and not prefix else self.copied(images, rows)
             if self.layout.kind == "canvas":
                 batch[prefix + "size"] = np.stack([np.asarray(read[row][1]) for row in rows])
         if mask is not None:
             batch["mask"] = mask & np.array([int(number) not in bad for number in example])
         return {**batch, "bad": list(bad.items())}
+
+    def copied(self, images: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """`images[rows]`."""
+        out = self.empty((len(rows), *images.shape[1:]), np.uint8)
+        return np.take(images, rows, 0, out, mode="clip")  # 'raise' would make a copy more
 
     def own_rows(self, values: np.ndarray) -> np.ndarray:
         """This process's part of an array [B, ...]."""
