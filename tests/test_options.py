@@ -64,6 +64,7 @@ TESTS = {
     "data.on_error": "test_a_broken_image_is_left_out_and_listed",
     "data.exif_orientation": "test_pictures_are_turned_as_they_say",
     "data.check_overlap": "test_a_registered_source",
+    "data.cache": "test_the_second_pass_is_read_from_the_cache",
     "data.resident_mb": "test_what_fits_is_held_in_memory",
     "data.workers": "test_worker_processes_change_nothing",
     "data.unlabelled": "test_the_gradient_of_fixmatch_is_torchs",

@@ -86,6 +86,7 @@ class Source(abc.ABC):
     splits: tuple[str, ...] = ()  # all that the data has, as it calls them; (): that is not known
     scattered = False  # whether numbers in slices count in the fixed random order of `splits.shuffled(_, 0, 0)`
     shrunk: Shrunk | None = None  # where images were resized before
+    version: str = ""  # beside the names, what changes with the pixels: times of files, how they are turned
 
     def __len__(self) -> int:
         return len(self.labels)

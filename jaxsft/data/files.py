@@ -32,6 +32,7 @@ class Files(Source):
     bad: tuple[tuple[str, str], ...] = ()
     split: str = ""
     listing: str = ""
+    version: str = ""
     scattered = True  # they lie sorted by class
 
     def __getitem__(self, index: int) -> PIL.Image.Image:
@@ -107,6 +108,7 @@ def open_rows(
         bad,
         split,
         listing(rows),
+        f"{known_of.version} {options.upright}",
     )
     return changed(files, splits=tuple(groups))
 

@@ -34,6 +34,7 @@ class Table(Source):
     upright: bool = True
     what: str = ""  # the data's name, for messages
     split: str = ""
+    version: str = ""
 
     def __getitem__(self, index: int) -> PIL.Image.Image:
         return decode.read_rgb(self.content(index), self.upright)
@@ -100,7 +101,8 @@ def open_hub(name: str, split: str, options: Options) -> Table:
             raise UserError(message, "name another split, or leave them out with --config.data.on_error=skip")
         cli.warn(f"{message}: they are left out")
     rows = datasets.concatenate_datasets(images)
-    found = Table(rows, column, labelled, labels[labelled], class_names, options.upright, what, split)
+    version = f"{rows._fingerprint} {options.upright}"
+    found = Table(rows, column, labelled, labels[labelled], class_names, options.upright, what, split, version)
     return changed(found, splits=tuple(tables))
 
 

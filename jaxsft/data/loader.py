@@ -18,6 +18,7 @@ import numpy as np
 from jaxsft.cli import Stop, UserError, printable, warn
 from jaxsft.data.augment import RANDOM_CROP
 from jaxsft.data.base import LONG, Arrays, Part, Source
+from jaxsft.data.cache import open_cache
 from jaxsft.data.files import broken
 from jaxsft.data.pipeline import Pipeline, WorkerDied, one_line
 from jaxsft.data.reading import LONGEST, Layout, PartPlan, Plan, Reader
@@ -198,6 +199,7 @@ class Stream:
         self.workers, self.bad, self.in_threads = workers, bad, in_threads
         self._pipeline: Pipeline | Generator[dict[str, Any]] | None = None
         self._next = 0  # the step that comes next
+        self._said: set[str] = set()
         self._deaths = 0  # of workers, since the last batch
 
     def batch(self, step: int) -> dict[str, jax.Array]:
@@ -220,6 +222,9 @@ class Stream:
                     "mend that, or give fewer --config.data.workers; the same command then resumes",
                 ) from error
         self._deaths = 0
+        for line in set(batch.pop("said", ())) - self._said:  # once, not for each worker
+            self._said.add(line)
+            warn(line)
         self._next = (step + 1) % len(self.reader.plan)
         try:
             self.bad.add([(self.reader.source.name(number), reason) for number, reason in batch.pop("bad")])
@@ -262,6 +267,8 @@ class Stream:
         if self._pipeline is not None:
             self._finalizer()
             self._pipeline = None
+        if self.reader.cache:
+            self.reader.cache.flush()  # what this process itself has read
 
     def _whole(self, rows: np.ndarray) -> np.ndarray:
         """This process's rows at their place in the global batch, whose other rows are never looked at."""
@@ -315,6 +322,7 @@ def make_loader(
     share: tuple[int, int] = (0, 1),
     bad: BadFiles | None = None,
     dataset: dict[str, jax.Array] | None = None,
+    cache: str = "",
 ) -> Loader:
     """The loader of a source: `Resident` for arrays and parts of them, else `Stream`.
 
@@ -328,6 +336,7 @@ def make_loader(
       share: (this process, number of processes) of a run on many machines: what part of each batch a stream reads.
       bad: where broken images are noted.
       dataset: of `on_devices`, where it is there already; of a part that of the whole.
+      cache: of the config, data.cache: where a stream keeps what it has decoded.
 
     Raises:
       UserError: a broken image was left out and `bad` is for none, or the pictures were packed for another size.
@@ -342,4 +351,5 @@ def make_loader(
         return Resident(dataset, own, devices, preprocessing)
     layout, left = layout_of(source, preprocessing, augmentations)
     count = min(cores(), MOST_WORKERS) if workers is None else workers
-    return Stream(Reader(source, plan, layout, share), devices, left, count, bad)
+    reader = Reader(source, plan, layout, share, cache=open_cache(cache, source, layout))
+    return Stream(reader, devices, left, count, bad)

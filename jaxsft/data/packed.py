@@ -46,6 +46,7 @@ class Packed(Source):
     split: str = ""
     listing: str = ""
     shrunk: Shrunk | None = None
+    version: str = ""
 
     def picture(self, index: int) -> Image | Record:
         """The record of an image that was decoded before, or the image. Raises decode.Unreadable."""
@@ -140,6 +141,7 @@ def opened(index: dict[str, Any], what: str, place: Location, digest: str, split
         split,
         listing(names, every),
         Shrunk(short, interpolation) if (stored != found).any() else None,
+        f"{digest} {options.upright}",
     )
 
 

@@ -49,7 +49,8 @@ def open_tfds(name: str, split: str, options: Options) -> Source:
         return changed(Arrays(images, labels, class_names, split=split), splits=tuple(sizes))
     (labels,) = cached(builder, parts, "labels", lambda: (labels_of(builder, parts, total),))
     numbers, where = np.arange(total), str(builder.data_path)
-    found = Examples(where, parts, numbers, labels, class_names, size, options.upright, split)
+    version = f"{written(where)} {options.upright}"
+    found = Examples(where, parts, numbers, labels, class_names, size, options.upright, split, version)
     return changed(found, splits=tuple(sizes))
 
 
@@ -83,6 +84,7 @@ class Examples(Source):
     size: tuple[int, int] | None = None
     upright: bool = True
     split: str = ""
+    version: str = ""
 
     def __getitem__(self, index: int) -> PIL.Image.Image:
         content = self.content(index)
@@ -134,8 +136,7 @@ def cached(builder: Any, parts: Parts, what: str, make: Any) -> tuple[np.ndarray
     """The arrays that `make` returns, from the user's cache where they are there."""
     from jaxsft.models.weights import cache_dir  # brings JAX, which the workers do without
 
-    written = [entry.stat().st_mtime_ns for entry in os.scandir(builder.data_path)]
-    identity = [builder.info.full_name, max(written, default=0), parts]
+    identity = [builder.info.full_name, written(builder.data_path), parts]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     path = cache_dir() / what / f"{builder.info.name}-{key}.npz"
     kept = load_arrays(path)
@@ -145,6 +146,11 @@ def cached(builder: Any, parts: Parts, what: str, make: Any) -> tuple[np.ndarray
     made = make()
     save_arrays(path, **{str(i): array for i, array in enumerate(made)})
     return tuple(made)
+
+
+def written(data_path: Any) -> int:
+    """When a prepared set was last written to, in ns."""
+    return max((entry.stat().st_mtime_ns for entry in os.scandir(data_path)), default=0)
 
 
 def decoded(builder: Any, parts: Parts, total: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
