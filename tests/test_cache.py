@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import PIL.Image
 import pytest
 
 from jaxsft import storage
+from jaxsft.bench.data import in_turns
 from jaxsft.cli import UserError
 from jaxsft.data import cache, decode, records
 from jaxsft.data.base import Options, Source
@@ -26,6 +28,7 @@ from jaxsft.data.reading import EvalPlan, Layout, Plan, TrainPlan
 from jaxsft.data.sources import open_source
 from jaxsft.models.weights import Preprocessing
 from jaxsft.run.parallel import DataParallel
+from tests.commands import hear_command
 from tests.conftest import ROOT
 from tests.files import write
 from tests.pictures import Pictures
@@ -328,3 +331,17 @@ def test_a_cache_in_a_bucket(google, place, folder: Path, tmp_path: Path, monkey
     monkeypatch.setattr(google, "read_only", True)
     assert open_cache(str(place), source, Layout("middle", (8, 8), 8)).writes is False  # type: ignore[union-attr]
     assert capsys.readouterr().err.startswith(f"warning: data.cache {place} can't be written (")
+
+
+def test_the_bench_says_what_comes_from_the_second_epoch_on(tmp_path: Path) -> None:
+    command = "bench data --images 60 --batch-size 4 --image-size 32 --workers 0 --passes 1 --packed --json @/data.json"
+    status, said, _ = hear_command(command, tmp_path)
+    assert status == 0
+    assert len(said.splitlines()) == 2 and " packed " in said
+    measured = json.loads((tmp_path / "data.json").read_text())
+    assert [*measured["train"]["images_per_sec"]] == [*measured["eval"]["images_per_sec"]] == ["jaxsft", "packed"]
+    feeds = {name: lambda: iter([2] * 9) for name in ("jaxsft", "packed", "torch")}
+    ratios = in_turns(feeds, 1)
+    speeds = ratios["images_per_sec"]
+    assert ratios["ratio"] == speeds["jaxsft"] / speeds["torch"]
+    assert ratios["packed_ratio"] == speeds["packed"] / speeds["torch"]

@@ -312,8 +312,8 @@ def test_the_step_is_told_what_the_config_says(monkeypatch: pytest.MonkeyPatch) 
     )  # fmt: skip
     config.seed = 5
     config.model.freeze = ("^a",)
-    params = {"a": np.zeros(1), "fc": {"kernel": np.zeros((1, 1))}}
-    program.Program(config, None, params, lambda step: 0.1, 10, 100, SimpleNamespace(axis_name="batch")).body()
+    params, devices = {"a": np.zeros(1), "fc": {"kernel": np.zeros((1, 1))}}, SimpleNamespace(axis_name="batch")
+    program.Program(config, None, params, lambda step: 0.1, 10, 100, devices).body()
     assert told == {
         "seed": 5, "accumulate": 4, "sam": 0.05, "frozen": ("a",), "average": None, "axis_name": "batch",
     }  # fmt: skip
@@ -368,10 +368,6 @@ def test_of_each_class_is_trained_on_what_the_config_says(settings: dict[str, An
     np.testing.assert_array_equal(counts[1], 7 if share is None else np.round(share * counts[0]))
 
 
-def lines(workdir: Path, split: str) -> list[int]:
-    return [record["step"] for record in log.records(workdir) if record["split"] == split]
-
-
 @pytest.mark.usefixtures("_ten_a_class")
 def test_what_a_run_leaves_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six updates an epoch, fourteen in all: lines, evaluations and checkpoints where the config puts them.
@@ -388,8 +384,8 @@ def test_what_a_run_leaves_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     made.train_step = jax.jit(lambda state, *_: (state.replace(step=state.step + 1), {k: nothing[k] for k in log.ZERO}))
     made.eval_step = small.knows_nothing
     training.fit(made, WorkingCopy(tmp_path))
-    assert lines(tmp_path, "train") == [4, 8, 12, 14]
-    assert lines(tmp_path, "eval") == [5, 9, 14]  # the first at or after each 4.5
+    steps = {split: [r["step"] for r in log.records(tmp_path) if r["split"] == split] for split in ("train", "eval")}
+    assert steps == {"train": [4, 8, 12, 14], "eval": [5, 9, 14]}  # the first at or after each 4.5
     assert checkpoint.steps(tmp_path) == [10, 14]  # of 5, 10 and 14
     found = [record["lr"] for record in log.records(tmp_path) if record["split"] == "train"]
     np.testing.assert_allclose(found, [0.05 * (1 + np.cos(np.pi * (t - 1) / 14)) for t in (4, 8, 12, 14)], rtol=1e-4)

@@ -149,7 +149,8 @@ def test_records_hold_the_larger_side_along_the_rows() -> None:
         assert record.pixels.shape[0] == min(shape)
         assert record.original == (60, 40)
         np.testing.assert_array_equal(record.image(), pixels)
-    for content in (b"", b"x" * 100, records.on_its_side(pixels, (1, 7)).to_bytes()[:-1]):
+    no_size = records.Record(pixels, False, (0, 7)).to_bytes()
+    for content in (b"", b"x" * 100, no_size, records.on_its_side(pixels, (1, 7)).to_bytes()[:-1]):
         with pytest.raises(decode.Unreadable, match="its record is damaged"):
             records.from_bytes(content)
 
@@ -265,6 +266,11 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "of tomorrow": (edited(lambda i: i.update(version=2)), "is of version 2, which this program does not know"),
     "fewer labels": (edited(lambda i: i["splits"]["train"]["labels"].pop()), "index.json is damaged"),
     "fewer records": (edited(lambda i: i["splits"]["train"]["shards"].clear()), "index.json is damaged"),
+    "records without number": (
+        edited(lambda i: i["splits"]["train"]["shards"][0].update(records=10**13)),
+        "index.json is damaged",
+    ),
+    "records without end": (lambda out: (out / "index.json").write_text("[" * 200_000), "index.json is damaged"),
     "a label of no class": (edited(lambda i: i["splits"]["train"]["labels"].__setitem__(0, 7)), "has the label 7"),
     "a file elsewhere": (
         edited(lambda i: i["splits"]["train"]["shards"][0].update(file="../x")),

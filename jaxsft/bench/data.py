@@ -111,6 +111,7 @@ def in_turns(feeds: dict[str, Callable[[], Feed]], passes: int) -> dict[str, Any
     """The median speed of each feed over `passes` passes, one feed after the other in every round.
 
     The first WARM_UP batches of a pass are not timed: workers start, and what they had ready meanwhile is no work done.
+    Nor is their end, after the last batch.
     """
     speeds: dict[str, list[float]] = {name: [] for name in feeds}
     for _ in range(passes):
@@ -118,10 +119,10 @@ def in_turns(feeds: dict[str, Callable[[], Feed]], passes: int) -> dict[str, Any
             batches = feed()
             for _ in itertools.islice(batches, WARM_UP):
                 pass
-            began, images = time.perf_counter(), 0
+            began, images, last = time.perf_counter(), 0, 0.0
             for size in batches:
-                images += size
-            speeds[name].append(images / (time.perf_counter() - began))
+                images, last = images + size, time.perf_counter()
+            speeds[name].append(images / (last - began))
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     result: dict[str, Any] = {"images_per_sec": medians, "all": speeds}
     mine, *packed = (speed for name, speed in medians.items() if name in OURS)

@@ -92,7 +92,7 @@ def open_packed(name: str, split: str, options: Options) -> Packed:
         if index["version"] > VERSION:
             raise UserError(f"{what} is of version {index['version']}, which this program does not know", AGAIN)
         return opened(index, what, place, hashlib.sha256(content).hexdigest(), split, options)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         raise UserError(f"{place / INDEX} is damaged", AGAIN) from None
 
 
@@ -114,12 +114,12 @@ def opened(index: dict[str, Any], what: str, place: Location, digest: str, split
         entry = parts[part]
         own = [(shard["file"], int(shard["records"]), int(shard["bytes"])) for shard in entry["shards"]]
         lengths = [length for _, length, _ in own]
+        if not sum(lengths) == len(entry["labels"]) == len(entry["sizes"]) == counts[part] or min(lengths) < 0:
+            raise ValueError(part)
         whole = np.arange(counts[part])
         chosen = np.sort(shuffled(whole, 0, 0)[start:stop]) if entry["scattered"] else whole[start:stop]
         file_of = np.repeat(np.arange(len(own)), lengths)
         position_of = np.concatenate([np.arange(length) for length in lengths])
-        if not len(file_of) == len(entry["labels"]) == len(entry["sizes"]) == counts[part]:
-            raise ValueError(part)
         places.append(np.stack([file_of[chosen] + len(files), position_of[chosen]], 1).astype(np.int32))
         labels.append(labels_of(entry["labels"], len(class_names), bool(index["multi_label"]))[chosen])
         sizes.append(np.array(entry["sizes"], np.int64).reshape(-1, 2)[chosen])

@@ -107,7 +107,7 @@ def pack(spec: str, out: Location, form: Form, options: Options, threads: int | 
         }
         for position, (part, source) in enumerate(splits.items()):
             prefix = part if re.fullmatch(r"[\w-]+", part) else f"split{position}"
-            key = hashlib.sha256(json.dumps(index).encode()).hexdigest()
+            key = hashlib.sha256(json.dumps([index, source.version]).encode()).hexdigest()
             with progress(total=len(source), desc=f"packing {part}", unit="image") as bar:
                 shards = [*packed_shards(source, prefix, out, key, form, options, threads, bar.update)]
             finish(index["splits"][part], shards)

@@ -60,7 +60,7 @@ def from_bytes(content: bytes) -> Record:
         pixels = np.frombuffer(content, np.uint8, offset=HEADER.size).reshape(rows, columns, 3)
     except (struct.error, ValueError):
         magic = 0
-    if magic != MAGIC:
+    if magic != MAGIC or min(height, width, rows, columns) < 1:
         raise decode.Unreadable("its record is damaged")
     return Record(pixels, bool(turned), (height, width))
 
