@@ -170,8 +170,10 @@ def test_files_are_written_where_a_pass_ends_or_enough_is_gathered(tmp_path: Pat
     for number in range(10, 15):
         kept.put(number, rows(number))
     assert len([*tmp_path.iterdir()]) == 3
-    kept.at(0, 3)  # an evaluation that begins again
-    assert len([*tmp_path.iterdir()]) == 4
+    for step, files in ((9, 4), (11, 4), (9, 5)):  # the last is an evaluation that begins again
+        kept.at(step, 3)
+        assert len([*tmp_path.iterdir()]) == files
+        kept.put(20 + step + files, rows(step))
 
 
 def test_a_damaged_file_is_done_without(tmp_path: Path) -> None:
@@ -220,6 +222,7 @@ def test_a_disk_that_fills_is_one_line(workers: int, folder: Path, tmp_path: Pat
     for step in range(9):
         assert_same(kept.batch(step), plain.batch(step))
     kept.close()
+    assert workers or kept.reader.cache.writes is False  # type: ignore[union-attr]
     lines = [line for line in capsys.readouterr().err.splitlines() if "data.cache" in line]
     why = "Not a directory" if workers else "No space left on device"
     where = tmp_path / ("gone" if workers else "cache")

@@ -288,5 +288,18 @@ def test_pixels_are_written_where_they_are_handed_over(monkeypatch: pytest.Monke
         image = handover.empty((5, 7, 3))
         handover.unpack(packer({"image": image, "label": np.arange(5)}))
         assert {piece.descriptor for piece in handover.POOL.pieces} <= before
+        assert len(handover.POOL.pieces) <= handover.MOST_BACK + 2  # those just sent
         handover.empty((6, 7, 3))  # filled for nothing
         assert len({*map(len, (piece.memory for piece in handover.POOL.pieces))}) <= 3
+
+
+@pytest.mark.full
+def test_what_another_system_hands_over_is_copied(open_loader, monkeypatch) -> None:
+    """Grain's own shared memory is gone with the workers, and what is on a CPU would point into it."""
+    monkeypatch.setattr(handover, "possible", lambda: False)
+    monkeypatch.setattr(pipeline.sys, "platform", "darwin")
+    alone, together = open_loader(workers=0), open_loader()
+    for step in range(3):
+        assert_same(together.batch(step), alone.batch(step))
+    batch = next(together._pipeline)
+    assert batch["image"].flags.owndata

@@ -138,9 +138,8 @@ class Cache:
             numbers = np.frombuffer(records.read(path, images), np.int64) if images > 0 else np.empty(0, np.int64)
         except (decode.Unreadable, ValueError):
             return
-        if len(numbers) == images:
-            for position, number in enumerate(numbers.tolist()):
-                self._found.setdefault(number, (path, position))
+        for position, number in enumerate(numbers.tolist()):
+            self._found.setdefault(number, (path, position))
 
 
 def numbers_record(numbers: Any) -> bytes:
