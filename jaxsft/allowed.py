@@ -143,7 +143,7 @@ ANY = Allowed("", lambda v: True)  # of its type
 SEED = Allowed("0 to 2**63 - 1", lambda v: 0 <= v < 2**63)
 CHECKPOINT = Allowed("'last', 'best' or a step", lambda v: v in ("last", "best") or v.isdecimal())
 PATTERNS = Allowed("a tuple of regular expressions", lambda v: all(is_pattern(p) for p in v))
-SOURCE = Allowed("'tfds:NAME', 'folder:PATH', 'csv:FILE', 'hf:NAME' or 'sample'", bool)
+SOURCE = Allowed("'tfds:NAME', 'folder:PATH', 'csv:FILE', 'hf:NAME', 'packed:DIR' or 'sample'", bool)
 SOURCE_OR_NONE = Allowed(f"'' or {SOURCE.text}", lambda v: True)
 SPLIT = Allowed("a split such as train[:90%]", bool)
 DELIMITER = Allowed("'' or one character, no letter and no digit", lambda v: len(v) < 2 and not v.isalnum())

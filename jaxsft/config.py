@@ -19,9 +19,9 @@ from jaxsft.keys import KEYS
 
 # Keys by which a resumed run may differ from what it was: they change how it is computed, not what. When it is
 # evaluated is one; what it is evaluated on (data.eval_split) is none: the lines of one log must be comparable.
-FREE = ("eval.", "checkpoint.", "parallel.backend", "parallel.timeout_seconds", "data.data_dir", "data.workers",
-        "data.on_error", "data.check_overlap", "train.on_nan", "train.on_changed_data", "train.log_every_steps",
-        "train.steps_per_call")  # fmt: skip
+FREE = ("eval.", "checkpoint.", "parallel.backend", "parallel.timeout_seconds", "data.data_dir", "data.cache",
+        "data.workers", "data.on_error", "data.check_overlap", "train.on_nan", "train.on_changed_data",
+        "train.log_every_steps", "train.steps_per_call")  # fmt: skip
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text, '' for none", tuple: "a tuple"}
 
 

@@ -51,6 +51,7 @@ OTHER_NAMES = {
     "data.source": "data dataset dataset_name data_path folder train_dir",
     "data.eval_split": "val_split test_split",
     "data.workers": "num_workers",
+    "data.cache": "cache_dir cache_path cache_dataset",
     "data.augment": "augmentation augmentations",
     "data.erasing": "reprob random_erase random_erasing",
     "model.arch": "model backbone network",

@@ -90,6 +90,9 @@ KEYS = (
         "warn of images that are both trained and evaluated on; decodes all of them"),
     Key("data.resident_mb", 1024, at_least(0),
         "sets of one image size lie on the device as one array up to this; others are streamed"),
+    Key("data.cache", "", ANY,
+        "a folder, also in a bucket, that keeps what streamed images are decoded and resized to, for the next passes"
+        " and runs; '' = none"),
     Key("data.workers", None, none_or(from_to(0, 256)),
         "processes that decode streamed images; None: one a core, at most 16; 0: none"),
     Key("data.image_size", 224, from_to(32, allowed.LARGEST), "px, the side of the square the model sees"),

@@ -101,13 +101,20 @@ def at_once(function: Callable[[str], None], names: Iterable[str]) -> None:
         pool.shutdown(cancel_futures=True)
 
 
-def mirror(source: BucketPath, target: Path) -> None:
+def mirror(source: BucketPath, target: Path, names: Iterable[str] | None = None) -> None:
     """Let the folder `target` of this machine have all objects below `source`; those of the same size are there.
+
+    Args:
+      source: of the bucket.
+      target: made where there is none.
+      names: not None: these objects alone, those of them that there are.
 
     Raises:
       OSError: it can't be.
     """
     entries = source.walk()
+    if names is not None:
+        entries = {name: entries[name] for name in names if name in entries}
 
     def fetch(name: str) -> None:
         file, changed = target / name, entries[name].changed_ns
@@ -213,6 +220,11 @@ def remove_directory(path: Location) -> None:
         return
     with contextlib.suppress(OSError):
         at_once(lambda name: (path / name).unlink(missing_ok=True), path.walk())
+
+
+def length(path: Location) -> int:
+    """The bytes of a file. Raises OSError."""
+    return path.stat().size if isinstance(path, BucketPath) else path.stat().st_size
 
 
 def write_file(path: Location, content: bytes) -> None:

@@ -61,6 +61,7 @@ TESTS = {
     "data.on_error": "test_a_broken_image_is_left_out_and_listed",
     "data.exif_orientation": "test_pictures_are_turned_as_they_say",
     "data.check_overlap": "test_a_registered_source",
+    "data.cache": "test_the_second_pass_is_read_from_the_cache",
     "data.resident_mb": "test_what_fits_is_held_in_memory",
     "data.workers": "test_worker_processes_change_nothing",
     "data.unlabelled": "test_the_gradient_of_fixmatch_is_torchs",
@@ -339,10 +340,6 @@ def test_of_each_class_is_trained_on_what_the_config_says(settings: dict[str, An
     np.testing.assert_array_equal(counts[1], 7 if share is None else np.round(share * counts[0]))
 
 
-def lines(workdir: Path, split: str) -> list[int]:
-    return [record["step"] for record in log.records(workdir) if record["split"] == split]
-
-
 @pytest.mark.usefixtures("_ten_a_class")
 def test_what_a_run_leaves_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six updates an epoch, fourteen in all: lines, evaluations and checkpoints where the config puts them.
@@ -359,8 +356,8 @@ def test_what_a_run_leaves_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     made.train_step = jax.jit(lambda state, *_: (state.replace(step=state.step + 1), {k: nothing[k] for k in log.ZERO}))
     made.eval_step, made.compile_ahead = small.knows_nothing, lambda start: None
     training.fit(made, WorkingCopy(tmp_path))
-    assert lines(tmp_path, "train") == [4, 8, 12, 14]
-    assert lines(tmp_path, "eval") == [5, 9, 14]  # the first at or after each 4.5
+    steps = {split: [r["step"] for r in log.records(tmp_path) if r["split"] == split] for split in ("train", "eval")}
+    assert steps == {"train": [4, 8, 12, 14], "eval": [5, 9, 14]}  # the first at or after each 4.5
     assert checkpoint.steps(tmp_path) == [10, 14]  # of 5, 10 and 14
     found = [record["lr"] for record in log.records(tmp_path) if record["split"] == "train"]
     np.testing.assert_allclose(found, [0.05 * (1 + np.cos(np.pi * (t - 1) / 14)) for t in (4, 8, 12, 14)], rtol=1e-4)

@@ -241,11 +241,13 @@ def test_threads_do_what_processes_would(open_loader, monkeypatch, capsys) -> No
     )
 
 
-def test_what_is_handed_over_is_whole_and_its_memory_freed() -> None:
+def test_what_is_handed_over_is_whole_and_its_memory_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "POOL", handover.Pool())
     packer, open_before = handover.Packer(), len(os.listdir("/proc/self/fd"))
     value = {"image": np.arange(24, dtype=np.uint8).reshape(2, 4, 3), "none": np.zeros((0, 3)), "bad": [(1, "x")]}
-    for _ in range(5):
+    for round_ in range(5):
         parcels = [packer(value) for _ in range(3)]  # several may wait
+        assert len(handover.POOL.pieces) <= 3 + (round_ > 0) * handover.MOST_BACK
         for parcel in parcels:
             found = handover.unpack(parcel)
             assert found["bad"] == value["bad"]
@@ -253,11 +255,51 @@ def test_what_is_handed_over_is_whole_and_its_memory_freed() -> None:
                 np.testing.assert_array_equal(found[name], value[name])
                 assert found[name].dtype == value[name].dtype
     with pytest.raises(handover.Gone):
-        handover.unpack(parcels[0]._replace(inode=0))  # another file has its number by now
+        handover.unpack(parcels[0]._replace(pieces=((parcels[0].pieces[0][0], 0),)))  # another file has its number
     with pytest.raises(handover.Gone):
         handover.unpack(parcels[0]._replace(process=2**22 + 1))
     del found
-    assert len(os.listdir("/proc/self/fd")) <= open_before + 3
-    del packer
+    handover.POOL = None  # type: ignore[assignment]
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= open_before
+
+
+def test_pixels_are_written_where_they_are_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a copy; what is still in use is left alone, and what is back is written to again."""
+    monkeypatch.setattr(handover, "POOL", handover.Pool())
+    packer, held = handover.Packer(), []
+    for step in range(handover.MOST_LENT + 8):
+        image = handover.empty((5, 7, 3))
+        image[:] = step
+        parcel = packer({"image": image, "label": np.arange(5) + step})
+        assert len(parcel.pieces) == 2
+        found = handover.unpack(parcel)
+        image[0, 0, 0] = 255  # the same memory
+        assert found["image"][0, 0, 0] == 255
+        assert found["image"].ctypes.data % handover.ALIGNED == 0
+        held.append(found)
+    for step, found in enumerate(held):
+        assert (found["image"][1:] == step).all() and (found["label"] == np.arange(5) + step).all()
+    assert len(handover.POOL.pieces) <= handover.MOST_LENT + 3  # who keeps more has them without us
+    before = {piece.descriptor for piece in handover.POOL.pieces}
+    del found, held, image
+    gc.collect()
+    for _ in range(9):
+        image = handover.empty((5, 7, 3))
+        handover.unpack(packer({"image": image, "label": np.arange(5)}))
+        assert {piece.descriptor for piece in handover.POOL.pieces} <= before
+        assert len(handover.POOL.pieces) <= handover.MOST_BACK + 2  # those just sent
+        handover.empty((6, 7, 3))  # filled for nothing
+        assert len({*map(len, (piece.memory for piece in handover.POOL.pieces))}) <= 3
+
+
+@pytest.mark.full
+def test_what_another_system_hands_over_is_copied(open_loader, monkeypatch) -> None:
+    """Grain's own shared memory is gone with the workers, and what is on a CPU would point into it."""
+    monkeypatch.setattr(handover, "possible", lambda: False)
+    monkeypatch.setattr(pipeline.sys, "platform", "darwin")
+    alone, together = open_loader(workers=0), open_loader()
+    for step in range(3):
+        assert_same(together.batch(step), alone.batch(step))
+    batch = next(together._pipeline)
+    assert batch["image"].flags.owndata

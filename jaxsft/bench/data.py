@@ -37,6 +37,7 @@ from jaxsft.run.program import Program
 
 PHOTOGRAPHS = ((375, 500), (500, 375), (480, 640), (427, 640))  # (height, width) px, as ImageNet's are
 WARM_UP, MOST_STEPS = 6, 30
+OURS = ("jaxsft", "packed")
 AUGMENT = (RANDOM_CROP, "flip")
 Feed = Iterator[Any]
 
@@ -56,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes that decode; default: %(default)s",
     )
     parser.add_argument("--passes", type=whole, default=3, help="over the folder, of each; the median counts")
+    parser.add_argument(
+        "--packed", action="store_true", help="with data.cache too: what comes from the second epoch on"
+    )
     parser.add_argument("--arch", default="", help="train it too, such as resnet18: how long does its step wait?")
     parser.add_argument("--against", choices=("torch",), help="torchvision's ImageFolder and torch's DataLoader too")
 
@@ -64,7 +68,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print a table, and return it.
 
     Returns:
-      "images_per_sec" of training's and of evaluation's images, and with `--against` the same of torch and the "ratio";
+      "images_per_sec" of training's and of evaluation's images, with `--packed` "packed" ones too, and with `--against`
+      of torch, and the "ratio" of ours to that, with `--packed` the "packed_ratio" too;
       with `--arch` "step": images_per_sec "alone" and "with_loader", and the "waiting" share of the latter's time.
     """
     if args.arch and args.arch not in ARCHITECTURES:
@@ -78,6 +83,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         record: dict[str, Any] = {"images": len(source), "image_size": args.image_size, "workers": args.workers}
         for kind in ("train", "eval"):
             feeds: dict[str, Callable[[], Feed]] = {"jaxsft": functools.partial(ours, source, kind, args)}
+            if args.packed:
+                cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxsft-cache-"))
+                feeds["packed"] = functools.partial(ours, source, kind, args, cache)
+                for _ in feeds["packed"]():
+                    pass  # the first epoch, in which it is written
             if args.against:
                 feeds[args.against] = functools.partial(torchs, folder, kind, args)
             record[kind] = in_turns(feeds, args.passes)
@@ -85,7 +95,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             record["step"] = with_step(source, args)
     for kind in ("train", "eval"):
         row = record[kind]
-        ratio = f"  ratio {row['ratio']:.2f}" if "ratio" in row else ""
+        ratio = "".join(
+            f"  {name.replace('_', ' ')} {row[name]:.2f}" for name in ("ratio", "packed_ratio") if name in row
+        )
         speeds = "  ".join(f"{name} {speed:.0f}" for name, speed in row["images_per_sec"].items())
         cli.say(f"{kind:5}  images/s: {speeds}{ratio}")
     if args.arch:
@@ -99,6 +111,7 @@ def in_turns(feeds: dict[str, Callable[[], Feed]], passes: int) -> dict[str, Any
     """The median speed of each feed over `passes` passes, one feed after the other in every round.
 
     The first WARM_UP batches of a pass are not timed: workers start, and what they had ready meanwhile is no work done.
+    Nor is their end, after the last batch.
     """
     speeds: dict[str, list[float]] = {name: [] for name in feeds}
     for _ in range(passes):
@@ -106,31 +119,34 @@ def in_turns(feeds: dict[str, Callable[[], Feed]], passes: int) -> dict[str, Any
             batches = feed()
             for _ in itertools.islice(batches, WARM_UP):
                 pass
-            began, images = time.perf_counter(), 0
+            began, images, last = time.perf_counter(), 0, 0.0
             for size in batches:
-                images += size
-            speeds[name].append(images / (time.perf_counter() - began))
+                images, last = images + size, time.perf_counter()
+            speeds[name].append(images / (last - began))
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     result: dict[str, Any] = {"images_per_sec": medians, "all": speeds}
-    if len(feeds) > 1:
-        mine, other = medians.values()
+    mine, *packed = (speed for name, speed in medians.items() if name in OURS)
+    for other in (speed for name, speed in medians.items() if name not in OURS):
         result["ratio"] = mine / other
+        if packed:
+            result["packed_ratio"] = packed[0] / other
     return result
 
 
-def loader_of(source: Source, kind: str, args: argparse.Namespace) -> tuple[Loader, DataParallel]:
+def loader_of(source: Source, kind: str, args: argparse.Namespace, cache: str = "") -> tuple[Loader, DataParallel]:
     """The loader of a run on one device, and that device."""
     preprocessing = Preprocessing(round(args.image_size * 256 / 224), args.image_size)
     order = Order(len(source), args.batch_size, seed=0)
     plan: Plan = TrainPlan(order) if kind == "train" else EvalPlan(len(source), args.batch_size)
     names = AUGMENT if kind == "train" else ()
     devices = DataParallel(devices=jax.local_devices()[:1])
-    return make_loader(source, plan, devices, preprocessing, augmentations=names, workers=args.workers), devices
+    options: dict[str, Any] = {"augmentations": names, "workers": args.workers, "cache": cache}
+    return make_loader(source, plan, devices, preprocessing, **options), devices
 
 
-def ours(source: Source, kind: str, args: argparse.Namespace) -> Feed:
+def ours(source: Source, kind: str, args: argparse.Namespace, cache: str = "") -> Feed:
     """The sizes of the batches of one pass, as they are on the device."""
-    loader, _ = loader_of(source, kind, args)
+    loader, _ = loader_of(source, kind, args, cache)
     for step in range(len(source) // args.batch_size):
         batch = jax.block_until_ready(loader.batch(step))
         yield batch["label"].size

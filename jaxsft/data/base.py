@@ -6,12 +6,15 @@ import abc
 import copy
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import PIL.Image
 
 from jaxsft.storage import location
+
+if TYPE_CHECKING:
+    from jaxsft.data.records import Record
 
 Image = PIL.Image.Image | np.ndarray  # RGB, or uint8 [H, W, 3]
 LONG = 8  # times the short side: longer images are cut on the host, not resized whole on the device
@@ -61,6 +64,13 @@ class Options:
         return max(size) <= LONG * min(size) and count * size[0] * size[1] * 3 <= self.resident_mb * 2**20
 
 
+class Shrunk(NamedTuple):
+    """What was done to pictures when they were packed: the short side of larger ones is `size` px by now."""
+
+    size: int
+    interpolation: str  # that they were resized by, one of decode.REACH
+
+
 class Source(abc.ABC):
     """Labelled images by number: a length, items, names of the classes.
 
@@ -73,6 +83,10 @@ class Source(abc.ABC):
     bad: tuple[tuple[str, str], ...] = ()  # (file, reason) of what was left out
     split: str = ""  # what it is a part of, as the data calls it: "val", "train+test"
     listing: str = ""  # sha256 of the list of names and labels before anything was left out; '': it has no list
+    splits: tuple[str, ...] = ()  # all that the data has, as it calls them; (): that is not known
+    scattered = False  # whether numbers in slices count in the fixed random order of `splits.shuffled(_, 0, 0)`
+    shrunk: Shrunk | None = None  # where images were resized before
+    version: str = ""  # beside the names, what changes with the pixels: times of files, how they are turned
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -98,12 +112,23 @@ class Source(abc.ABC):
         """The same images with other numbers of classes."""
         return changed(self, labels=labels, class_names=tuple(class_names))
 
+    def picture(self, index: int) -> Image | Record:
+        """Image `index` as it is at hand, perhaps on its side. Raises as the image itself."""
+        return self[index]
+
+    def encoded(self, index: int) -> bytes | None:
+        """The file that image `index` is decoded from, as it is; None where there is none. Raises as the image."""
+        return None
+
     def name(self, index: int) -> str:
         """What to call an image in messages: its file, where it has one."""
         return f"image {index}"
 
 
-def changed(source: Source, **attributes: Any) -> Source:
+AnySource = TypeVar("AnySource", bound=Source)
+
+
+def changed(source: AnySource, **attributes: Any) -> AnySource:
     """A copy of any source, one of a config file too, with other attributes."""
     other = copy.copy(source)
     for name, value in attributes.items():
@@ -122,6 +147,7 @@ class Arrays(Source):
     split: str = ""
     listing: str = ""
     names: tuple[str, ...] = ()  # what `name` gives; (): they have none
+    shrunk: Shrunk | None = None
 
     @property
     def size(self) -> tuple[int, int]:  # type: ignore[override]
@@ -168,6 +194,10 @@ class Part(Source):
     @property
     def listing(self) -> str:  # type: ignore[override]
         return self.whole.listing
+
+    @property
+    def shrunk(self) -> Shrunk | None:  # type: ignore[override]
+        return self.whole.shrunk
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.whole[self.rows[index]]

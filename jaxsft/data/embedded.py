@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from jaxsft.data.base import Arrays, Options
+from jaxsft.data.base import Arrays, Options, changed
 from jaxsft.data.splits import resolved, slices
 
 SAMPLE = Path(__file__).parent / "sample"
@@ -21,12 +21,13 @@ def open_sample(name: str, split: str, options: Options) -> Arrays:
     sizes = {part: len(description[part]) for part in ("train", "test")}
     split = resolved(split, sizes, "sample")
     parts = [(part, slice(start, stop)) for part, start, stop in slices(split, sizes, "sample")]
-    return Arrays(
+    found = Arrays(
         np.concatenate([read_sheet(SAMPLE / f"{part}.png")[: sizes[part]][cut] for part, cut in parts]),
         np.concatenate([np.asarray(description[part], np.int32)[cut] for part, cut in parts]),
         tuple(description["class_names"]),
         split=split,
     )
+    return changed(found, splits=tuple(sizes))
 
 
 def read_sheet(path: Path) -> np.ndarray:

@@ -13,7 +13,7 @@ import PIL.Image
 
 from jaxsft.cli import UserError
 from jaxsft.data import decode
-from jaxsft.data.base import Options, Source
+from jaxsft.data.base import Options, Source, changed
 from jaxsft.data.classes import in_order, multi_hot, numbered
 from jaxsft.data.index import index
 from jaxsft.data.splits import canonical, partition, resolved, shuffled, slices
@@ -32,9 +32,14 @@ class Files(Source):
     bad: tuple[tuple[str, str], ...] = ()
     split: str = ""
     listing: str = ""
+    version: str = ""
+    scattered = True  # they lie sorted by class
 
     def __getitem__(self, index: int) -> PIL.Image.Image:
         return decode.read_rgb(self.paths[index], self.upright)
+
+    def encoded(self, index: int) -> bytes:
+        return decode.content_of(self.paths[index])
 
     def select(self, indices: np.ndarray) -> Files:
         return dataclasses.replace(self, paths=tuple(self.paths[i] for i in indices), labels=self.labels[indices])
@@ -94,7 +99,7 @@ def open_rows(
     good = np.array([not error for error in known_of.errors], bool)
     sizes = known_of.sizes[good]
     one_size = len(sizes) > 0 and bool((sizes == sizes[0]).all())
-    return Files(
+    files = Files(
         tuple(row.path for row, is_good in zip(rows, good, strict=True) if is_good),
         labels[good],
         class_names,
@@ -103,7 +108,9 @@ def open_rows(
         bad,
         split,
         listing(rows),
+        f"{known_of.version} {options.upright}",
     )
+    return changed(files, splits=tuple(groups))
 
 
 def names_of(row: Row) -> tuple[str, ...]:

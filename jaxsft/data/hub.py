@@ -14,7 +14,7 @@ import PIL.Image
 from jaxsft import cli
 from jaxsft.cli import UserError
 from jaxsft.data import decode
-from jaxsft.data.base import Options, Source
+from jaxsft.data.base import Options, Source, changed
 from jaxsft.data.classes import in_order, numbered
 from jaxsft.data.splits import canonical, partition, resolved, slices
 from jaxsft.data.table import COLUMNS, plain
@@ -34,13 +34,22 @@ class Table(Source):
     upright: bool = True
     what: str = ""  # the data's name, for messages
     split: str = ""
+    version: str = ""
 
     def __getitem__(self, index: int) -> PIL.Image.Image:
+        return decode.read_rgb(self.content(index), self.upright)
+
+    def content(self, index: int) -> bytes | str:
+        """The file of an image, or where it lies. Raises decode.Unreadable."""
         cell = self.rows[int(self.numbers[index])][self.column] or {}
-        content = cell.get("bytes") or cell.get("path")
+        content: bytes | str | None = cell.get("bytes") or cell.get("path")
         if not content:
             raise decode.Unreadable("no image")
-        return decode.read_rgb(content, self.upright)
+        return content
+
+    def encoded(self, index: int) -> bytes:
+        content = self.content(index)
+        return content if isinstance(content, bytes) else decode.content_of(content)
 
     def select(self, indices: np.ndarray) -> Table:
         return dataclasses.replace(self, numbers=self.numbers[indices], labels=self.labels[indices])
@@ -92,7 +101,9 @@ def open_hub(name: str, split: str, options: Options) -> Table:
             raise UserError(message, "name another split, or leave them out with --config.data.on_error=skip")
         cli.warn(f"{message}: they are left out")
     rows = datasets.concatenate_datasets(images)
-    return Table(rows, column, labelled, labels[labelled], class_names, options.upright, what, split)
+    version = f"{rows._fingerprint} {options.upright}"
+    found = Table(rows, column, labelled, labels[labelled], class_names, options.upright, what, split, version)
+    return changed(found, splits=tuple(tables))
 
 
 def load(name: str, what: str) -> dict[str, Any]:

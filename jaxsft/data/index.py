@@ -29,6 +29,7 @@ class Index(NamedTuple):
 
     sizes: np.ndarray  # int32 [N, 2], (height, width) in px; (0, 0) where broken
     errors: list[str]  # '' or why the file can't be read
+    version: str  # sha256 of the sizes and times of all files
 
 
 class Row(NamedTuple):
@@ -74,7 +75,9 @@ def index(root: Location, part: str, paths: Sequence[str], upright: bool) -> Ind
         if fresh and process == 0:
             save(cached, {path: row for path, row in rows.items() if path in stamps or listing.is_file(path)})
     found_of = [Row((0, 0), (0, 0), passing[path]) if path in passing else rows[path] for path in paths]
-    return Index(np.array([row.size for row in found_of], np.int32).reshape(-1, 2), [row.error for row in found_of])
+    version = hashlib.sha256(np.array([stamps[path] for path in paths], np.int64).tobytes()).hexdigest()
+    sizes = np.array([row.size for row in found_of], np.int32).reshape(-1, 2)
+    return Index(sizes, [row.error for row in found_of], version)
 
 
 def measure(path: str, upright: bool) -> tuple[tuple[int, int], str] | decode.Unreachable:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxsft.cli import Stop, UserError, printable, warn
 from jaxsft.data.augment import RANDOM_CROP
 from jaxsft.data.base import LONG, Arrays, Part, Source
+from jaxsft.data.cache import open_cache
 from jaxsft.data.files import broken
 from jaxsft.data.pipeline import Pipeline, WorkerDied, one_line
 from jaxsft.data.reading import LONGEST, Layout, PartPlan, Plan, Reader
@@ -215,6 +216,7 @@ class Stream:
         self.workers, self.bad, self.in_threads = workers, bad, in_threads
         self._pipeline: Pipeline | Generator[dict[str, Any]] | None = None
         self._next = 0  # the step that comes next
+        self._said: set[str] = set()
         self._deaths = 0  # of workers, since the last batch
 
     def batch(self, step: int) -> dict[str, jax.Array]:
@@ -237,6 +239,9 @@ class Stream:
                     "mend that, or give fewer --config.data.workers; the same command then resumes",
                 ) from error
         self._deaths = 0
+        for line in set(batch.pop("said", ())) - self._said:  # once, not for each worker
+            self._said.add(line)
+            warn(line)
         self._next = (step + 1) % len(self.reader.plan)
         try:
             self.bad.add([(self.reader.source.name(number), reason) for number, reason in batch.pop("bad")])
@@ -283,13 +288,14 @@ class Stream:
         if self._pipeline is not None:
             self._finalizer()
             self._pipeline = None
+        if self.reader.cache:
+            self.reader.cache.flush()  # what this process itself has read
 
     def _whole(self, rows: np.ndarray) -> np.ndarray:
-        """This process's rows at their place in the global batch, whose other rows are never looked at.
-
-        A copy in any case: device_put on the CPU would point into the workers' shared memory, which then outlives them.
-        """
+        """This process's rows at their place in the global batch, whose other rows are never looked at."""
         process, processes = self.reader.share
+        if processes == 1:
+            return rows
         whole = np.empty((len(rows) * processes, *rows.shape[1:]), rows.dtype)
         whole[process * len(rows) : (process + 1) * len(rows)] = rows
         return whole
@@ -309,6 +315,23 @@ def layout_of(source: Source, preprocessing: Preprocessing, names: Sequence[str]
     return Layout("middle", (crop, crop), resize, how), dataclasses.replace(preprocessing, resize_size=crop)
 
 
+def check_packed(source: Source, to: Preprocessing) -> None:
+    """Raise a UserError where pictures were resized, when they were packed, to less than a run needs, or otherwise."""
+    if source.shrunk is None:
+        return
+    size, how = source.shrunk
+    if size < to.resize_size:
+        raise UserError(
+            f"the pictures were packed at {size} px, and this run resizes them to {to.resize_size}",
+            f"pack them again with --size={to.resize_size}",
+        )
+    if how != to.interpolation:
+        raise UserError(
+            f"the pictures were packed with {how} interpolation, and this run's is {to.interpolation}",
+            f"pack them again with --interpolation={to.interpolation}",
+        )
+
+
 def make_loader(
     source: Source,
     plan: Plan,
@@ -320,6 +343,7 @@ def make_loader(
     share: tuple[int, int] = (0, 1),
     bad: BadFiles | None = None,
     dataset: dict[str, jax.Array] | None = None,
+    cache: str = "",
 ) -> Loader:
     """The loader of a source: `Resident` for arrays and parts of them, else `Stream`.
 
@@ -333,7 +357,12 @@ def make_loader(
       share: (this process, number of processes) of a run on many machines: what part of each batch a stream reads.
       bad: where broken images are noted.
       dataset: of `on_devices`, where it is there already; of a part that of the whole.
+      cache: of the config, data.cache: where a stream keeps what it has decoded.
+
+    Raises:
+      UserError: a broken image was left out and `bad` is for none, or the pictures were packed for another size.
     """
+    check_packed(source, preprocessing)
     bad = BadFiles() if bad is None else bad
     bad.add(source.bad)
     if isinstance(source, Arrays | Part):
@@ -343,4 +372,5 @@ def make_loader(
         return Resident(dataset, own, devices, preprocessing)
     layout, left = layout_of(source, preprocessing, augmentations)
     count = min(cores(), MOST_WORKERS) if workers is None else workers
-    return Stream(Reader(source, plan, layout, share), devices, left, count, bad)
+    reader = Reader(source, plan, layout, share, cache=open_cache(cache, source, layout))
+    return Stream(reader, devices, left, count, bad)

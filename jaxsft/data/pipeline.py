@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import cloudpickle
+import numpy as np
 from absl import flags
 
 from jaxsft.cli import warn
@@ -53,7 +55,7 @@ class Pipeline:
         self._iterator: Any = None
         self._first: dict[str, Any] | None = None
         self._processes: list[multiprocessing.process.BaseProcess] = []
-        self._handed_over = handover.possible()
+        self._handed_over, self._borrowed = handover.possible(), False
         if not workers:
             self._begin(reader, start)
         else:
@@ -77,9 +79,11 @@ class Pipeline:
         steps = grain.MapDataset.range(len(reader.plan))
         if isinstance(reader.plan, EvalPlan):  # without an end: with its process a batch goes that nobody has taken
             steps = steps.repeat() if reader.plan.again else grain.MapDataset.range(sys.maxsize)
-        steps = steps[start:].map(reader)
         if self._handed_over:
-            steps = steps.map(handover.Packer())
+            steps = steps[start:].map(dataclasses.replace(reader, empty=handover.empty)).map(handover.Packer())
+        else:
+            steps = steps[start:].map(reader)
+        self._borrowed = processes > 0 and not self._handed_over
         batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
         if processes:
             options = grain.MultiprocessingOptions(processes, per_worker_buffer_size=1)
@@ -113,6 +117,10 @@ class Pipeline:
         """The next batch; raises WorkerDied."""
         try:
             batch = next(self._iterator)
+            if self._borrowed:  # Grain's shared memory must not outlive the workers, and arrays on a CPU point into it
+                return {
+                    name: np.array(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()
+                }
             return handover.unpack(batch) if self._handed_over else batch
         except RuntimeError as error:
             if killed := KILLED.search(str(error)):

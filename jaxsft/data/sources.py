@@ -2,7 +2,7 @@
 
     tfds:NAME[/CONFIG][:VERSION]   TFDS, without TensorFlow          folder:PATH   torchvision's ImageFolder layout
     hf:NAME[:CONFIG]               Hugging Face's `datasets`         csv:FILE      a table: path,label[,split]
-    sample                         the embedded images
+    packed:DIR                     what jaxsft.data.pack wrote       sample        the embedded images
 
 A config file adds its own with `register`.
 """
@@ -23,6 +23,7 @@ from jaxsft.data.base import Options, Source, changed
 from jaxsft.data.embedded import open_sample
 from jaxsft.data.folder import open_folder
 from jaxsft.data.hub import open_hub
+from jaxsft.data.packed import open_packed
 from jaxsft.data.reading import in_memory
 from jaxsft.data.splits import subset
 from jaxsft.data.table import open_csv
@@ -37,6 +38,7 @@ SOURCES: dict[str, Opener] = {
     "folder": open_folder,
     "csv": open_csv,
     "hf": open_hub,
+    "packed": open_packed,
     "sample": open_sample,
 }
 

@@ -21,7 +21,7 @@ import platformdirs
 from jaxsft import storage
 from jaxsft.cli import OFFLINE, UserError, nearest, run_module
 from jaxsft.data import decode
-from jaxsft.data.base import Arrays, Options, Source
+from jaxsft.data.base import Arrays, Options, Source, changed
 from jaxsft.data.index import load_arrays, save_arrays
 from jaxsft.data.splits import resolved, slices
 from jaxsft.progress import progress
@@ -46,9 +46,12 @@ def open_tfds(name: str, split: str, options: Options) -> Source:
     size = None if height is None or width is None else (height, width)
     if size is not None and options.fits(total, size):
         images, labels = cached(builder, parts, "arrays", lambda: decoded(builder, parts, total, size))
-        return Arrays(images, labels, class_names, split=split)
+        return changed(Arrays(images, labels, class_names, split=split), splits=tuple(sizes))
     (labels,) = cached(builder, parts, "labels", lambda: (labels_of(builder, parts, total),))
-    return Examples(str(builder.data_path), parts, np.arange(total), labels, class_names, size, options.upright, split)
+    numbers, where = np.arange(total), str(builder.data_path)
+    version = f"{written(where)} {options.upright}"
+    found = Examples(where, parts, numbers, labels, class_names, size, options.upright, split, version)
+    return changed(found, splits=tuple(sizes))
 
 
 def are_images_of_classes(features: Any) -> bool:
@@ -81,8 +84,17 @@ class Examples(Source):
     size: tuple[int, int] | None = None
     upright: bool = True
     split: str = ""
+    version: str = ""
 
     def __getitem__(self, index: int) -> PIL.Image.Image:
+        content = self.content(index)
+        image = decode.read_rgb(content, self.upright and self.size is None)  # else one size is as they lie
+        if self.size not in (None, image.size[::-1]):
+            raise decode.Unreadable(f"{image.height} x {image.width} px, where the set says {self.size}")
+        return image
+
+    def content(self, index: int) -> bytes:
+        """The file of an image, as the set holds it. Raises decode.Unreadable."""
         part, number = self.position(index)
         try:
             encoded = reader(self.data_path, part)[number]["image"]
@@ -90,10 +102,10 @@ class Examples(Source):
             raise decode.Unreadable(reason(error)) from None
         if not isinstance(encoded, bytes):
             raise decode.Unreadable("its record is damaged")
-        image = decode.read_rgb(encoded, self.upright and self.size is None)  # else one size is as they lie
-        if self.size not in (None, image.size[::-1]):
-            raise decode.Unreadable(f"{image.height} x {image.width} px, where the set says {self.size}")
-        return image
+        return encoded
+
+    def encoded(self, index: int) -> bytes | None:
+        return self.content(index) if self.size is None else None  # which are not to be turned
 
     def position(self, index: int) -> tuple[str, int]:
         """The split of an example and its number there."""
@@ -124,8 +136,7 @@ def cached(builder: Any, parts: Parts, what: str, make: Any) -> tuple[np.ndarray
     """The arrays that `make` returns, from the user's cache where they are there."""
     from jaxsft.models.weights import cache_dir  # brings JAX, which the workers do without
 
-    written = [entry.stat().st_mtime_ns for entry in os.scandir(builder.data_path)]
-    identity = [builder.info.full_name, max(written, default=0), parts]
+    identity = [builder.info.full_name, written(builder.data_path), parts]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     path = cache_dir() / what / f"{builder.info.name}-{key}.npz"
     kept = load_arrays(path)
@@ -135,6 +146,11 @@ def cached(builder: Any, parts: Parts, what: str, make: Any) -> tuple[np.ndarray
     made = make()
     save_arrays(path, **{str(i): array for i, array in enumerate(made)})
     return tuple(made)
+
+
+def written(data_path: Any) -> int:
+    """When a prepared set was last written to, in ns."""
+    return max((entry.stat().st_mtime_ns for entry in os.scandir(data_path)), default=0)
 
 
 def decoded(builder: Any, parts: Parts, total: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

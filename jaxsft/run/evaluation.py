@@ -122,6 +122,7 @@ def open_examples(run: Run, data: str = "", split: str = "", data_dir: str = "",
         workers=run.config.data.workers,
         share=parallel.share,
         bad=bad,
+        cache="" if data else run.config.data.cache,
     )
     return Examples(source, loader, parallel, views, bad.found)
 

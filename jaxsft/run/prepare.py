@@ -154,6 +154,7 @@ def prepare(
     card = dataclasses.replace(card, multi_label=train_source.multi_label)
     bad_files = BadFiles(config.data.on_error)
     options: dict[str, Any] = {"workers": config.data.workers, "share": parallel.share, "bad": bad_files}
+    options["cache"] = config.data.cache
     if shared and isinstance(train_source, Part):
         options["dataset"] = shared.dataset(train_source.whole, parallel)
     train_options = {**options, "augmentations": tuple(config.data.augment)}
