@@ -336,6 +336,7 @@ def test_a_cache_in_a_bucket(google, place, folder: Path, tmp_path: Path, monkey
     assert capsys.readouterr().err.startswith(f"warning: data.cache {place} can't be written (")
 
 
+@pytest.mark.full
 def test_the_bench_says_what_comes_from_the_second_epoch_on(tmp_path: Path) -> None:
     command = "bench data --images 60 --batch-size 4 --image-size 32 --workers 0 --passes 1 --packed --json @/data.json"
     status, said, _ = hear_command(command, tmp_path)

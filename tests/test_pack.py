@@ -89,8 +89,15 @@ def same(ours: Source, theirs: Source) -> None:
         assert [*map(ours.name, range(len(ours)))] == [*map(theirs.name, range(len(theirs)))]
 
 
-@pytest.mark.parametrize("as_files", [False, True], ids=["pixels", "files"])
-@pytest.mark.parametrize("kind", SOURCES)
+LONGER = ("hub", "sample")  # seconds
+CASES = [
+    pytest.param(kind, as_files, marks=[pytest.mark.full] * (kind in LONGER), id=f"{kind}-{how}")
+    for kind in SOURCES
+    for how, as_files in (("pixels", False), ("files", True))
+]
+
+
+@pytest.mark.parametrize(("kind", "as_files"), CASES)
 def test_it_is_the_source_that_was_packed(kind: str, as_files: bool, tmp_path: Path) -> None:
     make, options, asked = SOURCES[kind]
     (tmp_path / "data").mkdir()
