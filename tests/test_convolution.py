@@ -228,7 +228,7 @@ def test_max_pool_takes_on_each_platform_what_is_fast_there() -> None:
 
 
 def test_relu_at_the_end_of_a_block_is_relu() -> None:
-    """None passes at 0, as in torch; the gradient of the gradient; and the barrier is a GPU's."""
+    """None passes at 0, as in torch; the gradient of the gradient; and the barrier is none of the CPU's."""
     x = jnp.asarray([-2.0, -0.0, 0.0, 1e-40, 3.0])
     for ours, expected in zip(jax.vjp(relu, x)[1](x + 5), jax.vjp(nn.relu, x)[1](x + 5), strict=True):
         np.testing.assert_array_equal(ours, expected)
@@ -238,7 +238,7 @@ def test_relu_at_the_end_of_a_block_is_relu() -> None:
     step = jax.jit(jax.value_and_grad(lambda x: relu(x).sum())).trace(x)
     for platform in ("cpu", "cuda", "tpu"):
         text = step.lower(lowering_platforms=(platform,)).as_text()
-        assert ("optimization_barrier" in text) == (platform == "cuda"), platform
+        assert ("optimization_barrier" in text) == (platform != "cpu"), platform
 
 
 DEVICES = """

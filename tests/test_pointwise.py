@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +49,37 @@ def test_values_and_gradients_are_those_of_the_definition(
         for ours, theirs in zip(own_pull(dy), pull(dy), strict=True):
             assert ours.shape == theirs.shape
             assert np.abs(ours - theirs).max() <= 1e-13 * np.abs(theirs).max()
+
+
+class Pair(nn.Module):
+    """A 1x1 convolution and its batch norm."""
+
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        conv = layers.Conv(self.features, 1, self.stride, name="conv")
+        return layers.pointwise(conv, layers.BatchNorm(name="norm"), x, True)
+
+
+@pytest.mark.parametrize(("features", "stride", "fused"), [(8, 1, True), (8, 2, True), (6, 1, True), (5, 1, False)])
+def test_fused_is_what_is_no_wider_than_its_result(
+    features: int, stride: int, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, and is the same to a few of its roundings, at a stride too."""
+    x = jax.random.normal(jax.random.key(0), (4, 5, 6, 6)).astype(jnp.bfloat16)
+    pair = Pair(features, stride)
+    called = []
+    monkeypatch.setattr(layers, "conv_norm", lambda *a: called.append(a) or conv_norm(*a))
+    values = pair.init(jax.random.key(1), x)
+    called.clear()
+    found, _ = pair.apply(values, x, mutable=["batch_stats"])
+    assert bool(called) == fused
+    monkeypatch.setattr(layers.BatchNorm, "may_fuse", lambda self, x, train: False)
+    expected, _ = pair.apply(values, x, mutable=["batch_stats"])
+    assert found.shape == expected.shape == (4, -(-5 // stride), 6 // stride, features)
+    np.testing.assert_allclose(found.astype("float32"), expected.astype("float32"), rtol=0, atol=5e-2)
 
 
 def gradients(model, values, images: jax.Array, fused: bool, monkeypatch) -> tuple[dict, dict]:
