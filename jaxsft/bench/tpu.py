@@ -72,7 +72,7 @@ def topology(name: str) -> list[Any]:
 
 
 def cost(compiled: Any) -> dict[str, float]:
-    """What libtpu counts of a compiled step; its bytes are those of the chip's inner memory too, and of copies there."""
+    """What libtpu counts of a compiled step: of bytes also those of the chip's inner memory, and of copies into it."""
     found = compiled.cost_analysis()
     found = found[0] if isinstance(found, list) else found
     return {"flops_per_step": found["flops"], "bytes_per_step": found["bytes accessed"]}
