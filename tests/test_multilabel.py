@@ -372,6 +372,7 @@ def test_balanced_weights_are_those_of_the_images_trained_on(images: Path, monke
     real = program.loss_of
     monkeypatch.setattr(program, "loss_of", lambda *arguments: told.append(arguments[-1]) or real(*arguments))
     made, _ = prepare.prepare(config_of(images / "a.csv", *HOW, "--config.data.fraction=0.5"))
+    made.train_step.lower(made.state, made.train_loader.dataset, made.train_loader.blank())
     assert told == [balanced_weights(made.train_source.labels, 3)]
     assert len(made.train_source) < 24 and len(set(told[0])) > 1
 
