@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import jax
+import numpy as np
 import pytest
+
+from jaxsft.run import parallel
 
 # Time limits of XLA's own, short, so that a hang ends the process instead of the patience.
 FLAGS = "--xla_cpu_collective_call_warn_stuck_timeout_seconds=10 --xla_cpu_collective_call_terminate_timeout_seconds=20"
@@ -44,3 +48,21 @@ def test_thousands_of_calls_without_waiting(run, backend: str, calls: int) -> No
     done = run("-c", SCRIPT, backend, calls, devices=2, XLA_FLAGS=FLAGS, timeout=300)
     assert done.returncode == 0, done.stderr[-1000:]
     assert done.stdout == "most in flight: 2\n"
+
+
+@pytest.mark.parametrize("backend", ["pmap", "shard_map"])
+@pytest.mark.parametrize("ahead", [True, False])
+def test_what_is_compiled_ahead_is_not_compiled_by_the_call(backend: str, ahead: bool) -> None:
+    """Without, the call compiles: so the test sees what it looks for."""
+    devices = parallel.DataParallel(backend, jax.devices()[:1])
+    step = devices.compile(lambda state, data, batch: (state + batch["x"].sum(), batch["x"].mean()), donate_first=True)
+    state, batch = devices.replicate(np.float32(1)), devices.split({"x": np.ones(4, np.float32)})
+    if ahead:
+        step.compile_ahead(state, {}, batch)
+        assert step._compilation is not None
+        step._compilation.join()
+    told: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, seconds, **more: told.append(name))
+    state, mean = step(state, {}, batch)
+    compiled = [name for name in told if "backend_compile" in name]
+    assert (float(state), float(mean), len(compiled)) == (5, 1, 0 if ahead else 1)
