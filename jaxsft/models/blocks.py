@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsft.models import stem
 from jaxsft.models.layers import BatchNorm, Conv, Initializer, at_least_float32, kaiming_normal_fan_out, pointwise
 from jaxsft.models.platform import by_platform
+from jaxsft.models.pooling import max_pool
 from jaxsft.models.stochastic import Keys, StochasticDepth
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -56,6 +58,13 @@ class ReLU(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return nn.relu(x)
+
+
+def norm_relu_pool(norm: BatchNorm, x: jax.Array, train: bool) -> jax.Array:
+    """max_pool(relu(norm(x))), as a stem ends; as one operation where that may be and pays."""
+    if norm.may_fuse(x, train):
+        return norm(x, train, stem.norm_relu_pool)
+    return max_pool(nn.relu(norm(x, train)))
 
 
 class ConvNorm(nn.Module):

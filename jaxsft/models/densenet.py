@@ -17,9 +17,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxsft.models.blocks import norm_relu_pool
 from jaxsft.models.family import Family, ImageSizeError
 from jaxsft.models.layers import BatchNorm, Conv, Linear, pointwise
-from jaxsft.models.pooling import average_pool, global_average_pool, max_pool
+from jaxsft.models.pooling import average_pool, global_average_pool
 from jaxsft.models.stochastic import Dropout, Keys
 
 HEAD = "classifier"
@@ -116,7 +117,7 @@ class DenseNet(nn.Module):
         conv = partial(Conv, kernel_init=kaiming_normal_fan_in, param_dtype=self.param_dtype)
         norm = partial(BatchNorm, axis_name=self.axis_name, frozen=self.frozen, param_dtype=self.param_dtype)
         x = conv(self.width, 7, 2, name="features.conv0")(x.astype(self.dtype))
-        x = max_pool(nn.relu(norm(name="features.norm0")(x, train)))
+        x = norm_relu_pool(norm(name="features.norm0"), x, train)
         for number, layers in enumerate(self.blocks, 1):
             if number > 1:
                 x = Transition(conv, norm, name=f"features.transition{number - 1}")(x, train)

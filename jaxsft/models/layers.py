@@ -102,9 +102,15 @@ class BatchNorm(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, kernel: jax.Array | None = None) -> jax.Array:
-        """`x` normalised; with the `kernel` [1, 1, C', C] of a convolution what that makes of `x` [N, H, W, C']."""
-        channels = (x.shape[-1] if kernel is None else kernel.shape[-1],)
+    def __call__(
+        self, x: jax.Array, train: bool, form: Callable[..., Any] = batch_norm, features: int | None = None
+    ) -> jax.Array:
+        """`x` normalised.
+
+        Where it `may_fuse`, `form` may do more in one: it takes and returns what `batch_norm` does, for `features`
+        channels.
+        """
+        channels = (features or x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, self.param_dtype)
@@ -117,11 +123,8 @@ class BatchNorm(nn.Module):
             factor = lax.rsqrt(running_var.value.astype(dtype) + self.epsilon) * scale
             return ((x.astype(dtype) - running_mean.value.astype(dtype)) * factor + bias).astype(x.dtype)
         axis_name = None if self.is_initializing() else self.axis_name
-        if kernel is None:
-            y, mean, var = batch_norm(x, scale, bias, self.epsilon, axis_name)
-        else:
-            y, mean, var = conv_norm(x, kernel, scale, bias, self.epsilon)
-        size = y.size // y.shape[-1] * (1 if axis_name is None else lax.axis_size(axis_name))
+        y, mean, var = form(x, scale, bias, self.epsilon, axis_name)
+        size = x.size // x.shape[-1] * (1 if axis_name is None else lax.axis_size(axis_name))
         if size == 1:
             raise OneValueError(f"{'/'.join(self.path)}: one value per channel when training, input {x.shape}")
         if not self.is_initializing():
@@ -131,9 +134,9 @@ class BatchNorm(nn.Module):
         return y
 
     def may_fuse(self, x: jax.Array, train: bool) -> bool:
-        """Whether a call with a kernel would do the same: in training, by this device's statistics, in bfloat16."""
-        own = self.axis_name is None and not is_frozen(self.path, self.frozen)
-        return train and own and x.dtype == jnp.bfloat16
+        """Whether another form of it would do: in training, and in bfloat16, whose rounding is coarser than what one
+        form differs from the other by."""
+        return train and not is_frozen(self.path, self.frozen) and x.dtype == jnp.bfloat16
 
     def _move(self, old: jax.Array, new: jax.Array) -> jax.Array:
         return ((1 - self.momentum) * old + self.momentum * new).astype(old.dtype)
@@ -145,10 +148,12 @@ def pointwise(conv: Conv, norm: BatchNorm, x: jax.Array, train: bool) -> jax.Arr
     Not where x is wider than what comes of it: the products of all its channels then cost more than is saved, in a
     MobileNetV2 a tenth of the bytes and half of the FLOPs.
     """
-    if x.shape[-1] > conv.features or not norm.may_fuse(x, train):
+    if x.shape[-1] > conv.features or norm.axis_name is not None or not norm.may_fuse(x, train):
         return norm(conv(x), train)
     x = x[:, :: conv.stride, :: conv.stride]  # the pixels that it sees
-    return norm(x, train, conv(x, only_kernel=True))
+    kernel = conv(x, only_kernel=True)
+    own = lambda x, scale, bias, epsilon, _: conv_norm(x, kernel, scale, bias, epsilon)  # this device's statistics
+    return norm(x, train, own, conv.features)
 
 
 def is_frozen(path: tuple[str, ...], patterns: tuple[str, ...]) -> bool:

@@ -17,10 +17,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxsft.models.blocks import relu
+from jaxsft.models.blocks import norm_relu_pool, relu
 from jaxsft.models.family import Family
 from jaxsft.models.layers import BatchNorm, Conv, Linear, pointwise
-from jaxsft.models.pooling import global_average_pool, max_pool
+from jaxsft.models.pooling import global_average_pool
 from jaxsft.models.stochastic import Keys
 
 HEAD = "fc"
@@ -107,7 +107,7 @@ class ResNet(nn.Module):
         block = nn.remat(self.block, static_argnums=(2,)) if self.remat else self.block
         norm = partial(BatchNorm, axis_name=self.axis_name, frozen=self.frozen, param_dtype=self.param_dtype)
         x = conv(self.width, 7, 2, name="conv1")(x.astype(self.dtype))
-        x = max_pool(nn.relu(norm(name="bn1")(x, train)))
+        x = norm_relu_pool(norm(name="bn1"), x, train)
         for stage, size in enumerate(self.stage_sizes):
             for index in range(size):
                 x = block(

@@ -18,10 +18,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxsft.models.blocks import ReLU
+from jaxsft.models.blocks import ReLU, norm_relu_pool
 from jaxsft.models.family import Family
 from jaxsft.models.layers import BatchNorm, Conv, Linear, pointwise, torch_linear_uniform
-from jaxsft.models.pooling import global_average_pool, max_pool
+from jaxsft.models.pooling import global_average_pool
 from jaxsft.models.stochastic import Keys
 
 HEAD = "fc"
@@ -101,7 +101,7 @@ class ShuffleNetV2(nn.Module):
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         stem, *stages, last = self.channels
         x = conv(stem, 3, 2, name="conv1.0")(x.astype(self.dtype))
-        x = max_pool(nn.relu(norm(name="conv1.1")(x, train)))
+        x = norm_relu_pool(norm(name="conv1.1"), x, train)
         for stage, (blocks, features) in enumerate(zip(self.blocks, stages, strict=True), 2):
             for index in range(blocks):
                 stride = 2 if index == 0 else 1
