@@ -6,8 +6,8 @@ In each channel batch norm is monotone in z, and so is ReLU: where scale is not 
 
 and where it is, the same of -z and -scale. The statistics are those of z. Of the gradient by y, what passes ReLU is
 also what its sums are taken of (normalization.py has the formulas): a pixel that no window chose gets none. So what
-lies between is neither written nor read, the widest of a ResNet's arrays: of a ResNet-50's step 0.15 GB of memory on a
-v5e with 128 images, and 2 % of the bytes on an H100.
+lies between is neither written nor read, the widest of a ResNet's arrays: of a ResNet-50's step with 128 images 0.2 GB
+of memory on a v5e, and 2 % of the bytes on an H100.
 
 The values are the same to the last bit. Where rounding makes unequal values equal, as beside a scale of nearly zero,
 the gradient goes to the pixel that was larger, by torch's order to the first: for bfloat16, where rounding decides as
