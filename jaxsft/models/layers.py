@@ -103,7 +103,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, train: bool, form: Callable[..., Any] = batch_norm, features: int | None = None
+        self, x: jax.Array, train: bool, form: Callable[..., Any] | None = None, features: int | None = None
     ) -> jax.Array:
         """`x` normalised.
 
@@ -123,7 +123,7 @@ class BatchNorm(nn.Module):
             factor = lax.rsqrt(running_var.value.astype(dtype) + self.epsilon) * scale
             return ((x.astype(dtype) - running_mean.value.astype(dtype)) * factor + bias).astype(x.dtype)
         axis_name = None if self.is_initializing() else self.axis_name
-        y, mean, var = form(x, scale, bias, self.epsilon, axis_name)
+        y, mean, var = (form or batch_norm)(x, scale, bias, self.epsilon, axis_name)
         size = x.size // x.shape[-1] * (1 if axis_name is None else lax.axis_size(axis_name))
         if size == 1:
             raise OneValueError(f"{'/'.join(self.path)}: one value per channel when training, input {x.shape}")
