@@ -90,7 +90,7 @@ def probing(parallel: DataParallel) -> dict[str, Any]:
     """The parameters after STEPS updates of the head alone, on features that all devices have made of their shares."""
     optimizer, values = optax.sgd(LR, MOMENTUM), tiny.variables()
     model = tiny.Tiny(dropout=0.5, frozen=("",), axis_name=parallel.axis_name)
-    make = parallel.compile(make_features_step(model, "fc", None, axis_name=parallel.axis_name))
+    make = parallel.compile(make_features_step(model, "fc", None), rows=True)
     head = head_of(model, "fc", values, tiny.SIDE)
     step = parallel.compile(make_train_step(Objective(head, Inputs(None)), optimizer, axis_name=parallel.axis_name))
     state = parallel.replicate(TrainState.create(values, optimizer, with_average=False))
@@ -98,7 +98,7 @@ def probing(parallel: DataParallel) -> dict[str, Any]:
         images, labels = tiny.batch(number)
         batch = {"example": np.arange(len(labels), dtype=np.int32), "label": labels}
         sent = parallel.split({**batch, "image": images, "mask": np.ones(len(labels), bool)})
-        features = jax.device_get(make(parallel.replicate(values), {}, sent)["features"])
+        features = parallel.join(make(parallel.replicate(values), {}, sent))["features"]
         state, _ = step(state, {}, parallel.split({**batch, "image": features}))
     return tiny.state_dict(jax.device_get(state.variables()))
 

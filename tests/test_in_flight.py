@@ -1,4 +1,4 @@
-"""Calls that nobody waits for do not hang the CPU's devices in a collective."""
+"""Calls that nobody waits for do not hang the CPU's devices in a collective, and what needs none has none."""
 
 from __future__ import annotations
 
@@ -66,3 +66,23 @@ def test_what_is_compiled_ahead_is_not_compiled_by_the_call(backend: str, ahead:
     state, mean = step(state, {}, batch)
     compiled = [name for name in told if "backend_compile" in name]
     assert (float(state), float(mean), len(compiled)) == (5, 1, 0 if ahead else 1)
+
+
+ROWS = """
+import sys
+import jax, numpy as np
+from jaxsft.run import parallel
+
+devices = parallel.DataParallel(sys.argv[1])
+doubled = devices.compile(lambda state, data, batch: {"x": 2 * batch["x"]}, rows=True)
+arguments = {}, {}, devices.split({"x": np.arange(24.0).reshape(8, 3)})
+np.testing.assert_array_equal(devices.join(doubled(*arguments))["x"], 2 * np.arange(24.0).reshape(8, 3))
+print("all-gather" in doubled.lower(*arguments).compile().as_text())
+"""
+
+
+@pytest.mark.parametrize("backend", ["pmap", "shard_map"])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_rows_are_joined_in_their_order_and_no_device_waits(run, backend: str, devices: int) -> None:
+    done = run("-c", ROWS, backend, devices=devices)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr

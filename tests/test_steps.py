@@ -273,14 +273,13 @@ def test_evaluation_counts_what_is_not_masked(devices: int | None) -> None:
     mask = np.arange(BATCH) < 11
     batch = {**tiny.batch_of(0), "mask": mask}
     values = jax.tree.map(jnp.asarray, tiny.variables())
+    body = make_eval_step(Tiny(), None)
     if devices is None:
-        answers = compiled(make_eval_step(Tiny(), None))(values, {}, batch)
+        answers = compiled(body)(values, {}, batch)
     else:
-        body = make_eval_step(Tiny(), None, axis_name="batch")
         parts = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
-        answers = jax.tree.map(
-            lambda x: x[0], compiled(jax.vmap(body, (None, None, 0), axis_name="batch"))(values, {}, parts)
-        )
+        answers = compiled(jax.vmap(body, (None, None, 0)))(values, {}, parts)
+        answers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), answers)
     logits = tiny.in_torch(tiny.variables()).eval()(nchw(images[:11])).detach()
     found = Evaluation.of([jax.device_get(answers)], CLASSES)
     expected = torch.nn.CrossEntropyLoss()(logits, torch.tensor(labels[:11]).long())

@@ -127,22 +127,21 @@ def in_jax(workdir: Location, checkpoint: str) -> Call:
     keep_compilations()
     one = load_run(workdir, checkpoint)
     parallel, to = all_devices(one.config), one.card.preprocessing
-    axis_name, replicated = parallel.axis_name, parallel.replicate(one.variables)
+    replicated = parallel.replicate(one.variables)
 
     def logits(variables: Any, images: jax.Array) -> jax.Array:
         return one.model.apply(variables, normalise(images, to), train=False)
 
     def part(variables: Any, dataset: Any, batch: dict[str, jax.Array]) -> jax.Array:
-        found = logits(variables, batch["image"])
-        return found if axis_name is None else jax.lax.all_gather(found, axis_name, tiled=True)
+        return logits(variables, batch["image"])
 
-    split = parallel.compile(part)
+    split = parallel.compile(part, rows=True)
     whole = jax.jit(with_products(logits, one.config.train.matmul_precision))
 
     def call(images: np.ndarray) -> np.ndarray:
         if len(images) % len(parallel.devices):
             return np.asarray(whole(one.variables, images))
-        return np.asarray(split(replicated, {}, parallel.split({"image": images})))
+        return parallel.join(split(replicated, {}, parallel.split({"image": images})))
 
     return call
 

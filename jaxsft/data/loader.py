@@ -31,10 +31,11 @@ BAD_FILES = "bad_files.txt"
 
 
 class Devices(Protocol):
-    """What a loader needs of `parallel.DataParallel`."""
+    """What a loader needs of `parallel.DataParallel`, and who goes through its batches."""
 
     def replicate(self, tree: Any) -> Any: ...
     def split(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]: ...
+    def join(self, found: Any) -> Any: ...
 
 
 class BadFiles:
@@ -95,7 +96,8 @@ def unwritten(path: Path, error: OSError) -> Stop:
 class Loader(Protocol):
     """A set as the loops see it."""
 
-    dataset: Any  # {"images", "labels"} on the devices, or {} where the batches bring their pixels
+    devices: Devices
+    dataset: Any  # {"images", "labels"} on them, or {} where the batches bring their pixels
     preprocessing: Preprocessing  # what is left to be done to the images on the device
 
     def batch(self, step: int) -> dict[str, jax.Array]:
@@ -143,6 +145,7 @@ class WithUnlabelled:
 
     def __init__(self, labelled: Loader, unlabelled: Loader):
         self.labelled, self.unlabelled, self.preprocessing = labelled, unlabelled, labelled.preprocessing
+        self.devices = labelled.devices
         images = {name: value for name, value in unlabelled.dataset.items() if name == "images"}
         self.dataset = {**labelled.dataset, **{f"unlabelled_{name}": value for name, value in images.items()}}
 

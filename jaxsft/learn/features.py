@@ -7,7 +7,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax import lax
 
 from jaxsft.data.augment import preprocess
 from jaxsft.learn.steps import Batch, Dataset, gather
@@ -16,9 +15,9 @@ from jaxsft.models.weights import Preprocessing
 
 
 def make_features_step(
-    model: nn.Module, head: str, preprocessing: Preprocessing | None, *, axis_name: str | None = None
+    model: nn.Module, head: str, preprocessing: Preprocessing | None
 ) -> Callable[[Any, Dataset, Batch], dict[str, jax.Array]]:
-    """(variables, dataset, this device's batch with "mask") -> "features" [B, C] and "mask" [B] of all devices.
+    """(variables, dataset, this device's batch with "mask") -> "features" [B, C] and "mask" [B].
 
     They are what the output layer `head` is called with, float32 at least, in evaluation: batch norm on its running
     statistics, no dropout, images prepared as for evaluation. Without `preprocessing` the images are the model's input
@@ -28,7 +27,6 @@ def make_features_step(
     def features_step(variables: Any, dataset: Dataset, batch: Batch) -> dict[str, jax.Array]:
         batch = gather(dataset, batch)
         images = batch["image"] if preprocessing is None else preprocess(batch["image"], preprocessing)
-        found = {"features": entering(model, head, variables, images).features, "mask": batch["mask"]}
-        return found if axis_name is None else lax.all_gather(found, axis_name, tiled=True)
+        return {"features": entering(model, head, variables, images).features, "mask": batch["mask"]}
 
     return features_step

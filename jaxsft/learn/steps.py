@@ -108,9 +108,8 @@ def make_eval_step(
     temperature: float = 1.0,
     views: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     number_of_views: int = 1,
-    axis_name: str | None = None,
 ) -> Callable[[Any, Dataset, Batch], dict[str, jax.Array]]:
-    """(variables, dataset, this device's batch with "mask") -> what the model takes each example of all devices for.
+    """(variables, dataset, this device's batch with "mask") -> what the model takes each of its examples for.
 
     That is "example" int32 [B], its "label" and "loss", float [B], what `metrics.answer` says, or `multilabel.answer`
     of several labels an image, and "mask" bool [B]. The loss is cross-entropy, of several labels binary cross-entropy,
@@ -125,7 +124,6 @@ def make_eval_step(
       temperature: what logits are divided by before they become probabilities.
       views: (prepared images, a view's number, int32) -> the model's input; probabilities are averaged over the views.
       number_of_views: how many there are.
-      axis_name: of the devices, where there are several.
     """
 
     def eval_step(variables: Any, dataset: Dataset, batch: Batch) -> dict[str, jax.Array]:
@@ -142,13 +140,12 @@ def make_eval_step(
             each = lax.map(of_view, jnp.arange(number_of_views))
             scores = kind.averaged(each)
             tempered = scores if temperature == 1 else kind.averaged(each / temperature)
-        answers = {
+        return {
             **{name: batch[name] for name in ("example", "label", "mask")},
             "loss": (binary_cross_entropy if several else cross_entropy)(scores, labels),
             **(multilabel.answer(tempered, labels) if several else metrics.answer(tempered, labels, top)),
             **({"logits": scores if logits else tempered} if logits or several else {}),
         }
-        return answers if axis_name is None else lax.all_gather(answers, axis_name, tiled=True)
 
     return eval_step
 
@@ -158,12 +155,10 @@ def make_probability_step(
     preprocessing: Preprocessing | None,
     multi_label: bool = False,
     temperature: float = 1.0,
-    *,
-    axis_name: str | None = None,
 ) -> Callable[[Any, Dataset, Batch], dict[str, jax.Array]]:
     """(variables, dataset, this device's batch with "mask") -> "example", "mask" [B], "probability" float [B, K].
 
-    Of the examples of all devices: softmax(logits / temperature), of several labels an image the sigmoid.
+    That is softmax(logits / temperature), of several labels an image the sigmoid.
     """
 
     def probability_step(variables: Any, dataset: Dataset, batch: Batch) -> dict[str, jax.Array]:
@@ -171,7 +166,6 @@ def make_probability_step(
         images = batch["image"] if preprocessing is None else preprocess(batch["image"], preprocessing)
         logits = model.apply(variables, images, train=False) / temperature
         probability = (multilabel if multi_label else metrics).probabilities_of(logits)
-        answers = {"example": batch["example"], "mask": batch["mask"], "probability": probability}
-        return answers if axis_name is None else lax.all_gather(answers, axis_name, tiled=True)
+        return {"example": batch["example"], "mask": batch["mask"], "probability": probability}
 
     return probability_step

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax
-
 from jaxsft.cli import UserError
 from jaxsft.data.base import Options, Source
 from jaxsft.data.loader import BadFiles, Loader, make_loader
@@ -76,8 +74,8 @@ def results(
         queue.append(step(variables, loader.dataset, batch))
         between()
         if len(queue) > IN_FLIGHT:
-            yield jax.device_get(queue.popleft())
-    yield from map(jax.device_get, queue)
+            yield loader.devices.join(queue.popleft())
+    yield from map(loader.devices.join, queue)
 
 
 def open_examples(run: Run, data: str = "", split: str = "", data_dir: str = "", tta: str = "") -> Examples:
@@ -141,9 +139,8 @@ def step_of(run: Run, examples: Examples, *, logits: bool = False, top: int = 0)
         temperature=run.card.temperature,
         views=of_view,
         number_of_views=1 if views is None else len(views),
-        axis_name=parallel.axis_name,
     )
-    return parallel.compile(body)
+    return parallel.compile(body, rows=True)
 
 
 def evaluate_run(

@@ -63,15 +63,14 @@ def batches(examples: Examples) -> Iterator[dict[str, np.ndarray]]:
       where the last batch is padded or an image is broken.
     """
     loader, parallel = examples.loader, examples.parallel
-    axis_name, to = parallel.axis_name, unnormalised(loader.preprocessing)
+    to = unnormalised(loader.preprocessing)
 
     def step(variables: Any, dataset: Any, batch: Any) -> dict[str, jax.Array]:
         batch = gather(dataset, batch)
-        found = {"image": preprocess(batch["image"], to), **{name: batch[name] for name in ("label", "mask")}}
-        return found if axis_name is None else jax.lax.all_gather(found, axis_name, tiled=True)
+        return {"image": preprocess(batch["image"], to), **{name: batch[name] for name in ("label", "mask")}}
 
     try:
-        yield from results(parallel.compile(step), {}, loader)
+        yield from results(parallel.compile(step, rows=True), {}, loader)
     finally:
         loader.close()
 

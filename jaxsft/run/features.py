@@ -119,9 +119,8 @@ class Keeper:
     def step(self, preprocessing: Preprocessing) -> Callable[..., Any]:
         """The compiled step for images of which `preprocessing` is left to do."""
         if preprocessing not in self._steps:
-            axis_name = self.parallel.axis_name
-            body = make_features_step(self.model, self.head, preprocessing, axis_name=axis_name)
-            self._steps[preprocessing] = self.parallel.compile(body)
+            body = make_features_step(self.model, self.head, preprocessing)
+            self._steps[preprocessing] = self.parallel.compile(body, rows=True)
         return self._steps[preprocessing]
 
     def room(self, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:

@@ -189,22 +189,42 @@ class DataParallel:
 
         return jax.tree.map(place, tree)
 
-    def compile(self, body: Callable[..., Any], *, donate_first: bool = False) -> BoundedDispatch:
+    def compile(self, body: Callable[..., Any], *, donate_first: bool = False, rows: bool = False) -> BoundedDispatch:
         """`body(replicated, replicated dataset, split batch)` on all devices; what it returns must be replicated.
 
-        With `donate_first` the memory of the first argument is given to the first of the results. The host waits in a
-        call while more than IN_FLIGHT earlier ones are on their way (see `BoundedDispatch`).
+        With `rows` it is of the rows of its batch, [B / devices, ...], and no device waits for another: `join` puts
+        them together. With `donate_first` the memory of the first argument is given to the first of the results. The
+        host waits in a call while more than IN_FLIGHT earlier ones are on their way (see `BoundedDispatch`).
         """
         donate = (0,) if donate_first else ()
         body = for_platform(with_products(body, self.matmul_precision), self.devices[0].platform)
+        if rows and self.process_count > 1:  # each process wants them all
+            body, rows = of_all_devices(body), False
         if self.backend == "pmap":
+            out = 0 if rows else None
             mapped = jax.pmap(
-                body, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=donate, devices=self.devices
+                body, AXIS, in_axes=(None, None, 0), out_axes=out, donate_argnums=donate, devices=self.devices
             )
             return BoundedDispatch(mapped, donate_first)
         everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
         # check_vma off: the body averages gradients itself, exactly as under pmap.
         mapped = jax.shard_map(
-            body, mesh=self.mesh, in_specs=(everywhere, everywhere, split), out_specs=everywhere, check_vma=False
+            body,
+            mesh=self.mesh,
+            in_specs=(everywhere, everywhere, split),
+            out_specs=split if rows else everywhere,
+            check_vma=False,
         )
         return BoundedDispatch(jax.jit(mapped, donate_argnums=donate), donate_first)
+
+    def join(self, found: Any) -> Any:
+        """What a function compiled for `rows` returned, on the host: each leaf [B, ...], in the order of its batch."""
+        found = jax.device_get(found)
+        if self.backend != "pmap" or self.process_count > 1:
+            return found
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+
+
+def of_all_devices(body: Callable[..., Any]) -> Callable[..., Any]:
+    """`body`, which returns something of each row of its device's, and then of the rows of all devices."""
+    return lambda *args: jax.lax.all_gather(body(*args), AXIS, tiled=True)

@@ -82,8 +82,8 @@ def program_of(run: Run) -> Program:
     if run not in PROGRAMS:
         parallel, card = all_devices(run.config), run.card
         _, left = layout_of(Loose(()), card.preprocessing, ())
-        body = make_probability_step(run.model, left, card.multi_label, card.temperature, axis_name=parallel.axis_name)
-        PROGRAMS[run] = Program(parallel, parallel.compile(body), parallel.replicate(run.variables))
+        body = make_probability_step(run.model, left, card.multi_label, card.temperature)
+        PROGRAMS[run] = Program(parallel, parallel.compile(body, rows=True), parallel.replicate(run.variables))
     return PROGRAMS[run]
 
 

@@ -125,8 +125,7 @@ class Program:
 
     def evaluation(self) -> BoundedDispatch:
         """The step of evaluation."""
-        body = make_eval_step(self.model, self.to_evaluate, axis_name=self.parallel.axis_name)
-        return self.parallel.compile(body)
+        return self.parallel.compile(make_eval_step(self.model, self.to_evaluate), rows=True)
 
     def statistics(self) -> Callable[..., Any] | None:
         """The step by which an average's batch statistics are estimated anew; None: it keeps those that it has."""

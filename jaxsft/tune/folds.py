@@ -111,7 +111,7 @@ def answers(run: Location, source: Source, numbers: np.ndarray, shared: Shared) 
     )
     step = shared.once(
         ("answers", program_key(saved.config), devices_key(parallel)),
-        lambda: parallel.compile(make_eval_step(saved.model, loader.preprocessing, axis_name=parallel.axis_name)),
+        lambda: parallel.compile(make_eval_step(saved.model, loader.preprocessing), rows=True),
     )
     found = evaluate_run(saved, Examples(source, loader, parallel), step).answers
     example = found["example"] if isinstance(source, Part) else numbers[found["example"]]
