@@ -35,7 +35,8 @@ class TrainState(flax.struct.PyTreeNode):
     ) -> TrainState:
         """The state before the first update of {"params", "batch_stats"}; the latter may be absent."""
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
-        state = cls(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
+        # Compiled: one small program, not one for the zeros of each shape there is (ResNet-50: 0.5 instead of 1.2 s).
+        state = cls(jnp.zeros((), jnp.int32), params, batch_stats, jax.jit(optimizer.init)(params))
         if with_average:
             state = state.replace(average=jax.tree.map(jnp.copy, state.variables()))
         return state.replace(loss_scale=loss_scale.create()) if with_loss_scale else state
