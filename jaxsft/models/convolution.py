@@ -46,6 +46,7 @@ import numpy as np
 from jax import lax
 
 from jaxsft.models import patches
+from jaxsft.models.matmul import products
 from jaxsft.models.platform import by_platform
 
 # Winograd's F(2x2, 3x3), Lavin & Gray 2015 (arXiv:1509.09308): a 2x2 tile of outputs from a 4x4 tile of inputs by 16
@@ -245,17 +246,8 @@ def _dots_by_kernel(x: jax.Array, k: int, dy: jax.Array, stride: int, padding: i
     for i, row, rows, top in seen_taps(k, stride, padding, x.shape[1]):
         for j, column, columns, left in seen_taps(k, stride, padding, x.shape[2]):
             seen = window(x, top, left, rows, columns, stride).reshape(-1, c_in)
-            grid[i][j] = _products(seen, window(dy, row, column, rows, columns, 1).reshape(-1, c_out))
+            grid[i][j] = products(seen, window(dy, row, column, rows, columns, 1).reshape(-1, c_out))
     return jnp.stack([jnp.stack(row) for row in grid])
-
-
-def _products(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x^T y of [pixels, A] and [pixels, B], the narrower one first: [25088, 256] and [25088, 64] on one core make 76
-    GFLOP/s instead of 49, [6272, 512] and [6272, 128] 94 instead of 52. Without the barrier XLA swaps them back."""
-    axes = (((0,), (0,)), ((), ()))
-    if x.shape[1] <= y.shape[1]:
-        return lax.dot_general(x, y, axes)
-    return lax.optimization_barrier(lax.dot_general(y, x, axes)).T
 
 
 # Few channels in, as in the stem
@@ -363,7 +355,7 @@ def _winograd_by_kernel(x: jax.Array, dy: jax.Array) -> jax.Array:
         corners = [[window(dy, i, j, tall, wide, TILE) for j in range(TILE)] for i in range(TILE)]
         rows = zip(data, _combine_both(transposed_at, corners))
         flat = lambda tile: tile.reshape(-1, tile.shape[-1])
-        return jnp.stack([_products(flat(d), flat(y)) for row in rows for d, y in zip(*row)])
+        return jnp.stack([products(flat(d), flat(y)) for row in rows for d, y in zip(*row)])
 
     total = _sum_of_parts(some, x, dy)
     products = [[total[4 * i + j] for j in range(4)] for i in range(4)]

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsft.models.convolution import conv2d
+from jaxsft.models.matmul import matmul
 from jaxsft.models.normalization import batch_norm
 from jaxsft.models.pointwise import conv_norm
 
@@ -204,7 +205,7 @@ class Linear(nn.Module):
             kernel_init = partial(torch_linear_uniform, fan_in=x.shape[-1])
             bias_init = self.bias_init or kernel_init
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), self.param_dtype)
-        y = x @ kernel.astype(x.dtype)
+        y = matmul(x, kernel.astype(x.dtype))
         if not self.use_bias:
             return y
         return y + self.param("bias", bias_init, (self.features,), self.param_dtype).astype(x.dtype)
