@@ -64,6 +64,7 @@ SHAPES = {
     "depthwise 5x5, strided, 3x4": (5, 3, 4, 10, 10, 5, 2, 2, 10),
     "depthwise 5x5, stride 3": (2, 8, 7, 10, 10, 5, 3, 0, 10),
     "depthwise 7x7": (2, 12, 9, 8, 8, 7, 1, 3, 8),
+    "depthwise 7x7, in parts": (6, 27, 28, 64, 64, 7, 1, 3, 64),
     "depthwise 7x7, 3x3": (6, 3, 3, 8, 8, 7, 1, 3, 8),
     "depthwise 7x7, 2x1": (4, 2, 1, 8, 8, 7, 2, 3, 8),
     "depthwise, stride larger than the kernel": (2, 7, 8, 4, 4, 2, 3, 0, 4),
@@ -247,6 +248,7 @@ from jax.sharding import PartitionSpec as P
 from jaxsft.models import convolution
 from jaxsft.models.convolution import conv2d
 from jaxsft.models.blocks import relu
+from jaxsft.models.matmul import matmul
 from jaxsft.models.pooling import max_pool
 jax.config.update("jax_enable_x64", True)
 random = np.random.default_rng(0)
@@ -254,7 +256,7 @@ x, kernel = random.normal(size=(8, 8, 14, 14, 128))[:, 0], random.normal(size=(3
 x = np.tile(x, (6, 1, 1, 1))  # 24 images a device: in two parts, through the scan as well
 def loss(kernel, x):
     y = conv2d(x, kernel, 1, 1)
-    y = conv2d(y[..., :32], kernel[:, :, :1, :32], 1, 1, 32)
+    y = matmul(conv2d(y[..., :32], kernel[:, :, :1, :32], 1, 1, 32), kernel[0, 0, :32, :48])
     return jnp.tanh(relu(max_pool(y)) / 300).sum()
 expected = jax.jit(jax.grad(loss))(kernel, x)
 def step(kernel, x):

@@ -56,10 +56,10 @@ relu.defvjp(lambda x: (lambda y: (y, y))(relu(x)), lambda y, dy: (jnp.where(y > 
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """`torch.nn.GELU` (arXiv:1606.08415), exact: x * (1 + erf(x / sqrt(2))) / 2, in float32 at least. Reverse mode only.
+    """`torch.nn.GELU` (arXiv:1606.08415), the exact one: x * (1 + erf(x / sqrt(2))) / 2. Reverse mode only.
 
-    Flax's default is the tanh form, and its exact one asks erfc, which on a CPU takes twice as long as all of this. Its
-    gradient is of `x`, so that no more is kept: 1 + erf and the bell curve are computed anew.
+    It is computed in float32 at least. Flax's default is the tanh form, and its exact one asks erfc, with which it took
+    35 ms instead of 15 for ten million values on one core. The gradient keeps `x` alone, and computes erf anew.
     """
     wide = at_least_float32(x)
     return (wide * _normal(wide)).astype(x.dtype)

@@ -46,8 +46,8 @@ import numpy as np
 from jax import lax
 
 from jaxsft.models import patches
-from jaxsft.models.matmul import products
-from jaxsft.models.platform import by_platform
+from jaxsft.models.matmul import transposed_matmul
+from jaxsft.models.platform import by_platform, vary_like
 
 # Winograd's F(2x2, 3x3), Lavin & Gray 2015 (arXiv:1509.09308): a 2x2 tile of outputs from a 4x4 tile of inputs by 16
 # products for each pair of channels instead of 36, y = AT [(G g G^T) * (BT d BT^T)] AT^T. All entries are 0, 1, 1/2, so
@@ -102,18 +102,6 @@ def plain(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: in
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
-
-
-def vary_like(kernel: jax.Array, x: jax.Array) -> jax.Array:
-    """Mark `kernel` as differing between the devices where `x` does: under shard_map's check_vma a custom gradient
-    must have its argument's type, and the kernel's differs from device to device before it is summed over them."""
-
-    def varying(value: jax.Array) -> frozenset[str]:
-        kind = jax.typeof(value)
-        return getattr(getattr(kind, "manual_axis_type", kind), "varying", frozenset())
-
-    missing = tuple(sorted(varying(x) - varying(kernel)))
-    return lax.pcast(kernel, missing, to="varying") if missing else kernel
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -246,7 +234,7 @@ def _dots_by_kernel(x: jax.Array, k: int, dy: jax.Array, stride: int, padding: i
     for i, row, rows, top in seen_taps(k, stride, padding, x.shape[1]):
         for j, column, columns, left in seen_taps(k, stride, padding, x.shape[2]):
             seen = window(x, top, left, rows, columns, stride).reshape(-1, c_in)
-            grid[i][j] = products(seen, window(dy, row, column, rows, columns, 1).reshape(-1, c_out))
+            grid[i][j] = transposed_matmul(seen, window(dy, row, column, rows, columns, 1).reshape(-1, c_out))
     return jnp.stack([jnp.stack(row) for row in grid])
 
 
@@ -355,7 +343,7 @@ def _winograd_by_kernel(x: jax.Array, dy: jax.Array) -> jax.Array:
         corners = [[window(dy, i, j, tall, wide, TILE) for j in range(TILE)] for i in range(TILE)]
         rows = zip(data, _combine_both(transposed_at, corners))
         flat = lambda tile: tile.reshape(-1, tile.shape[-1])
-        return jnp.stack([products(flat(d), flat(y)) for row in rows for d, y in zip(*row)])
+        return jnp.stack([transposed_matmul(flat(d), flat(y)) for row in rows for d, y in zip(*row)])
 
     total = _sum_of_parts(some, x, dy)
     products = [[total[4 * i + j] for j in range(4)] for i in range(4)]

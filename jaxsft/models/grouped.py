@@ -43,15 +43,15 @@ import numpy as np
 from jax import lax
 
 from jaxsft.models import convolution as dense
-from jaxsft.models.platform import by_platform
+from jaxsft.models.platform import by_platform, vary_like
 
 SHIFTED = 4  # channels of a group up to which the sum is said as shifted images
 JOINED, JOINED_BY_KERNEL = 8, 16  # channels that groups are joined to where the sum is said as dense convolutions
 TERMS = 36  # products that one fused loop sums: with more its compilation takes longer, not its run shorter
 LARGE = 2**22  # values of an image from which on it is padded part by part: more is fresh memory in every call
-# The same for more than TERMS: parts, so that the sum of one loop is in cache when the next one adds to it. And a loop over
-# them is what XLA leaves alone: the last sum of 7x7 taps it gave, with the layer norm after it, to YNNPACK, which wants every
-# shifted image in memory (8 images of 56 px, 96 channels, on one core: 91 ms instead of 20).
+# The same for more than TERMS, so that the sum of one loop is in cache when the next one adds to it. And parts are a
+# loop, which XLA leaves alone: the last sum of 7x7 taps it gave, with the layer norm after it, to YNNPACK, which wants
+# every shifted image in memory (8 images of 56 px, 96 channels, on one core: 91 ms instead of 20).
 STORED = 2**18
 FUSED = 16  # uses of a value from which on XLA:CPU stores it instead of computing it anew for each of them
 BLOCK = 2**13  # values of the gradient by the kernel that one step sums at least, where there are as many images
@@ -284,7 +284,7 @@ def _shifted_by_kernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: i
             return block(zero, totals), None
         return lax.fori_loop(zero, jnp.int32(down * right), block, totals), None
 
-    totals = [dense.vary_like(jnp.zeros((apart, tall, broad, c), x.dtype), x)] * width
+    totals = [vary_like(jnp.zeros((apart, tall, broad, c), x.dtype), x)] * width
     parts = (x.reshape(n // part, part, h, w, c), dy.reshape(n // part, part, height, wide, c))
     totals = [total.sum(0) for total in lax.scan(images_sum, totals, parts)[0]]
     total = jnp.stack(_diagonals(totals, -1), 2)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsft.models.platform import by_platform
+from jaxsft.models.platform import by_platform, vary_like
 
 
 def matmul(x: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -20,7 +20,8 @@ def matmul(x: jax.Array, matrix: jax.Array) -> jax.Array:
 
 
 def _of_rows(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    return _matmul(x.reshape(-1, x.shape[-1]), matrix).reshape(*x.shape[:-1], matrix.shape[1])
+    rows = x.reshape(-1, x.shape[-1])
+    return _matmul(rows, vary_like(matrix, x)).reshape(*x.shape[:-1], matrix.shape[1])
 
 
 @jax.custom_vjp
@@ -30,13 +31,13 @@ def _matmul(x: jax.Array, matrix: jax.Array) -> jax.Array:
 
 def _backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, matrix = saved
-    return dy @ matrix.T, products(x, dy)
+    return dy @ matrix.T, transposed_matmul(x, dy)
 
 
 _matmul.defvjp(lambda x, matrix: (x @ matrix, (x, matrix)), _backward)
 
 
-def products(x: jax.Array, y: jax.Array) -> jax.Array:
+def transposed_matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     """x^T y of [rows, A] and [rows, B], the narrower one first: [25088, 256] and [25088, 64] on one core make 76
     GFLOP/s instead of 49, [6272, 512] and [6272, 128] 94 instead of 52. Without the barrier XLA swaps them back."""
     axes = (((0,), (0,)), ((), ()))

@@ -63,10 +63,11 @@ def _backward(
     dbias = dy.sum(PIXELS)
     # Bound to dy by a zero on the CPU: XLA there takes x - mean early, and stores it all through the forward pass.
     bound = by_platform(mean, dbias, cpu=lambda mean, dbias: mean + 0 * dbias, default=lambda mean, _: mean)
-    centred = x.astype(scale.dtype) - bound
-    dscale = rstd * (dy * centred).sum(PIXELS)
+    centred = lambda mean: x.astype(scale.dtype) - mean
+    dscale = rstd * (dy * centred(bound)).sum(PIXELS)
     of_dy, of_centred = mean_over(axis_name, (dbias / _count(x), rstd * dscale / _count(x)))
-    dx = rstd * scale * (dy - of_dy - centred * of_centred)
+    # The barrier: as in batch_statistics.
+    dx = rstd * scale * (dy - of_dy - centred(lax.optimization_barrier(bound)) * of_centred)
     return dx.astype(x.dtype), dscale, dbias
 
 

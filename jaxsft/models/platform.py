@@ -1,4 +1,4 @@
-"""One computation said in several ways, for several platforms."""
+"""One computation said in several ways, for several platforms, and told apart on several devices."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax import lax
 
 KNOWN = ("cpu", "tpu")  # to JAX a GPU's devices have one name, and its programs two, cuda and rocm
@@ -38,3 +39,15 @@ def for_platform(body: Callable[..., Any], platform: str) -> Callable[..., Any]:
             _platform.reset(token)
 
     return traced
+
+
+def vary_like(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    """Mark `kernel` as differing between the devices where `x` does: under shard_map's check_vma a custom gradient
+    must have its argument's type, and the kernel's differs from device to device before it is summed over them."""
+
+    def varying(value: jax.Array) -> frozenset[str]:
+        kind = jax.typeof(value)
+        return getattr(getattr(kind, "manual_axis_type", kind), "varying", frozenset())
+
+    missing = tuple(sorted(varying(x) - varying(kernel)))
+    return lax.pcast(kernel, missing, to="varying") if missing else kernel

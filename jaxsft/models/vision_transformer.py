@@ -23,6 +23,7 @@ from jax import lax
 from jaxsft.models.attention import MLP, attend
 from jaxsft.models.family import IMAGE_SIZE, Family, ImageSizeError
 from jaxsft.models.layers import Conv, LayerNorm, Linear, at_least_float32
+from jaxsft.models.matmul import matmul
 from jaxsft.models.stochastic import Dropout, Keys
 
 HEAD = "heads.head"
@@ -43,9 +44,8 @@ class SelfAttention(nn.Module):
             "in_proj_weight", nn.initializers.xavier_uniform(), (3 * channels, channels), self.param_dtype
         )
         bias = self.param("in_proj_bias", nn.initializers.zeros, (3 * channels,), self.param_dtype)
-        qkv = lax.dot_general(x, weight.astype(x.dtype), (((2,), (1,)), ((), ()))) + bias.astype(x.dtype)
-        qkv = qkv.reshape(n, tokens, 3, self.heads, -1)
-        q, k, v = (qkv[:, :, i] for i in range(3))
+        qkv = matmul(x, weight.T.astype(x.dtype)) + bias.astype(x.dtype)
+        q, k, v = (part.reshape(n, tokens, self.heads, -1) for part in jnp.split(qkv, 3, -1))
         y = attend(q * (channels // self.heads) ** -0.5, k, v).reshape(x.shape)
         linear = Linear(channels, bias_init=nn.initializers.zeros, param_dtype=self.param_dtype, name="out_proj")
         return linear(y)

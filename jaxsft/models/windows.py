@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxsft.models.attention import attend
 from jaxsft.models.layers import Linear, at_least_float32
+from jaxsft.models.matmul import matmul
 
 HIDDEN = 512  # of the network that makes version 2's bias
 MOST = math.log(100)  # what version 2's logit_scale is cut at
@@ -80,7 +81,7 @@ class QueryKeyValue(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (3 * channels,), self.param_dtype)
         if not self.key_bias:
             bias = jnp.asarray(bias).at[channels : 2 * channels].set(0)
-        return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+        return matmul(x, kernel.astype(x.dtype)) + bias.astype(x.dtype)
 
 
 class WindowAttention(nn.Module):
@@ -109,8 +110,7 @@ class WindowAttention(nn.Module):
         x = x.reshape(grid).transpose(0, 1, 3, 2, 4, 5).reshape(n, -1, window**2, channels)
 
         qkv = QueryKeyValue(self.version == 1, self.param_dtype, name="qkv")(x)
-        qkv = qkv.reshape(*x.shape[:3], 3, self.heads, channels // self.heads)
-        q, k, v = (qkv[:, :, :, i] for i in range(3))
+        q, k, v = (part.reshape(*x.shape[:3], self.heads, -1) for part in jnp.split(qkv, 3, -1))
         q, k = self.scaled(q, k)
         bias = self.bias(jnp.promote_types(x.dtype, jnp.float32))
         if any(shifts):
