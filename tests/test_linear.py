@@ -11,7 +11,7 @@ import torch
 from jaxsft.models.blocks import gelu
 from jaxsft.models.matmul import matmul
 
-# Relative, absolute. float64: rounding of an erf. float32: another polynomial of erf, and far to the left, where 1 + erf
+# Relative, absolute. float64: rounding of an erf. float32: another polynomial of it, and far to the left, where 1 + erf
 # is small, both have lost its digits. bfloat16: both compute in float32 and round once, a step apart at most.
 TOLERANCES = {"float64": (1e-15, 1e-15), "float32": (5e-7, 1e-6), "bfloat16": (2.0**-7, 1e-6)}
 

@@ -13,6 +13,8 @@ from jax import lax
 
 from jaxsft.models.platform import by_platform, vary_like
 
+NARROW = 256  # columns
+
 
 def matmul(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """`x @ matrix` of [..., A] and [A, B]. On the CPU in reverse mode only."""
@@ -38,9 +40,10 @@ _matmul.defvjp(lambda x, matrix: (x @ matrix, (x, matrix)), _backward)
 
 
 def transposed_matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x^T y of [rows, A] and [rows, B], the narrower one first: [25088, 256] and [25088, 64] on one core make 76
-    GFLOP/s instead of 49, [6272, 512] and [6272, 128] 94 instead of 52. Without the barrier XLA swaps them back."""
+    """x^T y of [rows, A] and [rows, B], a narrow one first: [25088, 256] and [25088, 64] on one core make 76 GFLOP/s
+    instead of 49, [6272, 512] and [6272, 128] 94 instead of 52. Without the barrier XLA swaps them back. Of wide ones
+    it is 70 instead of 77, [6272, 2048] and [6272, 512], and to turn the result takes the longer the fewer rows."""
     axes = (((0,), (0,)), ((), ()))
-    if x.shape[1] <= y.shape[1]:
+    if x.shape[1] <= y.shape[1] or y.shape[1] > NARROW:
         return lax.dot_general(x, y, axes)
     return lax.optimization_barrier(lax.dot_general(y, x, axes)).T
