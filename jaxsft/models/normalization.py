@@ -66,8 +66,8 @@ def _backward(
     centred = lambda mean: x.astype(scale.dtype) - mean
     dscale = rstd * (dy * centred(bound)).sum(PIXELS)
     of_dy, of_centred = mean_over(axis_name, (dbias / _count(x), rstd * dscale / _count(x)))
-    # The barrier: as in batch_statistics.
-    dx = rstd * scale * (dy - of_dy - centred(lax.optimization_barrier(bound)) * of_centred)
+    again = by_platform(bound, cpu=lax.optimization_barrier, default=lambda mean: mean)  # as in batch_statistics
+    dx = rstd * scale * (dy - of_dy - centred(again) * of_centred)
     return dx.astype(x.dtype), dscale, dbias
 
 
