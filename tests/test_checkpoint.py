@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from jaxsft.cli import Stop, UserError
@@ -192,6 +194,16 @@ def test_resumes_on_other_devices_and_another_back_end(run, tmp_path: Path, befo
     assert f"{after} x cpu, {other}" in second.stdout
     assert "resuming at step " in second.stdout
     assert small.outcome(tmp_path)[1][-1]["final"] is True
+
+
+def test_what_a_killed_run_was_writing_is_gone_before_the_next_one_writes(tmp_path: Path) -> None:
+    """Not a thread's work: it would outlive these checkpoints and take what the next to open the folder writes."""
+    unfinished = tmp_path / "checkpoints" / f"2{ocp.utils.TMP_DIR_SUFFIX}" / "state"
+    unfinished.mkdir(parents=True)
+    threads = threading.active_count()
+    with Checkpoints(WorkingCopy(tmp_path), keep=2):
+        assert list((tmp_path / "checkpoints").iterdir()) == []
+        assert threading.active_count() == threads
 
 
 def test_placed_on_every_device(saved: Path) -> None:

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,9 +81,12 @@ class Checkpoints:
         self._policy = LastAndBest(n=keep)
         folder = (workdir.path / FOLDER).resolve()
         folder.mkdir(parents=True, exist_ok=True)
+        # Of a run that was killed while it wrote; the workdir is ours alone. Orbax's own cleanup_tmp_directories does it
+        # in a thread that `close` does not wait for, and which may so remove what the next to open the folder writes.
+        for unfinished in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._policy,
-            cleanup_tmp_directories=True,  # of a run that was killed while it wrote; the workdir is ours alone
             # Directories at once: where they can't be made, the threads that wait for them would wait ten minutes.
             # The time limit is by the clock on the wall, which may jump.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=YEARS),
