@@ -118,6 +118,31 @@ MOVED = {
     "all-reduce": 2 * ROW,
     "updated": ROW + 4 + ROW,  # a row of the table is written, none read
 }
+# As libtpu writes one: an array brought into the core's own memory, S(1), a part of another beside it, what is made of
+# both there, and its way back.
+INNER = """HloModule jit_step, is_scheduled=true
+
+%fused (param_0: bf16[8,128], param_1: bf16[2,128], param_2: f32[128]) -> bf16[8,128] {
+  %param_0 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %param_1 = bf16[2,128]{1,0:T(2,128)(2,1)S(1)} parameter(1)
+  %param_2 = f32[128]{0:T(128)} parameter(2)
+  ROOT %out = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} custom-call(%param_0, %param_1, %param_2)
+}
+
+ENTRY %main (x: bf16[8,128], y: bf16[6,128], b: f32[128]) -> bf16[8,128] {
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %y = bf16[6,128]{1,0:T(2,128)(2,1)} parameter(1)
+  %b = f32[128]{0:T(128)} parameter(2)
+  %copy-start = (bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, bf16[8,128]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%x)
+  %slice-start = ((bf16[6,128]{1,0:T(2,128)(2,1)}), bf16[2,128]{1,0:T(2,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%y), \
+slice={[4:6], [0:128]}
+  %copy-done = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start)
+  %slice-done = bf16[2,128]{1,0:T(2,128)(2,1)S(1)} slice-done(%slice-start)
+  %made = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} fusion(%copy-done, %slice-done, %b), kind=kLoop, calls=%fused
+  %back = (bf16[8,128]{1,0:T(8,128)(2,1)}, bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}) copy-start(%made)
+  ROOT %out.1 = bf16[8,128]{1,0:T(8,128)(2,1)} copy-done(%back)
+}
+"""
 SMALL = ("--arch=resnet10_w16", "--image-size=32", "--batch-size=16")
 
 
@@ -128,6 +153,14 @@ def test_a_schedule_is_counted_as_by_hand() -> None:
     assert found.flops == 2 * Z * (3 * 3 * 8) + 2 * 16 * 16 * 32
     assert found.layout_changes == 1
     assert hlo.collectives_of(SCHEDULE) == {"all-reduce": (1, ROW)}
+
+
+def test_what_passes_between_main_memory_and_a_core() -> None:
+    x, part, b = 8 * 128 * 2, 2 * 128 * 2, 128 * 4
+    assert hlo.counts(hlo.in_main_memory(INNER)).bytes == x + part + b + x
+    both_ends = 4  # of a copy, whose context takes another four bytes
+    assert hlo.counts(INNER).bytes == 2 * (2 * x + both_ends) + (2 * part + both_ends) + (x + part + b + x)
+    assert hlo.in_main_memory(SCHEDULE) == SCHEDULE  # a GPU's arrays all lie there
 
 
 @pytest.mark.parametrize(

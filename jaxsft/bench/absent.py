@@ -29,7 +29,7 @@ class Absent(NamedTuple):
     flops: float  # a second
     bandwidth: float  # bytes a second, of its memory
     memory: float  # bytes
-    cost: Callable[[Any], dict[str, float]]  # of a compiled step: "flops_per_step", "bytes_per_step", and what else
+    cost: Callable[[Any], dict[str, float]]  # of a compiled step: "flops_per_step", "bytes_per_step", "memory_bytes_per_step", …
 
 
 def add_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
@@ -43,10 +43,11 @@ def run(args: argparse.Namespace, absent: Absent) -> dict[str, Any]:
     """Compile, print a table, and return it.
 
     Returns:
-      A device's "flops_per_step", "bytes_per_step" (of its memory, read and written), "temp_bytes", "argument_bytes",
-      "collective_bytes_per_step" and "collectives" (their number by kind), "gradient_bytes", "roofline_seconds" (the
-      larger of FLOPs and bytes over its rates), "compile_seconds", and "largest_batch_size" of all devices; what else
-      `absent.cost` gives; and the "precision" of the numbers, for people.
+      A device's "flops_per_step", "bytes_per_step" (read and written, as its compiler counts), "memory_bytes_per_step"
+      (those of its main memory), "temp_bytes", "argument_bytes", "collective_bytes_per_step" and "collectives" (their
+      number by kind), "gradient_bytes", "roofline_seconds" (the larger of FLOPs and bytes of main memory over its
+      rates), "compile_seconds", and "largest_batch_size" of all devices; what else `absent.cost` gives; and the
+      "precision" of the numbers, for people.
 
     Raises:
       UserError: a batch that does not split or does not fit.
@@ -116,7 +117,7 @@ def measure(config: Any, parallel: DataParallel, absent: Absent, model: Any = No
         "collectives": {name: count for name, (count, _) in collectives.items()},
         "collective_bytes_per_step": sum(size for _, size in collectives.values()),
         "gradient_bytes": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in params),
-        "roofline_seconds": max(cost["flops_per_step"] / absent.flops, cost["bytes_per_step"] / absent.bandwidth),
+        "roofline_seconds": max(cost["flops_per_step"] / absent.flops, cost["memory_bytes_per_step"] / absent.bandwidth),
         "compile_seconds": seconds,
     }
 
@@ -151,10 +152,12 @@ def tell(args: argparse.Namespace, absent: Absent, record: dict[str, Any]) -> No
     size = f"{args.image_size} px, {images:g} images"
     cli.say(f"{absent.name}: {args.arch}, {size}; {record['precision']}; a {absent.kind}, a step")
     gradients, collective = record["gradient_bytes"], record["collective_bytes_per_step"]
+    memory = record["memory_bytes_per_step"]
     rows = {
         "FLOPs": f"{record['flops_per_step'] / 1e12:.2f} T",
         "bytes accessed": f"{record['bytes_per_step'] / 1e9:.1f} GB",
         "  an image": f"{record['bytes_per_step'] / images / 1e6:.0f} MB",
+        "  of its memory": f"{memory / 1e9:.1f} GB ({memory / images / 1e6:.0f} MB an image)",
         "temporary memory": f"{record['temp_bytes'] / 1e9:.2f} GB",
         "collective bytes": f"{collective / 1e6:.1f} MB ({collective / gradients:.3f} of the gradients)",
         "collectives": ", ".join(f"{count} {name}" for name, count in record["collectives"].items()) or "none",

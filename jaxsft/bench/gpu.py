@@ -104,6 +104,7 @@ def cost(compiled: Any) -> dict[str, float]:
     return {
         "flops_per_step": found.flops,
         "bytes_per_step": found.bytes,
+        "memory_bytes_per_step": found.bytes,
         "kernels": found.kernels,
         "layout_changes": found.layout_changes,
     }

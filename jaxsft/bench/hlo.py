@@ -3,6 +3,7 @@
 A scheduled module names every array with its type, and XLA:GPU launches one kernel for each instruction of its entry
 computation that is more than a name for an array. What a kernel reads and writes is then its operands and results:
 exact where each is passed over once, as in XLA's own kernels, and a lower bound for a library's. Caches are not seen.
+A TPU's inner memory is: arrays there, and the copies into it, are named as such (`in_main_memory`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ COLLECTIVE = re.compile(
     r"= (?P<result>.*?) (?P<name>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
 ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+ELSEWHERE = re.compile(r"\b[a-z]\w*\[[\d,]*\]\{[^{}]*S\([1-9]\d*\)\}")  # an array of a memory space but the main one
+NOTHING = "pred[0]"
+EXTENT = re.compile(r"\[(\d+):(\d+)")
 HEAD = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
 INSTRUCTION = re.compile(
     r" +(?P<root>ROOT )?%?(?P<name>[\w.-]+) = (?P<result>.*?) (?P<opcode>[a-z][\w-]*)"
@@ -95,6 +99,11 @@ def counts(text: str) -> Counts:
     return Counts(number, moved, multiplied, sum(len(layout_changes(program, found)) for found in seen.values()))
 
 
+def in_main_memory(text: str) -> str:
+    """A scheduled module's text with every array empty that lies in another memory, such as a TPU core's own."""
+    return ELSEWHERE.sub(NOTHING, text)
+
+
 def running(program: Program, name: str, times: int = 1) -> Iterator[tuple[str, int]]:
     """The computations whose instructions are launched one by one, and how often each runs, where that is known.
 
@@ -122,8 +131,13 @@ def is_kernel(instruction: Instruction) -> bool:
 def bytes_moved(program: Program, computation: Computation, kernel: Instruction) -> int:
     """What a kernel reads and writes."""
     read = sum(bytes_read(program, computation, kernel, name) for name in dict.fromkeys(kernel.operands))
+    if kernel.opcode == "slice-start":  # a copy of a part
+        source = computation[kernel.operands[0]].result
+        extents = [int(last) - int(first) for first, last in EXTENT.findall(kernel.rest)]
+        part = math.prod(extents) * size(source) // max(math.prod(shape(source)), 1)
+        return part + size(kernel.result) - size(source)  # the result names what is copied, and the copy
     if kernel.opcode.endswith("-start"):  # some name their operands in the result again
-        return max(2 * read, size(kernel.result))
+        return size(kernel.result) if kernel.opcode == "copy-start" else max(2 * read, size(kernel.result))
     return read + bytes_written(program, computation, kernel)
 
 

@@ -8,7 +8,7 @@ import os
 from typing import Any, NamedTuple
 
 from jaxsft import cli
-from jaxsft.bench import absent, step
+from jaxsft.bench import absent, hlo, step
 
 
 class Chip(NamedTuple):
@@ -72,7 +72,14 @@ def topology(name: str) -> list[Any]:
 
 
 def cost(compiled: Any) -> dict[str, float]:
-    """What libtpu counts of a compiled step: of bytes also those of the chip's inner memory, and of copies into it."""
+    """What libtpu counts of a compiled step, and what its schedule moves between the chip's memory and its cores.
+
+    libtpu's "bytes accessed" are also those of the cores' inner memory, and of copies into it.
+    """
     found = compiled.cost_analysis()
     found = found[0] if isinstance(found, list) else found
-    return {"flops_per_step": found["flops"], "bytes_per_step": found["bytes accessed"]}
+    return {
+        "flops_per_step": found["flops"],
+        "bytes_per_step": found["bytes accessed"],
+        "memory_bytes_per_step": hlo.counts(hlo.in_main_memory(compiled.as_text())).bytes,
+    }
