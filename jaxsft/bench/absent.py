@@ -29,7 +29,7 @@ class Absent(NamedTuple):
     flops: float  # a second
     bandwidth: float  # bytes a second, of its memory
     memory: float  # bytes
-    cost: Callable[[Any], dict[str, float]]  # of a compiled step: "flops_per_step", "bytes_per_step", "memory_bytes_per_step", …
+    cost: Callable[[Any], dict[str, float]]  # of a compiled step: what `run` returns of its FLOPs and bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
@@ -108,6 +108,7 @@ def measure(config: Any, parallel: DataParallel, absent: Absent, model: Any = No
         needs = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9
         raise does_not_fit(config, f"it takes {needs:.1f} GB of {absent.memory / 1e9:.1f}")
     cost = absent.cost(compiled)
+    at_least = cost["flops_per_step"] / absent.flops, cost["memory_bytes_per_step"] / absent.bandwidth
     collectives = hlo.collectives_of(compiled.as_text())
     params = jax.tree.leaves(steps.state.params)
     return {
@@ -117,7 +118,7 @@ def measure(config: Any, parallel: DataParallel, absent: Absent, model: Any = No
         "collectives": {name: count for name, (count, _) in collectives.items()},
         "collective_bytes_per_step": sum(size for _, size in collectives.values()),
         "gradient_bytes": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in params),
-        "roofline_seconds": max(cost["flops_per_step"] / absent.flops, cost["memory_bytes_per_step"] / absent.bandwidth),
+        "roofline_seconds": max(at_least),
         "compile_seconds": seconds,
     }
 

@@ -81,8 +81,8 @@ class Checkpoints:
         self._policy = LastAndBest(n=keep)
         folder = (workdir.path / FOLDER).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        # Of a run that was killed while it wrote; the workdir is ours alone. Orbax's own cleanup_tmp_directories does it
-        # in a thread that `close` does not wait for, and which may so remove what the next to open the folder writes.
+        # Of a run that was killed while it wrote; the workdir is ours alone. Orbax's own cleanup_tmp_directories is a
+        # thread that `close` does not wait for, and which may so remove what the next to open the folder writes.
         for unfinished in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
             shutil.rmtree(unfinished, ignore_errors=True)
         options = ocp.CheckpointManagerOptions(
