@@ -30,8 +30,11 @@ SHAPES = {
     "winograd in parts": (6, 29, 31, 128, 128, 3, 1, 1, 1),
     "winograd, 4x4": (24, 4, 4, 64, 64, 3, 1, 1, 1),
     "too few images for winograd": (2, 9, 7, 64, 66, 3, 1, 1, 1),
-    "wide, 2x2": (3, 2, 2, 64, 64, 3, 1, 1, 1),
-    "wide, 1x1": (1, 1, 1, 64, 64, 3, 1, 1, 1),
+    "wide, 2x2": (17, 2, 2, 64, 64, 3, 1, 1, 1),
+    "few pixels, 2x2": (3, 2, 2, 64, 66, 3, 1, 1, 1),
+    "few pixels, 1x1": (1, 1, 1, 64, 64, 3, 1, 1, 1),
+    "few pixels, strided": (2, 9, 11, 66, 64, 3, 2, 1, 1),
+    "few pixels, not padded": (1, 8, 8, 64, 64, 5, 1, 0, 1),
     "wide, fewer channels out": (2, 6, 5, 136, 72, 3, 2, 1, 1),
     "tiny 3x3": (2, 2, 3, 16, 16, 3, 1, 1, 1),
     "tiny 3x3, few channels": (2, 1, 2, 3, 4, 3, 1, 1, 1),
@@ -125,6 +128,15 @@ def test_what_is_named_winograd_runs_winograd(name: str) -> None:
     n, h, w, c_in, c_out, k, stride, padding, _ = SHAPES[name]
     pays = convolution._winograd_pays((n, h, w, c_in), (k, k, c_in, c_out), stride, padding)
     assert pays == name.startswith("winograd")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_is_named_few_pixels_moves_the_kernel_as_it_lies(name: str) -> None:
+    """A copy of each tap's matrix would be a slice of the kernel."""
+    x, kernel, (stride, padding, groups) = draw(name)
+    if groups == 1 and name.startswith(("few pixels", "wide, 2x2")):
+        program = str(jax.make_jaxpr(lambda x, kernel: convolution.forward(x, kernel, stride, padding))(x, kernel))
+        assert program.count("dot_general") == (1 if name.startswith("few") else 9)
 
 
 def test_the_same_bits_every_time() -> None:

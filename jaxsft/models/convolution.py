@@ -1,4 +1,4 @@
-"""A 2-D convolution that is fast on the CPU too: `lax.conv_general_dilated` elsewhere, the best of three sums there.
+"""A 2-D convolution that is fast on the CPU too: `lax.conv_general_dilated` elsewhere, the best of four sums there.
 
 XLA:CPU computes a convolution well when its input is large, and badly otherwise: a 3x3 kernel over 2x2 pixels runs in
 a scalar loop, a hundred times too slow, and the gradient by the kernel is slow nearly everywhere. The same sums can be
@@ -30,7 +30,7 @@ from fresh memory. jaxlib 0.10.2 takes its plain convolution from YNNPACK, which
 thread (98 GFLOP/s on two cores as on one, with 128 channels 188 against 101); on one core winograd made 120 to 161
 with 64 channels against 96 to 102, so that it is taken there too.
 
-Tried and dropped: im2col (never ahead of dots by more than noise), Winograd with 4x4 tiles (ten times the rounding
+Tried and dropped: im2col (never ahead of dots by more than noise, but for the few pixels of `_are_few`), Winograd with 4x4 tiles (ten times the rounding
 error, and its longer transforms eat the gain), one batched product instead of sixteen (XLA copies its operands).
 """
 
@@ -57,6 +57,8 @@ G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 AT = ((1, 1, 1, 0), (0, 1, -1, -1))
 TILE = 2
 CACHED = 2**18  # values of an input that are transformed at a time
+FEW = 64  # pixels of the output, for which a kernel of WIDE channels is more to move than all that it sees of the image
+WIDE = 64
 KERNEL_TRANSFORM = 800  # products, for each pair of channels, that take as long as the transform of the kernel
 
 
@@ -156,10 +158,26 @@ def _is_tiny(x_shape: Sequence[int], k_shape: Sequence[int]) -> bool:
     return min(x_shape[1:3]) <= k_shape[0] + 1
 
 
+def _are_few(x_shape: Sequence[int], k_shape: Sequence[int], stride: int, padding: int) -> bool:
+    """Whether so few pixels come out that the kernel is what costs, as of one small image at a network's end.
+
+    One image of 2x2, 512 channels: 2.4 ms; dots, which copies each tap's matrix, 4.1, and more in a network, where the
+    copies are fresh memory: a ResNet-18's answer for one image of 64 px took 28 ms with dots and takes 11, at 224 px 66
+    and 56. From 64 pixels on both are level, whole networks' too.
+    """
+    n, (k, _, c_in, c_out) = x_shape[0], k_shape
+    if not isinstance(n, int) or k == 1 or min(c_in, c_out) < WIDE:
+        return False
+    height, width = ((side + 2 * padding - k) // stride + 1 for side in x_shape[1:3])
+    return n * height * width <= FEW
+
+
 @partial(jax.jit, static_argnums=(2, 3))
 def forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
     if patches.lie_side_by_side(kernel.shape, stride, padding):
         return patches.forward(x, kernel)
+    if _are_few(x.shape, kernel.shape, stride, padding):
+        return _columns(x, kernel, stride, padding)
     if _winograd_pays(x.shape, kernel.shape, stride, padding):
         return _winograd(x, kernel)
     if kernel.shape[0] == 1 or x.shape[3] >= 128 or _is_tiny(x.shape, kernel.shape):
@@ -236,6 +254,16 @@ def _dots_by_kernel(x: jax.Array, k: int, dy: jax.Array, stride: int, padding: i
             seen = window(x, top, left, rows, columns, stride).reshape(-1, c_in)
             grid[i][j] = transposed_matmul(seen, window(dy, row, column, rows, columns, 1).reshape(-1, c_out))
     return jnp.stack([jnp.stack(row) for row in grid])
+
+
+def _columns(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    """One matrix product (im2col): what all taps see side by side, [pixels, k * k * C_in], by the kernel as it lies."""
+    k, _, c_in, c_out = kernel.shape
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    height, width = ((side - k) // stride + 1 for side in x.shape[1:3])
+    seen = [window(x, i, j, height, width, stride) for i in range(k) for j in range(k)]
+    columns = jnp.concatenate(seen, 3).reshape(-1, k * k * c_in)
+    return (columns @ kernel.reshape(-1, c_out)).reshape(x.shape[0], height, width, c_out)
 
 
 # Few channels in, as in the stem
