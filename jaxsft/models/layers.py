@@ -25,6 +25,8 @@ from jaxsft.models.normalization import batch_norm
 from jaxsft.models.pointwise import conv_norm
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+# What `normalization.batch_norm` takes and returns: x, scale, bias, epsilon, axis_name -> y, mean, var.
+NormForm = Callable[[jax.Array, jax.Array, jax.Array, float, str | None], tuple[jax.Array, jax.Array, jax.Array]]
 
 # torch.nn.init.kaiming_normal_(mode="fan_out", nonlinearity="relu"), which most of torchvision's convolutions begin as.
 kaiming_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -104,7 +106,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, train: bool, form: Callable[..., Any] | None = None, features: int | None = None
+        self, x: jax.Array, train: bool, form: NormForm | None = None, features: int | None = None
     ) -> jax.Array:
         """`x` normalised.
 
