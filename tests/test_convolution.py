@@ -108,7 +108,7 @@ def value_and_gradients(convolve, x, kernel, geometry):
 
 
 # float64 tells a wrong sum from a right one in every shape; what rounding does depends on the formulation only.
-FORMULATIONS = ("plain 3x3", "winograd", "strided 3x3, odd", "stem", "1x1", "depthwise 5x5, strided")
+FORMULATIONS = ("plain 3x3", "winograd", "few pixels, 2x2", "strided 3x3, odd", "stem", "1x1", "depthwise 5x5, strided")
 CASES = [(name, "float64") for name in SHAPES] + [(name, "float32") for name in FORMULATIONS]
 CASES += [(name, "bfloat16") for name in FORMULATIONS if name != "winograd"]  # rounds outside of the formulations
 
@@ -130,13 +130,12 @@ def test_what_is_named_winograd_runs_winograd(name: str) -> None:
     assert pays == name.startswith("winograd")
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_what_is_named_few_pixels_moves_the_kernel_as_it_lies(name: str) -> None:
-    """A copy of each tap's matrix would be a slice of the kernel."""
-    x, kernel, (stride, padding, groups) = draw(name)
-    if groups == 1 and name.startswith(("few pixels", "wide, 2x2")):
-        program = str(jax.make_jaxpr(lambda x, kernel: convolution.forward(x, kernel, stride, padding))(x, kernel))
-        assert program.count("dot_general") == (1 if name.startswith("few") else 9)
+@pytest.mark.parametrize("name", ["wide, 2x2", *(name for name in SHAPES if name.startswith("few pixels"))])
+def test_of_few_pixels_the_kernel_is_one_matrix(name: str) -> None:
+    """And of more, nine: each a copy of its part."""
+    x, kernel, (stride, padding, _) = draw(name)
+    program = str(jax.make_jaxpr(lambda x, kernel: convolution.forward(x, kernel, stride, padding))(x, kernel))
+    assert program.count("dot_general") == (1 if name.startswith("few pixels") else 9)
 
 
 def test_the_same_bits_every_time() -> None:

@@ -153,11 +153,10 @@ def tell(args: argparse.Namespace, absent: Absent, record: dict[str, Any]) -> No
     size = f"{args.image_size} px, {images:g} images"
     cli.say(f"{absent.name}: {args.arch}, {size}; {record['precision']}; a {absent.kind}, a step")
     gradients, collective = record["gradient_bytes"], record["collective_bytes_per_step"]
-    memory = record["memory_bytes_per_step"]
+    accessed, memory = record["bytes_per_step"], record["memory_bytes_per_step"]
     rows = {
         "FLOPs": f"{record['flops_per_step'] / 1e12:.2f} T",
-        "bytes accessed": f"{record['bytes_per_step'] / 1e9:.1f} GB",
-        "  an image": f"{record['bytes_per_step'] / images / 1e6:.0f} MB",
+        "bytes accessed": f"{accessed / 1e9:.1f} GB ({accessed / images / 1e6:.0f} MB an image)",
         "  of its memory": f"{memory / 1e9:.1f} GB ({memory / images / 1e6:.0f} MB an image)",
         "temporary memory": f"{record['temp_bytes'] / 1e9:.2f} GB",
         "collective bytes": f"{collective / 1e6:.1f} MB ({collective / gradients:.3f} of the gradients)",
