@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxsft.models import convolution, pooling
+from jaxsft.models import convolution, pooling, winograd
 from jaxsft.models.blocks import relu
 from jaxsft.models.convolution import conv2d
 from jaxsft.models.pooling import max_pool
@@ -126,7 +126,7 @@ def test_values_and_gradients_are_the_plain_ones(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_what_is_named_winograd_runs_winograd(name: str) -> None:
     n, h, w, c_in, c_out, k, stride, padding, _ = SHAPES[name]
-    pays = convolution._winograd_pays((n, h, w, c_in), (k, k, c_in, c_out), stride, padding)
+    pays = winograd.pays((n, h, w, c_in), (k, k, c_in, c_out), stride, padding)
     assert pays == name.startswith("winograd")
 
 

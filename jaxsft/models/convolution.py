@@ -46,21 +46,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsft.models import patches
+from jaxsft.models import patches, winograd
 from jaxsft.models.matmul import transposed_matmul
+from jaxsft.models.parts import sum_of_parts, window
 from jaxsft.models.platform import by_platform, vary_like
 
-# Winograd's F(2x2, 3x3), Lavin & Gray 2015 (arXiv:1509.09308): a 2x2 tile of outputs from a 4x4 tile of inputs by 16
-# products for each pair of channels instead of 36, y = AT [(G g G^T) * (BT d BT^T)] AT^T. All entries are 0, 1, 1/2, so
-# that the error stays that of the direct sum: 5e-7 of the largest value in float32 (direct: 3e-7), 1e-15 in float64.
-BT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
-G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
-AT = ((1, 1, 1, 0), (0, 1, -1, -1))
-TILE = 2
-CACHED = 2**18  # values of an input that are transformed at a time
 FEW = 64  # pixels of the output, for which a kernel of WIDE channels is more to move than all that it sees of the image
 WIDE = 64
-KERNEL_TRANSFORM = 800  # products, for each pair of channels, that take as long as the transform of the kernel
 
 
 def conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int = 1) -> jax.Array:
@@ -144,16 +136,6 @@ def wide(function: Callable[..., jax.Array], dtype: Any, *geometry: int) -> Call
 # The rule (numbers above)
 
 
-def _winograd_pays(x_shape: Sequence[int], k_shape: Sequence[int], stride: int, padding: int) -> bool:
-    """Where it multiplies less: of a small image the direct sum need not look at the border, which a tile does."""
-    if k_shape[0] != 3 or stride != 1 or padding != 1 or min(k_shape[2:]) < 64:
-        return False
-    n, h, w, _ = x_shape
-    direct, tiles = (3 * h - 2) * (3 * w - 2), -(-h // TILE) * -(-w // TILE)
-    saved = direct - 16 * tiles  # products an image, for each pair of channels
-    return saved > 0 if not isinstance(n, int) else n * saved > KERNEL_TRANSFORM
-
-
 def _is_tiny(x_shape: Sequence[int], k_shape: Sequence[int]) -> bool:
     """Whether XLA:CPU may fall back to its scalar loop, for the forward pass or (stride 2) for a gradient."""
     return min(x_shape[1:3]) <= k_shape[0] + 1
@@ -179,8 +161,8 @@ def forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.A
         return patches.forward(x, kernel)
     if _are_few(x.shape, kernel.shape, stride, padding):
         return _columns(x, kernel, stride, padding)
-    if _winograd_pays(x.shape, kernel.shape, stride, padding):
-        return _winograd(x, kernel)
+    if winograd.pays(x.shape, kernel.shape, stride, padding):
+        return winograd.forward(x, kernel)
     if kernel.shape[0] == 1 or x.shape[3] >= 128 or _is_tiny(x.shape, kernel.shape):
         return _dots(x, kernel, stride, padding)
     return plain(x, kernel, stride, padding)
@@ -190,8 +172,8 @@ def forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.A
 def gradient_by_image(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, padding: int) -> jax.Array:
     if patches.lie_side_by_side(kernel.shape, stride, padding):
         return patches.gradient_by_image(x, kernel, dy)
-    if _winograd_pays(x.shape, kernel.shape, stride, padding):
-        return _winograd(dy, kernel, transposed=True)
+    if winograd.pays(x.shape, kernel.shape, stride, padding):
+        return winograd.forward(dy, kernel, transposed=True)
     if kernel.shape[0] == 1 or (stride > 1 and x.shape[3] >= 16) or _is_tiny(x.shape, kernel.shape):
         return jax.linear_transpose(lambda x: _dots(x, kernel, stride, padding), x)(dy)[0]
     if stride == 1 and padding < kernel.shape[0]:
@@ -204,20 +186,14 @@ def gradient_by_image(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: in
 def gradient_by_kernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, padding: int) -> jax.Array:
     if patches.lie_side_by_side(kernel.shape, stride, padding):
         return patches.gradient_by_kernel(x, kernel.shape[0], dy)
-    if _winograd_pays(x.shape, kernel.shape, stride, padding):
-        return _winograd_by_kernel(x, dy)
+    if winograd.pays(x.shape, kernel.shape, stride, padding):
+        return winograd.gradient_by_kernel(x, dy)
     if kernel.shape[0] == 1 or x.shape[3] >= 16 or _is_tiny(x.shape, kernel.shape):
         return _dots_by_kernel(x, kernel.shape[0], dy, stride, padding)
     return _planes_by_kernel(x, kernel.shape[0], dy, stride, padding)
 
 
 # Sum of dots
-
-
-def window(x: jax.Array, top: int, left: int, height: int, width: int, stride: int) -> jax.Array:
-    """[N, height, width, C]: every `stride`-th pixel of `x` from (top, left) on."""
-    stop = (x.shape[0], top + (height - 1) * stride + 1, left + (width - 1) * stride + 1, x.shape[3])
-    return lax.slice(x, (0, top, left, 0), stop, (1, stride, stride, 1))
 
 
 def seen_taps(k: int, stride: int, padding: int, size: int) -> list[tuple[int, int, int, int]]:
@@ -292,113 +268,4 @@ def _planes_by_kernel(x: jax.Array, k: int, dy: jax.Array, stride: int, padding:
         cut = lambda i: columns[i % stride][:, :, i // stride : i // stride + height].reshape(k * c_in, -1)
         return jnp.stack([cut(i) @ dy.reshape(-1, c_out) for i in range(k)])
 
-    return _sum_of_parts(some, x, dy).reshape(k, k, c_in, c_out)
-
-
-# Winograd
-
-
-def _combine(matrix: Sequence[Sequence[float]], parts: Sequence[jax.Array]) -> list[jax.Array]:
-    """matrix @ parts, spelt out as sums and differences: a product would touch the zeros and ones as well."""
-
-    def total(row: Sequence[float]) -> jax.Array:
-        terms = [part if factor == 1 else -part if factor == -1 else factor * part
-                 for factor, part in zip(row, parts) if factor]  # fmt: skip
-        return sum(terms[1:], terms[0])
-
-    return [total(row) for row in matrix]
-
-
-def _combine_both(matrix: Sequence[Sequence[float]], grid: Sequence[Sequence[jax.Array]]) -> list[list[jax.Array]]:
-    """matrix @ grid @ matrix^T of a square grid of arrays."""
-    return [_combine(matrix, row) for row in zip(*(_combine(matrix, column) for column in zip(*grid)))]
-
-
-def _input_tiles(x: jax.Array) -> tuple[list[list[jax.Array]], int, int]:
-    """BT d BT^T of every 4x4 tile, padded by 1 and a step of 2 apart: a 4x4 grid of [N, tall, wide, C]; tall, wide."""
-    n, h, w, c = x.shape
-    tall, wide = -(-h // TILE), -(-w // TILE)
-    x = jnp.pad(x, ((0, 0), (1, tall * TILE + 1 - h), (1, wide * TILE + 1 - w), (0, 0)))
-    # Barriers: XLA is not to fuse padding and rows into each of the sixteen consumers and compute them anew there. For the
-    # rows jaxlib 0.10.2 does so all the same, and loses nothing: rows that were padded, and so kept, were no faster.
-    x = lax.optimization_barrier(x)
-    rows = [lax.slice(x, (0, i, 0, 0), (n, i + TILE * tall - 1, x.shape[2], c), (1, TILE, 1, 1)) for i in range(4)]
-    rows = lax.optimization_barrier(_combine(BT, rows))
-    cut = lambda row, j: lax.slice(row, (0, 0, j, 0), (n, tall, j + TILE * wide - 1, c), (1, 1, TILE, 1))
-    return [_combine(BT, [cut(row, j) for j in range(4)]) for row in rows], tall, wide
-
-
-def interleave(images: Sequence[Sequence[jax.Array]], height: int, width: int) -> jax.Array:
-    """The [N, height, width, C] whose pixel (s * u + i, s * v + j) is images[i][j][:, u, v]."""
-    n, h, w, c = images[0][0].shape
-    s = len(images)
-    x = jnp.stack([jnp.stack(row, 3) for row in images], 2)
-    return x.reshape(n, s * h, s * w, c)[:, :height, :width]
-
-
-def _winograd(x: jax.Array, kernel: jax.Array, transposed: bool = False) -> jax.Array:
-    """3x3, stride 1, padding 1; `transposed`: with the kernel turned around and its channels swapped (a gradient)."""
-    if transposed:
-        kernel = kernel[::-1, ::-1]
-    taps = _combine_both(G, [[kernel[i, j] for j in range(3)] for i in range(3)])
-    # Contract over the kernel's last axis where it is transposed: to swap its axes first was ten times slower.
-    axes = (((1,), (1 if transposed else 0,)), ((), ()))
-
-    def some(x: jax.Array) -> jax.Array:
-        n, h, w, c = x.shape
-        data, tall, wide = _input_tiles(x)
-        products = [[lax.dot_general(d.reshape(-1, c), g, axes) for d, g in zip(*pair)] for pair in zip(data, taps)]
-        columns = [_combine(AT, column) for column in zip(*products)]
-        tiles = lax.optimization_barrier([_combine(AT, row) for row in zip(*columns)])
-        return interleave([[tile.reshape(n, tall, wide, -1) for tile in row] for row in tiles], h, w)
-
-    parts = _split(x)
-    if len(parts) == 1:
-        return some(x)
-    y = lax.map(some, parts)
-    return y.reshape(x.shape[0], *y.shape[2:])
-
-
-def _winograd_by_kernel(x: jax.Array, dy: jax.Array) -> jax.Array:
-    """The transpose of `_winograd` by its kernel: G^T [(AT^T dy AT) * (BT d BT^T)] G, summed over tiles and images."""
-    transposed_at, transposed_g = tuple(zip(*AT)), tuple(zip(*G))
-
-    def some(x: jax.Array, dy: jax.Array) -> jax.Array:
-        data, tall, wide = _input_tiles(x)
-        _, h, w, _ = dy.shape
-        # A row too many: what is padded lies in memory, and that once. Else each of the sixteen sums below cuts its pixels
-        # out of the whole batch, three times as slowly (jaxlib 0.10.2 fuses what a barrier is to keep apart).
-        dy = jnp.pad(dy, ((0, 0), (0, tall * TILE + 1 - h), (0, wide * TILE - w), (0, 0)))
-        corners = [[window(dy, i, j, tall, wide, TILE) for j in range(TILE)] for i in range(TILE)]
-        rows = zip(data, _combine_both(transposed_at, corners))
-        flat = lambda tile: tile.reshape(-1, tile.shape[-1])
-        return jnp.stack([transposed_matmul(flat(d), flat(y)) for row in rows for d, y in zip(*row)])
-
-    total = _sum_of_parts(some, x, dy)
-    products = [[total[4 * i + j] for j in range(4)] for i in range(4)]
-    return jnp.stack([jnp.stack(row) for row in _combine_both(transposed_g, products)])
-
-
-def _sum_of_parts(some: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, dy: jax.Array) -> jax.Array:
-    """some(x, dy), a sum over images, taken part by part."""
-    parts = _split(x)
-    if len(parts) == 1:
-        return some(x, dy)
-    parts_dy = dy.reshape(*parts.shape[:2], *dy.shape[1:])
-    shape = jax.eval_shape(some, parts[0], parts_dy[0]).shape
-    zero = vary_like(jnp.zeros(shape, x.dtype), x)
-    return lax.scan(lambda total, part: (total + some(*part), None), zero, (parts, parts_dy))[0]
-
-
-def _split(x: jax.Array) -> jax.Array:
-    """[parts, images, H, W, C], few enough images a part for what is made of them (4 times as large) to stay in cache.
-
-    For 32 images of 56 x 56 x 64, two at a time instead of all: 134 GFLOP/s forward instead of 67, 71 by the kernel
-    instead of 38; for 28 x 28 x 128, 210 instead of 143 and 126 instead of 54. It also keeps their memory small.
-    """
-    n = x.shape[0]
-    if not isinstance(n, int):  # exported for a batch of any size
-        return x[None]
-    most = max(CACHED, 2 * x.shape[3] ** 2) // (x.size // n)
-    images = max(size for size in range(1, n + 1) if n % size == 0 and size <= max(most, 1))
-    return x.reshape(n // images, images, *x.shape[1:])
+    return sum_of_parts(some, x, dy).reshape(k, k, c_in, c_out)

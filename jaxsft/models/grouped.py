@@ -43,6 +43,7 @@ import numpy as np
 from jax import lax
 
 from jaxsft.models import convolution as dense
+from jaxsft.models.parts import interleave, window
 from jaxsft.models.platform import by_platform, vary_like
 
 SHIFTED = 4  # channels of a group up to which the sum is said as shifted images
@@ -190,7 +191,7 @@ def _shifted(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.
 
     def some(x: jax.Array) -> jax.Array:
         x = _pad(x, above, before, width)
-        cut = lambda i, j: dense.window(x, top + i, left + j, height, wide, stride)
+        cut = lambda i, j: window(x, top + i, left + j, height, wide, stride)
         turns = [(i, j, m) for m in range(width) for i in rows for j in columns]
         return _total([_turned(cut(i, j), width, m) * diagonals[m][i, j] for i, j, m in turns])
 
@@ -226,7 +227,7 @@ def _shifted_by_image(size: Sequence[int], kernel: jax.Array, dy: jax.Array, str
         taps = [(*row, *column) for row in seen(a, h, height) for column in seen(b, w, wide)]
         if not taps:
             return jnp.zeros((n, h, w, c), dy.dtype)
-        cut = lambda u, v: dense.window(dy, above[0] + u, before[0] + v, h, w, 1)
+        cut = lambda u, v: window(dy, above[0] + u, before[0] + v, h, w, 1)
         turns = [(*tap, m) for m in range(width) for tap in taps]
         return _total([_turned(cut(u, v), width, m) * diagonals[m][i, j] for i, u, j, v, m in turns])
 
@@ -234,7 +235,7 @@ def _shifted_by_image(size: Sequence[int], kernel: jax.Array, dy: jax.Array, str
     if stride == 1:
         return images[0][0]
     # The barrier keeps the interleaving from computing in its innermost loop: eight times slower for large images.
-    return dense.interleave(lax.optimization_barrier(images), *size)
+    return interleave(lax.optimization_barrier(images), *size)
 
 
 def _least_divisor(n: int, least: float) -> int:
