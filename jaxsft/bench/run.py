@@ -17,7 +17,7 @@ import jax
 
 from jaxsft import cli
 from jaxsft import config as config_module
-from jaxsft.bench.step import above_zero
+from jaxsft.bench.step import above_zero, whole
 from jaxsft.flags import parse_flags
 from jaxsft.run import log, training
 from jaxsft.run.job import Job
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench run`."""
     parser.add_argument("--config", default="configs/cifar10.py:sample", help="FILE[:VARIANT]; default: %(default)s")
     parser.add_argument("--epochs", type=above_zero, default=3.0, help="to train for; default: %(default)s")
+    parser.add_argument("--rounds", type=whole, default=3, help="of bare step and training; the median counts")
     parser.add_argument("overrides", nargs="*", help="after a --: --config.KEY=VALUE ... of jaxsft.train")
 
 
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Returns:
       "first_step_seconds" of the first and of the second start, with a cache that was empty before, and the "ratio";
       "epoch": images_per_sec of training (with its log, checkpoints and progress bar) and of the bare step, and the
-      "ratio".
+      "ratio", each the median of `--rounds`.
 
     Raises:
       UserError: a config that can't be used.
@@ -49,12 +50,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         starts = [first_step_seconds(flags, Path(place), f"start{i}") for i in (1, 2)]
         ratio = starts[1] / starts[0]
         cli.say(f"seconds to the first finished step: {starts[0]:.1f}, again {starts[1]:.1f} (ratio {ratio:.2f})")
-        bare, epoch = epoch_against_step(flags, args.epochs, Path(place))
-    cli.say(f"images/s: bare step {bare:.1f}, training {epoch:.1f} (ratio {epoch / bare:.3f})")
+        turns = epochs_against_step(flags, args.epochs, args.rounds, Path(place))
+    bare, epoch, of_both = (statistics.median(of_turns) for of_turns in zip(*turns))
+    cli.say(f"images/s: bare step {bare:.1f}, training {epoch:.1f} (ratio {of_both:.3f})")
     return {
         "first_step_seconds": starts,
-        "ratio": starts[1] / starts[0],
-        "epoch": {"images_per_sec": epoch, "bare_step": bare, "ratio": epoch / bare},
+        "ratio": ratio,
+        "epoch": {"images_per_sec": epoch, "bare_step": bare, "ratio": of_both},
     }
 
 
@@ -72,8 +74,10 @@ def first_step_seconds(flags: list[str], place: Path, name: str) -> float:
     return first["time"] - began
 
 
-def epoch_against_step(flags: list[str], epochs: float, place: Path) -> tuple[float, float]:
-    """Images a second of the bare step, and of the same steps in training."""
+def epochs_against_step(
+    flags: list[str], epochs: float, rounds: int, place: Path
+) -> list[tuple[float, float, float]]:
+    """Of each round images a second of the bare step, before and after, of the same steps in training; their ratio."""
     every = [
         "--config.train.log_every_steps=10",
         f"--config.train.epochs={epochs}",
@@ -83,14 +87,18 @@ def epoch_against_step(flags: list[str], epochs: float, place: Path) -> tuple[fl
     config_module.check(config)
     job, _ = prepare(config)
     initial = jax.device_get(job.state)
-    count = max(job.total_steps // 3, 1)
-    before = bare_step(job, count)
-    job.state = job.parallel.replicate(initial)
-    (place / "epoch").mkdir()
-    training.fit(job, WorkingCopy(place / "epoch"))
-    lines = [line["images_per_sec"] for line in log.records(place / "epoch") if line["split"] == "train"]
-    after = bare_step(job, count)
-    return statistics.median((*before, *after)), statistics.median([speed for speed in lines if speed])
+    count, turns = max(job.total_steps // 3, 1), []
+    for turn in range(rounds):
+        workdir = place / f"epoch{turn}"
+        workdir.mkdir()
+        before = bare_step(job, count)
+        job.state = job.parallel.replicate(initial)
+        training.fit(job, WorkingCopy(workdir))
+        lines = [line["images_per_sec"] for line in log.records(workdir) if line["split"] == "train"]
+        bare = statistics.median((*before, *bare_step(job, count)))
+        trained = statistics.median([speed for speed in lines if speed])
+        turns.append((bare, trained, trained / bare))
+    return turns
 
 
 def bare_step(job: Job, count: int) -> list[float]:
