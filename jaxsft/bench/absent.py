@@ -156,9 +156,9 @@ def tell(args: argparse.Namespace, absent: Absent, record: dict[str, Any]) -> No
     accessed, memory = record["bytes_per_step"], record["memory_bytes_per_step"]
     rows = {
         "FLOPs": f"{record['flops_per_step'] / 1e12:.2f} T",
-        "bytes accessed": f"{accessed / 1e9:.1f} GB ({accessed / images / 1e6:.0f} MB an image)",
-        "  of its memory": f"{memory / 1e9:.1f} GB ({memory / images / 1e6:.0f} MB an image)",
-        "temporary memory": f"{record['temp_bytes'] / 1e9:.2f} GB",
+        "bytes accessed": f"{amount(accessed)} ({accessed / images / 1e6:.1f} MB an image)",
+        "  of its memory": f"{amount(memory)} ({memory / images / 1e6:.1f} MB an image)",
+        "temporary memory": amount(record["temp_bytes"]),
         "collective bytes": f"{collective / 1e6:.1f} MB ({collective / gradients:.3f} of the gradients)",
         "collectives": ", ".join(f"{count} {name}" for name, count in record["collectives"].items()) or "none",
     }
@@ -171,3 +171,8 @@ def tell(args: argparse.Namespace, absent: Absent, record: dict[str, Any]) -> No
         rows["largest batch"] = f"{record['largest_batch_size'] // len(absent.devices)} images a {absent.kind}"
     for name, value in rows.items():
         cli.say(f"{name:17} {value}")
+
+
+def amount(size: float) -> str:
+    """Bytes, for people."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -74,9 +74,7 @@ def first_step_seconds(flags: list[str], place: Path, name: str) -> float:
     return first["time"] - began
 
 
-def epochs_against_step(
-    flags: list[str], epochs: float, rounds: int, place: Path
-) -> list[tuple[float, float, float]]:
+def epochs_against_step(flags: list[str], epochs: float, rounds: int, place: Path) -> list[tuple[float, float, float]]:
     """Of each round images a second of the bare step, before and after, of the same steps in training; their ratio."""
     every = [
         "--config.train.log_every_steps=10",
