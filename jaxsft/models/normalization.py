@@ -14,6 +14,7 @@ instead of 22 for [8, 56, 56, 256] and 8 instead of 1 for [16, 14, 14, 256].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -82,16 +83,44 @@ def batch_statistics(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, ja
     """
     one_pass = x.dtype == jnp.bfloat16
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = x.mean(PIXELS)
     if one_pass:  # a square of bfloat16 is exact in float32
-        mean, square = mean_over(axis_name, (mean, jnp.square(x).mean(PIXELS)))
+        mean, square = mean_over(axis_name, (x.mean(PIXELS), jnp.square(x).mean(PIXELS)))
         return mean, jnp.maximum(square - jnp.square(mean), 0)
-    mean = mean_over(axis_name, mean)
+    mean = x.mean(PIXELS)
     # The second pass also sees by how much rounding left the first mean off (4e-6 of it for a constant input): mend
     # both. The barrier keeps XLA:CPU from writing x - mean out for its two readers.
-    var, left_off = jnp.square(x - mean).mean(PIXELS), (x - lax.optimization_barrier(mean)).mean(PIXELS)
-    var, left_off = mean_over(axis_name, (var, left_off))
-    return mean + left_off, var - jnp.square(left_off)
+    square, left_off = jnp.square(x - mean).mean(PIXELS), (x - lax.optimization_barrier(mean)).mean(PIXELS)
+    if axis_name is not None:
+        cores, devices = partial(_of_all_cores, axis_name), partial(_of_all_devices, axis_name)
+        mean, left_off, square = by_platform(mean, left_off, square, cpu=cores, default=devices)
+    return mean + left_off, square - jnp.square(left_off)
+
+
+Statistics = tuple[jax.Array, jax.Array, jax.Array]  # a mean, how far off it is, and the mean square around it: [C]
+
+
+def _of_all_devices(axis_name: str, mean: jax.Array, left_off: jax.Array, square: jax.Array) -> Statistics:
+    together = partial(mean_over, axis_name)
+    return _around(together(mean), mean, left_off, square, together)
+
+
+def _of_all_cores(axis_name: str, mean: jax.Array, left_off: jax.Array, square: jax.Array) -> Statistics:
+    """The same after one meeting instead of two: each learns what all have found. There are few cores, and to meet
+    takes two of them 0.13 ms; a MobileNetV3 has 46 batch norms."""
+    own = jnp.arange(lax.axis_size(axis_name)) == lax.axis_index(axis_name)
+    values = jnp.where(own[:, None, None], jnp.stack([mean, left_off, square]), 0)
+    means, left_off, square = jnp.moveaxis(lax.psum(values, axis_name), 1, 0)
+    return _around(means[0], means, left_off, square, lambda values: jax.tree.map(lambda value: value.mean(0), values))
+
+
+def _around(
+    centre: jax.Array, mean: jax.Array, left_off: jax.Array, square: jax.Array, together: Callable[[Any], Any]
+) -> Statistics:
+    """The statistics of equally many values each as those of one set, around a `centre` near all means; `together` is
+    the mean over the sets (Chan, Golub and LeVeque 1983). Nothing is rounded that is large against the deviations."""
+    shift = mean - centre
+    left_off, square = together((shift + left_off, square + shift * (2 * left_off + shift)))
+    return centre, left_off, square
 
 
 def mean_over(axis_name: str | None, values: Any) -> Any:
